@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The logic of glm-fleet: typed Python that knows nothing of Ansible."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one error type: what was expected, what was found, what to do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FleetError(Exception):
+    """A failure that an operator can act on.
+
+    ``message`` says what went wrong in one sentence; ``expected``, ``found`` and
+    ``remedy`` are added to it when given. ``details`` goes into the module's result as
+    it is.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        expected: str = "",
+        found: str = "",
+        remedy: str = "",
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        self.message = message
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+        self.details = details or {}
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        parts = [self.message.rstrip(".") + "."]
+        if self.expected:
+            parts.append(f"Expected: {self.expected.rstrip('.')}.")
+        if self.found:
+            parts.append(f"Found: {self.found.rstrip('.')}.")
+        if self.remedy:
+            parts.append(f"What to do: {self.remedy.rstrip('.')}.")
+        return " ".join(parts)
+
+    def as_fail(self) -> dict[str, Any]:
+        """Return the keyword arguments for ``AnsibleModule.fail_json``."""
+        return {
+            **self.details,
+            "msg": str(self),
+            "expected": self.expected,
+            "found": self.found,
+            "remedy": self.remedy,
+        }

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running other programs, injected so that tests can answer in their place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .errors import FleetError
+
+# glibc's own locale, so that messages we match on do not depend on the operator's.
+_LOCALE = {"LC_ALL": "C.UTF-8"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Exit status and text output of one program."""
+
+    rc: int
+    stdout: str
+    stderr: str
+
+
+class Runner(Protocol):
+    """What a core needs to run programs: see `run_program` for the meaning."""
+
+    def __call__(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        input_text: str | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> RunResult: ...
+
+
+def run_program(
+    argv: Sequence[str],
+    *,
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+    input_text: str | None = None,
+    timeout: float | None = None,
+    check: bool = True,
+) -> RunResult:
+    """Run ``argv`` (no shell) and return its exit status and output.
+
+    ``env`` is added to the caller's environment; ``timeout`` is in seconds. Raises
+    `FleetError` when the program is missing, takes too long, or (with ``check``) exits
+    with another status than 0.
+    """
+    name = os.path.basename(argv[0])  # noqa: PTH119 - argv may be a bare program name
+    try:
+        done = subprocess.run(
+            list(argv),
+            cwd=cwd,
+            env={**os.environ, **_LOCALE, **(env or {})},
+            input=input_text,
+            stdin=None if input_text is not None else subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise FleetError(
+            f"The program {name} is missing",
+            expected=f"{name} on PATH",
+            found=str(error),
+            remedy=f"install the package that provides {name}",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise FleetError(
+            f"{name} did not finish",
+            expected=f"an end within {timeout:g} s",
+            found=f"still running: {' '.join(argv)}",
+            remedy="look for a hung device, disk or network, then run again",
+        ) from error
+    result = RunResult(done.returncode, done.stdout, done.stderr)
+    if check and result.rc != 0:
+        tail = (result.stderr.strip() or result.stdout.strip())[-2000:]
+        raise FleetError(
+            f"{name} failed",
+            expected=f"exit status 0 of: {' '.join(argv)}",
+            found=f"exit status {result.rc}: {tail}",
+        )
+    return result
