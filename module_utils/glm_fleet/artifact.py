@@ -203,6 +203,11 @@ class Proven:
         if self._known.pop(name, None):
             self._save()
 
+    def drop(self) -> None:
+        """Forget everything: the artifact is published and will not change."""
+        self._known = {}
+        self._path.unlink(missing_ok=True)
+
     def _save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps(dict(self._known)))
@@ -321,7 +326,7 @@ class Store:
         return self.root / kind / identifier
 
     def staging_path(self, kind: str, name: str) -> Path:
-        """Where an artifact is gathered; ``name`` is its id, or a working name before it has one."""
+        """Where an artifact is gathered, by its id or by a working name before it has one."""
         return self.root / ".staging" / kind / name
 
     def proven(self, kind: str, name: str) -> Proven:
@@ -347,33 +352,30 @@ class Store:
         """The files that still have to come to this host, largest first; [] when published."""
         if self.is_published(manifest):
             return []
-        self._unpublish_damaged(manifest, write=False)
-        staging = self.staging_path(manifest.kind, manifest.id)
+        folder = self.published_path(manifest.kind, manifest.id)
+        if not folder.is_dir():
+            folder = self.staging_path(manifest.kind, manifest.id)
         proven = self.proven(manifest.kind, manifest.id)
         wanted = []
         for entry in manifest.files:
-            path = staging / entry.path
+            path = folder / entry.path
             complete = (
                 path.is_file()
                 and path.stat().st_size == entry.size
-                and proven.sha256(staging, entry.path) == entry.sha256
+                and proven.sha256(folder, entry.path) == entry.sha256
             )
             if not complete:
                 wanted.append(entry)
         return sorted(wanted, key=lambda entry: (-entry.size, entry.path))
 
-    def _unpublish_damaged(self, manifest: Manifest, *, write: bool) -> None:
-        # A published folder that is damaged goes back to staging: what is intact stays.
-        folder = self.published_path(manifest.kind, manifest.id)
-        staging = self.staging_path(manifest.kind, manifest.id)
-        if write and folder.is_dir() and not staging.exists():
-            staging.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(staging)
-
     def stage(self, manifest: Manifest) -> Path:
         """Open the staging folder of an artifact and drop what does not belong there."""
-        self._unpublish_damaged(manifest, write=True)
         staging = self.staging_path(manifest.kind, manifest.id)
+        final = self.published_path(manifest.kind, manifest.id)
+        if final.is_dir() and not staging.exists() and not self.is_published(manifest):
+            # A published folder that was damaged goes back: what is intact stays.
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            final.rename(staging)
         staging.mkdir(parents=True, exist_ok=True)
         for damage in find_damage(staging, manifest, deep=False):
             if damage.reason in ("foreign", "changed"):
@@ -389,9 +391,8 @@ class Store:
         final = self.published_path(manifest.kind, manifest.id)
         if self.is_published(manifest):
             return final
-        name = manifest.id
-        staging = self.staging_path(manifest.kind, name)
-        proven = self.proven(manifest.kind, name)
+        staging = self.staging_path(manifest.kind, manifest.id)
+        proven = self.proven(manifest.kind, manifest.id)
         damage = find_damage(staging, manifest, deep=True, proven=proven)
         if damage:
             for each in damage:
@@ -409,13 +410,13 @@ class Store:
         write_atomically(staging / MANIFEST, manifest.as_json())
         final.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(final)
-        staging.with_name(f"{name}.proven").unlink(missing_ok=True)
+        proven.drop()
         return final
 
     def adopt(
         self, folder: Path, *, kind: str, slug: str, provenance: Mapping[str, Any]
     ) -> Manifest:
-        """Make an artifact of a folder in this store's staging area and publish it."""
+        """Make an artifact of a finished folder on this file system: it moves to its place."""
         proven = self.proven(kind, folder.name)
         manifest = make_manifest(folder, kind=kind, slug=slug, provenance=provenance, proven=proven)
         if self.is_published(manifest):
@@ -426,7 +427,7 @@ class Store:
             write_atomically(folder / MANIFEST, manifest.as_json())
             final.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(final)
-        folder.with_name(f"{folder.name}.proven").unlink(missing_ok=True)
+        proven.drop()
         return manifest
 
     def retire(self, kind: str, identifier: str) -> bool:
@@ -443,11 +444,11 @@ class Store:
 
 
 def _set_permissions(folder: Path) -> None:
-    """Read for all, write for the owner: the service only reads, under another user."""
-    for base, _, names in os.walk(folder):
-        Path(base).chmod(0o755)
-        for name in names:
-            Path(base, name).chmod(0o644)
+    """Read for all, write for root alone: the service only reads, under another user."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        if os.geteuid() == 0:
+            os.chown(path, 0, 0)
 
 
 def activate(link: Path, target: Path) -> bool:

@@ -1,0 +1,214 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""What a node serves, whether it may take traffic, and how far its start has come."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_probe
+version_added: "0.1.0"
+short_description: Look at, watch or attest the serving unit of a node
+description:
+  - Runs on the node and asks the server on its own port. Changes nothing.
+author: glm-fleet contributors (@glm-fleet)
+attributes:
+  check_mode:
+    description: The module only reads. V(attest) and V(watch) ask nothing in check mode.
+    support: full
+options:
+  mode:
+    description:
+      - V(state) compares what runs with what should, without asking the server.
+      - V(watch) looks at a start for O(seconds).
+      - V(check) is the attestation with one short canary request, fit for a node under load.
+      - V(attest) waits until a start is ready, then runs the whole attestation. Progress is
+        shown while it waits.
+    type: str
+    choices: [state, watch, check, attest]
+    default: check
+  unit:
+    description: Name of the unit.
+    type: str
+    default: glm-serving.service
+  port:
+    description: Port of the server.
+    type: int
+    default: 8000
+  served_model_name:
+    description: Name of the model in the API.
+    type: str
+    default: glm-5.2
+  release:
+    description: Id of the release that should run. Whatever the start gate recorded if not given.
+    type: str
+    default: ""
+  model:
+    description: Id of the model that should run. Whatever the start gate recorded if not given.
+    type: str
+    default: ""
+  required:
+    description: Regular expressions that the journal of this start has to hold.
+    type: list
+    elements: str
+    default: []
+  forbidden:
+    description: Regular expressions that it must not hold.
+    type: list
+    elements: str
+    default: []
+  unit_file:
+    description: Unit file as it should be, for V(state).
+    type: path
+    default: /etc/systemd/system/glm-serving.service
+  environment_file:
+    description: Environment file as it should be, for V(state). The API key is read from it.
+    type: path
+    default: /etc/glm-fleet/serving.env
+  seconds:
+    description: How long one look of V(watch) lasts, in seconds.
+    type: float
+    default: 10
+  stall_timeout:
+    description: V(attest) gives up when a start makes no progress for so many seconds.
+    type: float
+    default: 900
+  fail:
+    description: Fail when the attestation does not pass. Otherwise only report it.
+    type: bool
+    default: true
+"""
+
+EXAMPLES = r"""
+- name: Wait for the start and attest it
+  vllm_probe:
+    mode: attest
+    release: vllm-0.23.0-pr38476-0123456789ab
+"""
+
+RETURN = r"""
+attestation:
+  description:
+    - C(passed), C(checks) (name, passed, detail), C(release_id), C(model_id), C(invocation_id),
+      C(started_at), C(unit), C(canary) (tokens_per_second, time_to_first_token_s in seconds,
+      completion_tokens, text), C(metrics), C(diagnosis) and C(journal).
+  returned: with V(check) and V(attest)
+  type: dict
+running:
+  description: C(active), C(invocation), C(record) of the start gate, and C(unit).
+  returned: with V(state)
+  type: dict
+differences:
+  description: What a restart would change. Empty when the node runs what it should.
+  returned: with V(state)
+  type: list
+  elements: str
+watched:
+  description: C(ready), C(failed) with the reason, C(phase), C(progress), C(invocation_id).
+  returned: with V(watch)
+  type: dict
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet import attest
+from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.gate import digest
+from ansible.module_utils.glm_fleet.runner import run_program
+from ansible.module_utils.glm_fleet.serving import differences
+
+
+def _api_key(environment_file: Path) -> str:
+    try:
+        text = environment_file.read_text()
+    except OSError:
+        return ""
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        if name == "VLLM_API_KEY":
+            return "".join(shlex.split(value))
+    return ""
+
+
+def _state(params: dict[str, Any]) -> dict[str, Any]:
+    running = attest.read_running(run_program, params["unit"])
+    wanted = {
+        "release": params["release"],
+        "model": params["model"],
+        "unit_sha256": digest(Path(params["unit_file"])),
+        "environment_sha256": digest(Path(params["environment_file"])),
+    }
+    return {"running": running, "differences": differences(running, wanted)}
+
+
+def _attest(module: AnsibleModule, http: attest.Http) -> dict[str, Any]:
+    params = module.params
+    wanted = attest.Wanted(
+        unit=params["unit"],
+        model_name=params["served_model_name"],
+        release=params["release"],
+        model=params["model"],
+        required=params["required"],
+        forbidden=params["forbidden"],
+    )
+    found = attest.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
+    if params["fail"] and not found["passed"]:
+        failed = [
+            f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]
+        ]
+        raise FleetError(
+            "The attestation failed: this node takes no traffic",
+            expected="every check to pass",
+            found="; ".join(failed),
+            remedy=found["diagnosis"] or "read `journalctl -u glm-serving` on the node",
+            details={"attestation": found},
+        )
+    return {"attestation": found}
+
+
+def main() -> None:
+    """Wire the attestation core to Ansible."""
+    module = AnsibleModule(
+        argument_spec={
+            "mode": {
+                "type": "str",
+                "choices": ["state", "watch", "check", "attest"],
+                "default": "check",
+            },
+            "unit": {"type": "str", "default": "glm-serving.service"},
+            "port": {"type": "int", "default": 8000},
+            "served_model_name": {"type": "str", "default": "glm-5.2"},
+            "release": {"type": "str", "default": ""},
+            "model": {"type": "str", "default": ""},
+            "required": {"type": "list", "elements": "str", "default": []},
+            "forbidden": {"type": "list", "elements": "str", "default": []},
+            "unit_file": {"type": "path", "default": "/etc/systemd/system/glm-serving.service"},
+            "environment_file": {"type": "path", "default": "/etc/glm-fleet/serving.env"},
+            "seconds": {"type": "float", "default": 10.0},
+            "stall_timeout": {"type": "float", "default": 900.0},
+            "fail": {"type": "bool", "default": True},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    http = attest.local_http(params["port"], api_key=_api_key(Path(params["environment_file"])))
+    try:
+        if params["mode"] == "state":
+            result = _state(params)
+        elif params["mode"] == "watch":
+            watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
+            result = {"watched": watched}
+            if watched["failed"]:
+                lines = attest.journal(run_program, watched["invocation_id"])
+                raise attest.failed_start(watched, lines, watched["failed"])
+        else:
+            result = _attest(module, http)
+        module.exit_json(changed=False, **result)
+    except FleetError as error:
+        module.fail_json(**error.as_fail())
+
+
+if __name__ == "__main__":
+    main()

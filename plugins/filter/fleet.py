@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters of the playbooks: short names for what takes more than one look as an expression."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+# Ansible finds module_utils for modules only; plugins on the controller use the same code.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "module_utils"))
+
+from glm_fleet import serving
+from glm_fleet.errors import FleetError
+
+HostVars = Mapping[str, Mapping[str, Any]]
+
+
+def lacking(hostvars: HostVars, hosts: Sequence[str], seed: str) -> list[str]:
+    """Name the hosts, other than the seed, that lack a part of the artifact just planned."""
+    return [
+        host
+        for host in hosts
+        if host != seed and hostvars[host].get("__artifact_plan", {}).get("missing_bytes", 0) > 0
+    ]
+
+
+def addresses(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
+    """Give the addresses under which hosts reach each other."""
+    return [
+        str(hostvars[host].get("artifact_address") or hostvars[host].get("ansible_host") or host)
+        for host in hosts
+    ]
+
+
+def artifact_of(hostvars: HostVars, kind: str, source: str) -> dict[str, Any]:
+    """Give the artifact that a host made or fetched in this run; {} when there is none."""
+    found = hostvars[source].get(f"{kind}_artifact") or {}
+    return dict(found) if found.get("manifest") else {}
+
+
+def serve_command(settings: Mapping[str, Any]) -> str:
+    """Give the arguments of vLLM, quoted for a systemd unit."""
+    try:
+        return serving.unit_words(serving.serve_command(settings))
+    except FleetError as error:
+        raise AnsibleFilterError(str(error)) from error
+
+
+def environment_file(variables: Mapping[str, Any]) -> str:
+    """Give the lines of a systemd environment file."""
+    try:
+        return serving.environment_file(variables)
+    except FleetError as error:
+        raise AnsibleFilterError(str(error)) from error
+
+
+class FilterModule:
+    """What Ansible loads."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Return the filters by name."""
+        return {
+            each.__name__: each
+            for each in (lacking, addresses, artifact_of, serve_command, environment_file)
+        }

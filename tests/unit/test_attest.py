@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attestation, on journals of real starts and against a server that answers as vLLM does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from glm_fleet import attest
+from glm_fleet.runner import RunResult
+
+ROOT = Path(__file__).resolve().parents[2]
+LOGS = ROOT / "tests/unit/fixtures/vllm-logs"
+DEFAULTS = yaml.safe_load((ROOT / "roles/serving/defaults/main.yml").read_text())
+
+
+def journal_of(name: str) -> list[str]:
+    return (LOGS / name).read_text().splitlines()
+
+
+GOOD = journal_of("h200-0.23.0-pr38476-piecewise-ok.log")
+CRASH = journal_of("h200-0.23.0-pr38476-full-graphs-crash.log")
+CPU = journal_of("cpu-0.32.0-ok.log")
+
+
+def test_the_defaults_accept_the_journal_of_the_right_path() -> None:
+    checks = attest.check_journal(
+        GOOD,
+        DEFAULTS["serving_journal_required"],
+        [*DEFAULTS["serving_journal_forbidden"], "Enforce eager set"],
+    )
+    assert [check for check in checks if not check.passed] == []
+    assert len(checks) == 6
+
+
+@pytest.mark.parametrize("line", ["TRITON_MLA", "FLASHMLA_SPARSE"])
+def test_another_attention_backend_is_caught(line: str) -> None:
+    lines = [each.replace("TRITON_MLA_SPARSE backend", f"{line} backend") for each in GOOD]
+    lines = [each for each in lines if "'attention_backend': 'TRITON_MLA_SPARSE'" not in each]
+    checks = attest.check_journal(
+        lines,
+        DEFAULTS["serving_journal_required"],
+        DEFAULTS["serving_journal_forbidden"],
+    )
+    assert [check.passed for check in checks].count(False) == 2
+
+
+def test_an_eager_start_that_nobody_asked_for_is_caught() -> None:
+    (check,) = attest.check_journal(CPU, [], ["Enforce eager set"])
+    assert not check.passed
+    assert "Enforce eager set" in check.detail
+
+
+def test_the_phase_follows_the_journal() -> None:
+    assert attest.phase([]) == "waiting for the first sign"
+    assert attest.phase(GOOD) == "ready"
+    assert attest.phase(CPU[:40]).startswith("loading")
+    shard = "Loading safetensors checkpoint shards:  15% Completed | 12/83 [00:00<00:00]"
+    assert attest.phase(["Starting to load model", shard]) == "loading shard 12/83"
+
+
+def test_a_known_crash_is_diagnosed_with_its_remedy() -> None:
+    found = attest.diagnose(CRASH)
+    assert "illegal instruction" in found
+    assert "serving_cuda_graphs" in found
+    assert any("illegal instruction" in line for line in attest.relevant_lines(CRASH))
+    assert attest.diagnose(GOOD) == ""
+
+
+def test_metrics_are_summed_over_labels() -> None:
+    text = (
+        "# HELP x\n"
+        'vllm:generation_tokens_total{engine="0"} 5.0\n'
+        'vllm:generation_tokens_total{engine="1"} 7\n'
+        'vllm:ttft_bucket{le="1"} 3\n'
+        "process_cpu_seconds_total 1.5 1700000000\n"
+    )
+    assert attest.parse_metrics(text) == {
+        "vllm:generation_tokens_total": 12.0,
+        "process_cpu_seconds_total": 1.5,
+    }
+
+
+class Server:
+    """Answers like vLLM's API server; a fault changes one thing."""
+
+    def __init__(self, *, fault: str = "", context: int = 4096) -> None:
+        self.fault = fault
+        self.context = context
+        self.tokens = 100
+        self.prompts: list[Any] = []
+
+    def __call__(
+        self, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[int, Iterator[str]]:
+        if self.fault == "dead":
+            return 0, iter(["connection refused"])
+        if path == "/v1/models":
+            name = "other" if self.fault == "other model" else "glm-5.2"
+            data = {"data": [{"id": name, "max_model_len": self.context}]}
+            return 200, iter([json.dumps(data)])
+        if path == "/metrics":
+            return 200, iter([f'vllm:generation_tokens_total{{e="0"}} {self.tokens}'])
+        assert body is not None
+        self.prompts.append(body["prompt"])
+        if self.fault == "dies on long prompts" and len(self.prompts[-1]) > 2048:
+            return 500, iter(["EngineDeadError"])
+        if self.fault != "frozen metrics":
+            self.tokens += 24
+        text = f"answer {len(self.prompts) if self.fault == 'unsteady' else ''}"
+        events = [
+            {"choices": [{"text": text}]},
+            {"choices": [], "usage": {"completion_tokens": 24, "prompt_tokens": 9}},
+        ]
+        lines = [f"data: {json.dumps(each)}" for each in events]
+        if self.fault != "cut stream":
+            lines.append("data: [DONE]")
+        return 200, iter(lines)
+
+
+def systemd(argv: Sequence[str], *, active: bool = True, log: Sequence[str] = CPU) -> RunResult:
+    if argv[0] == "journalctl":
+        return RunResult(0, "\n".join(log), "")
+    state = "active" if active else "failed"
+    return RunResult(
+        0,
+        f"ActiveState={state}\nSubState=running\nNRestarts=0\nMainPID=7\nInvocationID=i1\n"
+        "Result=success\nActiveEnterTimestamp=Sun 2026-11-22 07:11:24 UTC\n",
+        "",
+    )
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "maps").write_text(
+        "7f00-7f01 r-xp 0 fe:00 1 /opt/glm-fleet/releases/rel-1/lib/python3.11/x.so\n"
+    )
+    record = {"release": "rel-1", "model": "mod-1", "invocation": "i1"}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def run(host: Path, server: Server, *, thorough: bool = True, **changed: Any) -> dict[str, Any]:
+    wanted = {
+        "unit": "glm-serving.service",
+        "model_name": "glm-5.2",
+        "release": "rel-1",
+        "model": "mod-1",
+        "required": ["KV cache size: [0-9,]+ tokens"],
+        "forbidden": [],
+        **changed,
+    }
+    return attest.attest(
+        lambda argv, **_: systemd(argv),
+        server,
+        attest.Wanted(**wanted),
+        thorough=thorough,
+        record_path=host / "record.json",
+        proc=host,
+    )
+
+
+def failed(found: dict[str, Any]) -> list[str]:
+    return [check["name"] for check in found["checks"] if not check["passed"]]
+
+
+def test_a_good_node_passes_with_every_canary(host: Path) -> None:
+    server = Server()
+    found = run(host, server)
+    assert failed(found) == []
+    assert found["passed"]
+    assert found["release_id"] == "rel-1"
+    assert [len(prompt) for prompt in server.prompts[2:]] == [2304, 2304]
+    assert found["canary"]["completion_tokens"] == 24
+
+
+def test_a_node_under_load_is_asked_once(host: Path) -> None:
+    server = Server()
+    assert run(host, server, thorough=False)["passed"]
+    assert len(server.prompts) == 1
+
+
+def test_a_short_context_gets_no_long_prompt(host: Path) -> None:
+    server = Server(context=2048)
+    assert run(host, server)["passed"]
+    assert len(server.prompts) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("dead", "model is served"),
+        ("other model", "model is served"),
+        ("dies on long prompts", "prompt above 2048 tokens"),
+        ("unsteady", "greedy answer repeats"),
+        ("cut stream", "canary answers"),
+        ("frozen metrics", "tokens advance in the metrics"),
+    ],
+)
+def test_each_fault_of_the_server_is_caught(host: Path, fault: str, check: str) -> None:
+    found = run(host, Server(fault=fault))
+    assert not found["passed"]
+    assert check in failed(found)
+
+
+def test_what_runs_has_to_be_what_was_activated(host: Path) -> None:
+    assert "release that runs" in failed(run(host, Server(), release="rel-2"))
+    assert "model that runs" in failed(run(host, Server(), model="mod-2"))
+
+
+def test_a_record_of_another_start_proves_nothing(host: Path) -> None:
+    record = {"release": "rel-1", "model": "mod-1", "invocation": "earlier"}
+    (host / "record.json").write_text(json.dumps(record))
+    assert "model that runs" in failed(run(host, Server()))
+
+
+@pytest.mark.parametrize(
+    ("state", "log", "ready", "why"),
+    [
+        ("active", CPU, True, ""),
+        ("active", CPU[:30], False, ""),
+        ("failed", CPU[:30], False, "the unit is failed"),
+    ],
+)
+def test_a_start_is_watched(
+    tmp_path: Path, state: str, log: list[str], ready: bool, why: str
+) -> None:
+    found = attest.watch(
+        lambda argv, **_: systemd(argv, active=state == "active", log=log),
+        lambda path, body=None: (200, iter([])),
+        "glm-serving.service",
+        seconds=0,
+        proc=tmp_path,
+    )
+    assert found["ready"] is ready
+    assert why in found["failed"]

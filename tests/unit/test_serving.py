@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, environment and start gate of a node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from glm_fleet import gate
+from glm_fleet.errors import FleetError
+from glm_fleet.runner import RunResult
+from glm_fleet.serving import differences, environment_file, serve_command, unit_words
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings(**changed: Any) -> dict[str, Any]:
+    """The defaults of the role, as its internal variables hand them over."""
+    defaults = yaml.safe_load((ROOT / "roles/serving/defaults/main.yml").read_text())
+    given = {
+        key.removeprefix("serving_"): value
+        for key, value in defaults.items()
+        if key.startswith("serving_")
+    }
+    given["model_path"] = given["model_link"]
+    given["shutdown_timeout"] = defaults["serve_drain_timeout"]
+    return {**given, **changed}
+
+
+def test_the_command_line_of_a_real_node() -> None:
+    assert serve_command(settings()) == [
+        "serve",
+        "/srv/glm-fleet/model",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "8000",
+        "--served-model-name",
+        "glm-5.2",
+        "--tensor-parallel-size",
+        "8",
+        "--attention-backend",
+        "TRITON_MLA_SPARSE",
+        "--dtype",
+        "bfloat16",
+        "--kv-cache-dtype",
+        "bfloat16",
+        "--max-model-len",
+        "32768",
+        "--gpu-memory-utilization",
+        "0.9",
+        "--shutdown-timeout",
+        "600",
+        "--compilation-config",
+        '{"cudagraph_mode":"PIECEWISE"}',
+    ]
+
+
+def test_eager_has_its_own_flag_and_empty_values_are_left_to_vllm() -> None:
+    command = serve_command(settings(cuda_graphs="eager", attention_backend="", dtype=""))
+    assert command[-1] == "--enforce-eager"
+    assert not {"--attention-backend", "--dtype", "--compilation-config"} & set(command)
+
+
+def test_tool_calls_are_switched_on_with_their_parser() -> None:
+    command = serve_command(settings(tool_call_parser="glm47", extra_arguments=["--seed", 1]))
+    assert "--enable-auto-tool-choice" in command
+    assert command[-2:] == ["--seed", "1"]
+
+
+def test_an_unknown_mode_of_cuda_graphs_is_refused() -> None:
+    with pytest.raises(FleetError, match="full_and_piecewise, piecewise, eager"):
+        serve_command(settings(cuda_graphs="full"))
+
+
+def test_words_of_a_unit_are_quoted_as_systemd_reads_them() -> None:
+    assert unit_words(["serve", "/m", "--x", '{"a":1}', "--pay", "5$ 100%", "--end"]) == (
+        'serve \\\n  /m \\\n  --x "{\\"a\\":1}" \\\n  --pay "5$$ 100%%" \\\n  --end'
+    )
+
+
+def test_an_environment_file_is_sorted_and_leaves_out_what_is_empty() -> None:
+    text = environment_file({"B": "two words", "A": 1, "C": "", "D": None})
+    assert text == "A=1\nB='two words'\n"
+    with pytest.raises(FleetError, match="line break"):
+        environment_file({"A": "1\n2"})
+
+
+RUNNING = {
+    "active": True,
+    "invocation": "i1",
+    "record": {
+        "invocation": "i1",
+        "release": "r1",
+        "model": "m1",
+        "unit_sha256": "u1",
+        "environment_sha256": "e1",
+    },
+}
+WANTED = {"release": "r1", "model": "m1", "unit_sha256": "u1", "environment_sha256": "e1"}
+
+
+@pytest.mark.parametrize(
+    ("running", "wanted", "said"),
+    [
+        (RUNNING, WANTED, []),
+        (RUNNING, {**WANTED, "release": "r2"}, ["release r1 -> r2"]),
+        (
+            RUNNING,
+            {**WANTED, "model": "m2", "unit_sha256": "u2"},
+            ["model m1 -> m2", "the unit or its command line"],
+        ),
+        ({**RUNNING, "active": False}, WANTED, ["the service does not run"]),
+        ({**RUNNING, "invocation": "i2"}, WANTED, ["nothing proves what runs"]),
+        ({**RUNNING, "record": {}}, WANTED, ["nothing proves what runs"]),
+    ],
+)
+def test_what_a_restart_would_change(
+    running: Mapping[str, Any], wanted: Mapping[str, str], said: list[str]
+) -> None:
+    assert differences(running, wanted) == said
+
+
+class Smi:
+    """Answers for nvidia-smi: MiB in use on one GPU, a value for each call."""
+
+    def __init__(self, *values: int) -> None:
+        self.values = list(values)
+
+    def __call__(self, argv: Sequence[str], **_: Any) -> RunResult:
+        assert argv[0] == "nvidia-smi"
+        value = self.values.pop(0) if len(self.values) > 1 else self.values[0]
+        return RunResult(0, f"0, 4\n1, {value}\n", "")
+
+
+ENGINE = gate.Process(41, 990, "VLLM::EngineCore")
+SERVER = gate.Process(40, 990, "/opt/glm-fleet/current/bin/python /opt/x/bin/vllm serve /srv/m")
+OTHERS = [
+    gate.Process(1, 0, "/sbin/init"),
+    gate.Process(42, 1000, "VLLM::EngineCore"),
+    gate.Process(43, 990, "/usr/bin/python3 -B -m glm_fleet.gate --user glm"),
+]
+
+
+def pass_gate(smi: Smi, *lists: list[gate.Process]) -> float:
+    """Run the gate with a clock that moves only when it sleeps; return the seconds waited."""
+    now = [0.0]
+    remaining = list(lists)
+
+    def look() -> list[gate.Process]:
+        return remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+    gate.wait_until_clear(
+        runner=smi,
+        processes=look,
+        uid=990,
+        limit_mib=1024,
+        patience_s=5,
+        sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
+        clock=lambda: now[0],
+    )
+    return now[0]
+
+
+def test_the_gate_opens_on_a_free_node() -> None:
+    assert pass_gate(Smi(0), OTHERS) == 0
+
+
+def test_the_gate_waits_for_memory_that_the_driver_gives_back_late() -> None:
+    assert pass_gate(Smi(70_000, 70_000, 12), OTHERS) == 2
+
+
+@pytest.mark.parametrize("engine", [ENGINE, SERVER])
+def test_the_gate_names_orphans_of_the_service(engine: gate.Process) -> None:
+    with pytest.raises(FleetError, match=f"pid {engine.pid}"):
+        pass_gate(Smi(0), [*OTHERS, engine])
+
+
+def test_the_gate_names_the_full_gpu() -> None:
+    with pytest.raises(FleetError, match="GPU 1: 70000 MiB"):
+        pass_gate(Smi(70_000), OTHERS)
+
+
+def test_the_record_names_what_the_links_point_at(tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to("/opt/glm-fleet/releases/r1")
+    (tmp_path / "model").symlink_to("/srv/glm-fleet/artifacts/model/m1")
+    (tmp_path / "unit").write_text("[Unit]\n")
+    record = gate.make_record(
+        release_link=tmp_path / "current",
+        model_link=tmp_path / "model",
+        unit=tmp_path / "unit",
+        environment=tmp_path / "none",
+        invocation="i1",
+    )
+    assert record["release"] == "r1"
+    assert record["model"] == "m1"
+    assert len(record["unit_sha256"]) == 64
+    assert record["environment_sha256"] == ""
+    json.dumps(record)
