@@ -30,14 +30,13 @@ options:
     description: Name of the unit.
     type: str
     default: glm-serving.service
-  port:
-    description: Port of the server.
-    type: int
-    default: 8000
-  served_model_name:
-    description: Name of the model in the API.
-    type: str
-    default: glm-5.2
+  policy:
+    description:
+      - JSON file on the node that says what its attestation expects, as C(port),
+        C(served_model_name), C(required) and C(forbidden). The role serving writes it, so that
+        a health check years later expects the same.
+    type: path
+    default: /etc/glm-fleet/attestation.json
   release:
     description: Id of the release that should run. Whatever the start gate recorded if not given.
     type: str
@@ -46,16 +45,6 @@ options:
     description: Id of the model that should run. Whatever the start gate recorded if not given.
     type: str
     default: ""
-  required:
-    description: Regular expressions that the journal of this start has to hold.
-    type: list
-    elements: str
-    default: []
-  forbidden:
-    description: Regular expressions that it must not hold.
-    type: list
-    elements: str
-    default: []
   unit_file:
     description: Unit file as it should be, for V(state).
     type: path
@@ -108,6 +97,7 @@ watched:
   type: dict
 """
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -143,15 +133,27 @@ def _state(params: dict[str, Any]) -> dict[str, Any]:
     return {"running": running, "differences": differences(running, wanted)}
 
 
-def _attest(module: AnsibleModule, http: attest.Http) -> dict[str, Any]:
+def _policy(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise FleetError(
+            "This node has no attestation policy",
+            expected=f"JSON in {path}",
+            found=str(error),
+            remedy="run site.yml: the node is not set up to serve",
+        ) from error
+
+
+def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) -> dict[str, Any]:
     params = module.params
     wanted = attest.Wanted(
         unit=params["unit"],
-        model_name=params["served_model_name"],
+        model_name=policy["served_model_name"],
         release=params["release"],
         model=params["model"],
-        required=params["required"],
-        forbidden=params["forbidden"],
+        required=policy["required"],
+        forbidden=policy["forbidden"],
     )
     found = attest.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
     if params["fail"] and not found["passed"]:
@@ -178,12 +180,9 @@ def main() -> None:
                 "default": "check",
             },
             "unit": {"type": "str", "default": "glm-serving.service"},
-            "port": {"type": "int", "default": 8000},
-            "served_model_name": {"type": "str", "default": "glm-5.2"},
+            "policy": {"type": "path", "default": "/etc/glm-fleet/attestation.json"},
             "release": {"type": "str", "default": ""},
             "model": {"type": "str", "default": ""},
-            "required": {"type": "list", "elements": "str", "default": []},
-            "forbidden": {"type": "list", "elements": "str", "default": []},
             "unit_file": {"type": "path", "default": "/etc/systemd/system/glm-serving.service"},
             "environment_file": {"type": "path", "default": "/etc/glm-fleet/serving.env"},
             "seconds": {"type": "float", "default": 10.0},
@@ -193,18 +192,19 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
-    http = attest.local_http(params["port"], api_key=_api_key(Path(params["environment_file"])))
     try:
         if params["mode"] == "state":
-            result = _state(params)
-        elif params["mode"] == "watch":
+            module.exit_json(changed=False, **_state(params))
+        policy = _policy(Path(params["policy"]))
+        http = attest.local_http(policy["port"], api_key=_api_key(Path(params["environment_file"])))
+        if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
             result = {"watched": watched}
             if watched["failed"]:
                 lines = attest.journal(run_program, watched["invocation_id"])
                 raise attest.failed_start(watched, lines, watched["failed"])
         else:
-            result = _attest(module, http)
+            result = _attest(module, http, policy)
         module.exit_json(changed=False, **result)
     except FleetError as error:
         module.fail_json(**error.as_fail())

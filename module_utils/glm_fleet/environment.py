@@ -7,7 +7,6 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from .errors import FleetError
 from .runner import Runner
@@ -24,18 +23,18 @@ def is_complete(environment: Path, release: str) -> bool:
         return False
 
 
-def read_recipe(artifact: Path) -> dict[str, Any]:
-    """Return ``release.json`` of the artifact: python_version, backend, and more."""
+def read_recipe(artifact: Path) -> tuple[str, str]:
+    """Return (Python version, attention backend) from ``release.json`` of the artifact."""
     try:
         recipe = json.loads((artifact / "release.json").read_text())
-    except (OSError, ValueError) as error:
+        return str(recipe["python_version"]), str(recipe["attention_backend"])
+    except (OSError, ValueError, KeyError) as error:
         raise FleetError(
             "The release artifact has no recipe",
-            expected=f"JSON in {artifact / 'release.json'}",
-            found=str(error),
-            remedy="distribute the release again",
+            expected=f"python_version and attention_backend in {artifact / 'release.json'}",
+            found=f"{type(error).__name__}: {error}",
+            remedy="build the release again with this version of glm-fleet",
         ) from error
-    return dict(recipe)
 
 
 def extract_uv(artifact: Path, folder: Path) -> Path:
@@ -65,7 +64,7 @@ def build(
     Everything happens beside the final place, which one rename fills: a build that is
     killed leaves nothing that looks complete. Returns what the smoke check saw.
     """
-    recipe = read_recipe(artifact)
+    python_version, backend = read_recipe(artifact)
     partial = environment.with_name(f".{environment.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -77,7 +76,7 @@ def build(
         home = partial / "venv"
         # Relocatable: the scripts find the interpreter beside them after the rename.
         runner(
-            [uv, "venv", "--relocatable", "--python", recipe["python_version"],
+            [uv, "venv", "--relocatable", "--python", python_version,
              "--no-python-downloads", str(home)],
             env=variables,
         )  # fmt: skip
@@ -86,7 +85,7 @@ def build(
         if compile_bytecode:
             install.append("--compile-bytecode")
         runner(install, env=variables, cwd=str(artifact))
-        seen = smoke_check(runner, home, str(recipe["backend"]))
+        seen = smoke_check(runner, home, backend)
         record = {"release": artifact.name, **seen}
         (home / COMPLETE).write_text(json.dumps(record, indent=1) + "\n")
         home.chmod(0o755)

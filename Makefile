@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# What there is to do: `make help`.
+
+NODES ?= 3
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+PLAYBOOKS = site.yml $(wildcard playbooks/*.yml)
+
+# $(call step,name,command): run it, and say how long it took.
+step = @echo "==> $(1)"; begin=$$SECONDS; $(2) && echo "    $(1): $$((SECONDS - begin)) s"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit fleet-test lab-up lab-down lab-status bench clean
+# Ansible and the lab use both processors by themselves, and steps print as they go.
+.NOTPARALLEL:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## A serving fleet on this machine, and an answer from it
+	@./bootstrap lab
+	$(call step,lab,python -m lab up --nodes $(NODES))
+	$(call step,site.yml,ansible-playbook -i inventory/lab site.yml)
+	@python -m lab.demo
+
+test: ## Linters, unit tests and the fleet test
+	@./bootstrap test
+	$(call step,lint,$(MAKE) --no-print-directory lint)
+	$(call step,unit,$(MAKE) --no-print-directory unit)
+	$(call step,fleet-test,$(MAKE) --no-print-directory fleet-test)
+
+lint: ## Linters and type checks
+	$(call step,ruff check,ruff check .)
+	$(call step,ruff format,ruff format --check .)
+	$(call step,mypy,mypy --strict -p glm_fleet -p lab)
+	$(call step,yamllint,yamllint --strict .)
+	$(call step,ansible-lint,ansible-lint --profile production --offline --strict)
+	$(call step,syntax check,ansible-playbook -i inventory/example --syntax-check $(PLAYBOOKS) >/dev/null)
+
+unit: ## Unit tests: no network, no root
+	@python -m pytest tests/unit
+
+fleet-test: ## The real playbooks against the lab fleet, as root
+	@python -m pytest tests/fleet
+
+lab-up: ## Start the lab fleet: make lab-up NODES=3
+	@./bootstrap lab
+	@python -m lab up --nodes $(NODES)
+
+lab-down: ## Take the lab fleet down, with everything it made but its cache
+	@python -m lab down
+
+lab-status: ## Show the lab's hosts and upstreams
+	@python -m lab status
+
+bench: ## Run tests/bench and write reports/bench.json
+	@./bootstrap test
+	@python -m pytest tests/bench
+
+clean: ## Remove what was generated here, but not .venv and not the lab
+	rm -rf build reports .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks the lab fleet a question through its gateway and prints the answer as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .settings import GATEWAY, gpu_host
+
+PORT = 8080
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished completion: which node gave it, its tokens, and its times in seconds."""
+
+    node: str
+    tokens: int
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The rate after the first token; 0 with fewer than two tokens."""
+        streaming = self.total_s - self.first_token_s
+        return (self.tokens - 1) / streaming if self.tokens > 1 and streaming > 0 else 0.0
+
+
+def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON of each server-sent event up to [DONE]."""
+    for line in lines:
+        field, _, value = line.decode().strip().partition(":")
+        if field != "data":
+            continue
+        if value.strip() == "[DONE]":
+            return
+        yield json.loads(value)
+
+
+def model_name(url: str) -> str:
+    """Return the first model that the fleet serves."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT_S) as response:
+        return str(json.load(response)["data"][0]["id"])
+
+
+def ask(url: str, question: str, max_tokens: int) -> Answer:
+    """Stream one chat completion to standard output."""
+    body = {
+        "model": model_name(url),
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    begin = time.monotonic()
+    first = 0.0
+    tokens = 0
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        node = response.headers.get("X-Glm-Fleet-Node", "unknown")
+        for event in events(response):
+            for choice in event.get("choices", ()):
+                text = choice.get("delta", {}).get("content")
+                if text:
+                    first = first or time.monotonic() - begin
+                    print(text, end="", flush=True)
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    print()
+    return Answer(node, tokens, first, time.monotonic() - begin)
+
+
+def main() -> int:
+    """Ask, print the times, and say how to go on."""
+    parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
+    parser.add_argument("--url", default=f"http://{GATEWAY.address}:{PORT}")
+    parser.add_argument("--question", default="What does a gateway do?")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    arguments = parser.parse_args()
+    print(f"\n{arguments.url} is asked: {arguments.question}\n")
+    try:
+        answer = ask(arguments.url, arguments.question, arguments.max_tokens)
+    except (urllib.error.URLError, TimeoutError) as error:
+        print(
+            f"{arguments.url} did not answer. Expected: a chat completion. Found: {error}. "
+            "What to do: run ansible-playbook -i inventory/lab playbooks/health.yml.",
+            file=sys.stderr,
+        )
+        return 1
+    print(
+        f"\n{answer.tokens} tokens from {answer.node}: the first after "
+        f"{answer.first_token_s * 1000:.0f} ms, all within {answer.total_s:.2f} s, "
+        f"{answer.tokens_per_s:.1f} tok/s. The lab's model is small and random; its words "
+        "mean nothing.\n\n"
+        f"The API:         {arguments.url}/v1\n"
+        f"Into a node:     .venv/bin/python -m lab shell {gpu_host(1).name}\n"
+        "The fleet:       .venv/bin/ansible-playbook -i inventory/lab playbooks/health.yml\n"
+        "Take it down:    make lab-down"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

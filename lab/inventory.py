@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's Ansible inventory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from .hosts import KEY, KNOWN_HOSTS
+from .settings import INVENTORY, SSH, USER, Host
+from .system import write_atomic
+
+HEADER = "# Written by `make lab-up`; `make lab-down` removes it.\n---\n"
+
+
+def build(hosts: list[Host], upstream_vars: dict[str, Any]) -> dict[str, Any]:
+    """The inventory as data: groups gpu_nodes and gateways, and what all hosts share."""
+
+    def group(role: str) -> dict[str, Any]:
+        members = [host for host in hosts if host.role == role]
+        return {"hosts": {host.name: {"ansible_host": host.address} for host in members}}
+
+    ssh_arguments = {
+        "UserKnownHostsFile": KNOWN_HOSTS,
+        "StrictHostKeyChecking": "yes",
+        "IdentitiesOnly": "yes",
+        # Beside the lab's keys, so that `down` finds and ends shared connections to dead hosts.
+        "ControlPath": SSH / "cp-%C",
+    }
+    shared = {
+        "ansible_user": USER,
+        "ansible_ssh_private_key_file": str(KEY),
+        "ansible_ssh_common_args": " ".join(f"-o {k}={v}" for k, v in ssh_arguments.items()),
+        "ansible_python_interpreter": "/usr/bin/python3",
+    }
+    return {
+        "all": {
+            "vars": {**shared, **upstream_vars},
+            "children": {"gpu_nodes": group("gpu"), "gateways": group("gateway")},
+        }
+    }
+
+
+def write(hosts: list[Host], upstream_vars: dict[str, Any]) -> None:
+    text = yaml.safe_dump(build(hosts, upstream_vars), sort_keys=False, width=200)
+    write_atomic(INVENTORY, HEADER + text)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, addresses and folders of the lab, in one place."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = Path("/var/cache/glm-fleet-lab")
+STATE = Path("/var/lib/glm-fleet-lab")
+HOSTS = STATE / "hosts"
+UPSTREAMS = STATE / "upstreams"
+SSH = STATE / "ssh"
+LOCK = Path("/run/lock/glm-fleet-lab.lock")
+INVENTORY = REPOSITORY / "inventory" / "lab" / "hosts.yml"
+
+BRIDGE = "glmlab0"
+NETWORK = ipaddress.ip_network("10.77.0.0/24")
+BRIDGE_ADDRESS = "10.77.0.1"
+NETNS_PREFIX = "glmlab-"
+VETH_PREFIX = "glmv-"
+CGROUP = "glm-fleet-lab"
+
+GIT_PORT = 9418
+HUB_PORT = 8500
+FILES_PORT = 8501
+
+MAX_NODES = 64
+USER = "ops"
+GPU_STATE = "var/lib/glm-lab/gpu.json"
+
+PULL_REQUEST = 38476
+VLLM_VERSION = "0.32.0"
+TORCH_VERSION = "2.13.0+cpu"
+MODEL_REPOSITORY = "lab/tiny-glm"
+
+
+class LabError(Exception):
+    """A problem the operator can act on; printed as one sentence, exit code 2 (nothing changed)
+    when `changed` is False, else 1."""
+
+    def __init__(self, message: str, *, changed: bool = True) -> None:
+        super().__init__(message)
+        self.changed = changed
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host of the lab: its name, role ("gpu" or "gateway") and IPv4 address."""
+
+    name: str
+    role: str
+    address: str
+
+    @property
+    def folder(self) -> Path:
+        return HOSTS / self.name
+
+    @property
+    def root(self) -> Path:
+        """The mounted overlay: the root file system as the host sees it."""
+        return self.folder / "root"
+
+    @property
+    def netns(self) -> str:
+        return NETNS_PREFIX + self.name
+
+    @property
+    def veth(self) -> str:
+        return VETH_PREFIX + self.name
+
+
+def gpu_host(number: int) -> Host:
+    return Host(f"gpu{number:02d}", "gpu", str(NETWORK[10 + number]))
+
+
+GATEWAY = Host("gw01", "gateway", str(NETWORK[101]))
+
+
+def fleet(nodes: int) -> list[Host]:
+    """The gateway and the first `nodes` GPU nodes."""
+    return [gpu_host(number) for number in range(1, nodes + 1)] + [GATEWAY]
+
+
+ALL_HOSTS = {host.name: host for host in fleet(MAX_NODES)}
+
+
+def existing_hosts() -> list[Host]:
+    """The hosts that have a folder, in order."""
+    return [host for host in ALL_HOSTS.values() if host.folder.is_dir()]

@@ -1,0 +1,74 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Documentation of the action plugin of this name: everything happens on the controller."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: fleet_report
+short_description: Judges what was gathered from all hosts and prints one table
+version_added: "0.1.0"
+description:
+  - Runs on the controller, once for all hosts, and touches none of them.
+  - With O(kind=preflight) it compares facts with expectations and fails once when there is
+    an error, after printing every problem of every host.
+  - With O(kind=health) it gives a verdict on each node and gateway.
+author: "glm-fleet contributors (@glm-fleet)"
+options:
+  kind:
+    description: What to judge.
+    type: str
+    required: true
+    choices: [preflight, health]
+  hosts:
+    description: The hosts to report, in the order of the table.
+    type: list
+    elements: str
+    required: true
+  record:
+    description:
+      - Name of the variable in which each host keeps what was gathered, a mapping of
+        C(message) (why there are no facts, or empty), C(groups), C(node) (of M(node_info))
+        and C(expect) (a list of C(gpu_node) and C(expect)).
+      - For O(kind=health) also C(attestation) (of M(vllm_probe)) and C(gateway) (of
+        M(haproxy_info)).
+    type: str
+    required: true
+  dest:
+    description:
+      - Path of a JSON file to write on the controller, replaced atomically. Not written in
+        check mode.
+      - Its schema is C(glm-fleet/health/1) with schema, time, nodes, gateways and summary
+        (hosts by verdict), or C(glm-fleet/preflight/1) with schema, time, hosts, problems
+        and summary (errors, warnings).
+    type: path
+  fail_on:
+    description: For O(kind=health), the mildest verdict that fails the run. An unknown host
+      counts as broken.
+    type: str
+    default: broken
+    choices: [never, broken, degraded]
+attributes:
+  check_mode:
+    description: Prints the same table and writes no file.
+    support: full
+  diff_mode:
+    description: Changes no host, so there is nothing to show.
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Report every problem of every host
+  fleet_report:
+    kind: preflight
+    hosts: "{{ ansible_play_hosts_all }}"
+    record: __preflight_record
+  run_once: true
+"""
+
+RETURN = r"""
+summary:
+  description: The summary of the report, as in the JSON.
+  returned: success
+  type: dict
+"""

@@ -1,0 +1,209 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Thin module over glm_fleet.node."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: node_info
+short_description: Reads everything that preflight and health ask of a host
+version_added: "0.1.0"
+description:
+  - Reads the GPUs, the disks, the memory, the ports, the services, the artifacts and the
+    kernel's GPU errors of a host in one call, and writes nothing.
+  - Each fact is read on its own. What fails leaves its place empty and adds a sentence to
+    C(errors); the module itself does not fail.
+  - Wants root, because the owners of ports and the kernel's log are hidden from others.
+author: "glm-fleet contributors (@glm-fleet)"
+options:
+  gpus:
+    description: Whether to ask for GPUs, fabric manager and the kernel's Xid lines.
+    type: bool
+    default: true
+  commands:
+    description: Names of programs to look for on PATH.
+    type: list
+    elements: str
+    default: []
+  paths:
+    description: Paths whose file systems are measured; they need not exist.
+    type: list
+    elements: str
+    default: []
+  ports:
+    description: TCP ports whose listeners are named.
+    type: list
+    elements: int
+    default: []
+  users:
+    description: Names of users to look up.
+    type: list
+    elements: str
+    default: []
+  links:
+    description: Symbolic links to read, as a mapping of name to path.
+    type: dict
+    default: {}
+  unit:
+    description: The systemd unit that serves.
+    type: str
+    default: glm-serving.service
+  artifact_root:
+    description: The folder with published artifacts; empty to skip them.
+    type: str
+    default: ""
+  provenance_keys:
+    description: Keys of each artifact's provenance to return.
+    type: list
+    elements: str
+    default: []
+  controller_epoch:
+    description: The controller's clock when the task was sent, in seconds since 1970.
+    type: float
+  xid_window_s:
+    description: How far back the kernel's log of this boot is read, in seconds.
+    type: int
+    default: 86400
+attributes:
+  check_mode:
+    description: Reads only, so check mode makes no difference.
+    support: full
+  diff_mode:
+    description: Changes nothing, so there is nothing to show.
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Read the GPUs, one port and the space for the weights
+  node_info:
+    paths: [/srv/glm-fleet/artifacts]
+    ports: [8000]
+    controller_epoch: "{{ now().timestamp() }}"
+  register: answer
+"""
+
+RETURN = r"""
+node:
+  description: The facts.
+  returned: always
+  type: dict
+  contains:
+    os:
+      description: Id, version, name, kernel and arch.
+      type: dict
+      returned: always
+    python:
+      description: Version of the interpreter that runs the module.
+      type: str
+      returned: always
+    systemd:
+      description: Major version of systemd, or null.
+      type: int
+      returned: always
+    commands:
+      description: Path of each asked program, or null.
+      type: dict
+      returned: always
+    memory_total_bytes:
+      description: RAM in bytes.
+      type: int
+      returned: always
+    memory_available_bytes:
+      description: RAM that can be had without swapping, in bytes.
+      type: int
+      returned: always
+    uptime_s:
+      description: Seconds since the host was started.
+      type: float
+      returned: always
+    clock:
+      description: Own clock (epoch_s) and its difference to controller_epoch (skew_s), in
+        seconds. The difference contains the time that the call was under way.
+      type: dict
+      returned: always
+    disks:
+      description: Per path its nearest existing parent, mount point, device, free_bytes and
+        total_bytes. Paths of one device share its free space.
+      type: list
+      elements: dict
+      returned: always
+    listeners:
+      description: Who listens on the asked ports, as port, pid, name, user, unit and command.
+      type: list
+      elements: dict
+      returned: always
+    users:
+      description: Per name whether it exists, its uid, and whether it is a system user.
+      type: dict
+      returned: always
+    links:
+      description: Per name the path, the target (null when it is no link) and whether it exists.
+      type: dict
+      returned: always
+    unit:
+      description: Name, load_state, active_state, sub_state, n_restarts, main_pid,
+        invocation_id and active_since.
+      type: dict
+      returned: always
+    vllm_processes:
+      description: Processes of vLLM servers, as pid, name, user, unit and command.
+      type: list
+      elements: dict
+      returned: always
+    artifacts:
+      description: Published artifacts as kind, id, bytes and provenance.
+      type: list
+      elements: dict
+      returned: always
+    staging_bytes:
+      description: Bytes on disk of artifacts on their way, by kind.
+      type: dict
+      returned: always
+    gpu:
+      description: Driver and CUDA version, the GPUs, their links, and an error.
+      type: dict
+      returned: when asked for
+    fabric_manager:
+      description: State of the fabric manager, its version, and the number of nvswitches.
+      type: dict
+      returned: when asked for
+    xids:
+      description: Xid and SXid lines as kind, code, device, time_s and message.
+      type: list
+      elements: dict
+      returned: when asked for
+    errors:
+      description: One sentence for each fact that could not be read.
+      type: list
+      elements: str
+      returned: always
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.node import Host, NodeQuery, read_node
+from ansible.module_utils.glm_fleet.runner import run_program
+
+
+def main() -> None:
+    """Read the facts and hand them back."""
+    module = AnsibleModule(
+        argument_spec={
+            "gpus": {"type": "bool", "default": True},
+            "commands": {"type": "list", "elements": "str", "default": []},
+            "paths": {"type": "list", "elements": "str", "default": []},
+            "ports": {"type": "list", "elements": "int", "default": []},
+            "users": {"type": "list", "elements": "str", "default": []},
+            "links": {"type": "dict", "default": {}},
+            "unit": {"type": "str", "default": "glm-serving.service"},
+            "artifact_root": {"type": "str", "default": ""},
+            "provenance_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
+            "controller_epoch": {"type": "float"},
+            "xid_window_s": {"type": "int", "default": 86400},
+        },
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, node=read_node(NodeQuery(**module.params), Host(run_program)))
+
+
+if __name__ == "__main__":
+    main()

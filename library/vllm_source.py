@@ -1,0 +1,177 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's source at a ref with pinned pull requests on it."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_source
+version_added: "0.1.0"
+short_description: Put pinned pull requests onto a ref of vLLM
+description:
+  - Asks a git repository for a ref and for the heads of pull requests, and puts the pull
+    requests onto the ref in a scratch worktree.
+  - Conflicts of a known structure are joined, anything else is refused; the result is
+    verified as a whole before a file of it is kept.
+author: glm-fleet contributors (@glm-fleet)
+attributes:
+  check_mode:
+    description: V(resolved) writes nothing in any mode; V(patched) does nothing.
+    support: full
+options:
+  state:
+    description:
+      - V(resolved) only asks the remote repository and compares the heads.
+      - V(patched) fetches, cherry-picks, joins, verifies, and writes the changed files
+        below O(dest).
+    type: str
+    choices: [resolved, patched]
+    required: true
+  repository:
+    description: URL or path of the repository, or of a bundle file.
+    type: str
+    required: true
+  ref:
+    description: Tag, branch, full ref or full commit SHA.
+    type: str
+    required: true
+  pull_requests:
+    description: Pull requests in the order they are applied.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      number:
+        description: Number of the pull request.
+        type: int
+        required: true
+      head:
+        description: Full SHA of the commit that its head must be.
+        type: str
+        required: true
+      drop:
+        description: Files or folders of the pull request that are left out.
+        type: list
+        elements: str
+        default: []
+  cache:
+    description: Folder of the bare clones.
+    type: path
+    required: true
+  dest:
+    description: Folder for the changed files. Replaced. Needed for O(state=patched).
+    type: path
+  backend:
+    description: Attention backend that the result must register. Empty for none.
+    type: str
+    default: TRITON_MLA_SPARSE
+"""
+
+EXAMPLES = r"""
+- name: Ask for the ref and the pull request
+  vllm_source:
+    state: resolved
+    repository: https://github.com/vllm-project/vllm.git
+    ref: v0.23.0
+    pull_requests:
+      - number: 38476
+        head: 3740c02bb1223d37823593664ae3eafa397b9937
+    cache: /var/lib/glm-fleet/git
+"""
+
+RETURN = r"""
+source:
+  description: The repository (without credentials), the ref and the commits.
+  returned: always
+  type: dict
+  contains:
+    url: {description: Repository., type: str}
+    ref: {description: The ref as given., type: str}
+    sha: {description: Commit of the ref., type: str}
+    pull_requests: {description: The pull requests as given., type: list, elements: dict}
+report:
+  description:
+    - Commits picked, files changed and dropped, conflicts with the rule that joined each,
+      and every check with its outcome.
+  returned: for O(state=patched), not in check mode
+  type: dict
+checks:
+  description: Checks with their outcome, when one of them failed.
+  returned: on failure of a check
+  type: list
+  elements: dict
+conflicts:
+  description: Places with both sides and the closest rule, when no rule knows one of them.
+  returned: on a conflict without a rule
+  type: list
+  elements: dict
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.merge import Resolver
+from ansible.module_utils.glm_fleet.runner import run_program
+from ansible.module_utils.glm_fleet.source import Compiler, PullRequest, Repository
+from ansible.module_utils.glm_fleet.verify import Expectations
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Resolve or patch, as the parameters say."""
+    params = module.params
+    repository = Repository(params["repository"], Path(params["cache"]), run_program)
+    pulls = [
+        PullRequest(each["number"], each["head"], tuple(each["drop"]))
+        for each in params["pull_requests"]
+    ]
+    resolved = repository.resolve(params["ref"], pulls)
+    source = {
+        "url": resolved.url,
+        "ref": resolved.ref,
+        "sha": resolved.sha,
+        "pull_requests": params["pull_requests"],
+    }
+    if params["state"] == "resolved":
+        return {"changed": False, "source": source}
+    if module.check_mode:
+        return {"changed": True, "source": source}
+    repository.fetch(resolved, pulls)
+    compiler = Compiler(repository, Resolver(), Expectations(backend=params["backend"]))
+    patched = compiler.build(resolved, pulls, dest=Path(params["dest"]))
+    return {"changed": True, "source": source, "report": patched.report()}
+
+
+def main() -> None:
+    """Wire the source core to Ansible."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "required": True, "choices": ["resolved", "patched"]},
+            "repository": {"type": "str", "required": True},
+            "ref": {"type": "str", "required": True},
+            "pull_requests": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "number": {"type": "int", "required": True},
+                    "head": {"type": "str", "required": True},
+                    "drop": {"type": "list", "elements": "str", "default": []},
+                },
+            },
+            "cache": {"type": "path", "required": True},
+            "dest": {"type": "path"},
+            "backend": {"type": "str", "default": "TRITON_MLA_SPARSE"},
+        },
+        required_if=[("state", "patched", ["dest"])],
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**run(module))
+    except FleetError as error:
+        module.fail_json(**error.as_fail())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel of vLLM: the published one, and the one with the patched files in it."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_wheel
+version_added: "0.1.0"
+short_description: Fetch a wheel of vLLM, or overlay patched files on it
+description:
+  - The base wheel is proven to be made of the source at the ref, Python file by Python file.
+  - Nothing is compiled and nothing is recompressed. The same inputs give the same bytes.
+author: glm-fleet contributors (@glm-fleet)
+attributes:
+  check_mode:
+    description: Tells what is there and writes nothing.
+    support: full
+options:
+  state:
+    description:
+      - V(fetched) makes the base wheel available and hashes it.
+      - V(overlaid) writes the patched wheel into O(dest).
+    type: str
+    choices: [fetched, overlaid]
+    required: true
+  base:
+    description: Path of the base wheel, or a requirement of the form C(name==version).
+    type: str
+    required: true
+  dest:
+    description: Folder for the wheel that is written.
+    type: path
+    required: true
+  python_version:
+    description: Python of the nodes, to choose the wheel of a requirement.
+    type: str
+    required: true
+  platform:
+    description: Platform of the nodes, such as V(x86_64-manylinux_2_35).
+    type: str
+    required: true
+  exclude_newer:
+    description: Date; files that the index got later do not count.
+    type: str
+    default: ""
+  index_url:
+    description: Package index. That of the environment if empty.
+    type: str
+    default: ""
+  find_links:
+    description: Folders or URLs with more wheels.
+    type: list
+    elements: str
+    default: []
+  git_dir_cache:
+    description: Folder of the bare clones of M(vllm_source).
+    type: path
+  repository:
+    description: Repository as given to M(vllm_source).
+    type: str
+  commit:
+    description: Commit that the base wheel was made of.
+    type: str
+  patch:
+    description: Folder with the changed files.
+    type: path
+  changed:
+    description: Paths of the changed files in the source tree.
+    type: list
+    elements: str
+    default: []
+  exceptions:
+    description: Python files that the wheel's packager changed on purpose.
+    type: list
+    elements: str
+    default: []
+  name:
+    description: Name of the distribution that is written.
+    type: str
+    default: vllm
+  version:
+    description: Version of the distribution that is written, with its local label.
+    type: str
+  drop_requirements:
+    description: Names whose C(Requires-Dist) is left out.
+    type: list
+    elements: str
+    default: []
+"""
+
+EXAMPLES = r"""
+- name: Fetch the base wheel
+  vllm_wheel:
+    state: fetched
+    base: vllm==0.23.0
+    dest: /var/lib/glm-fleet/downloads/base
+    python_version: "3.12"
+    platform: x86_64-manylinux_2_35
+"""
+
+RETURN = r"""
+wheel:
+  description: The wheel. Empty in check mode when it is not there yet.
+  returned: always
+  type: dict
+  contains:
+    path: {description: Path., type: str}
+    file: {description: File name., type: str}
+    name: {description: Distribution., type: str}
+    version: {description: Version., type: str}
+    sha256: {description: SHA-256 in hex., type: str}
+against_source:
+  description: How many Python files are equal, only in the wheel, and excepted.
+  returned: for O(state=overlaid), not in check mode
+  type: dict
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.artifact import sha256_file, write_atomically
+from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.lock import Packages, Target
+from ansible.module_utils.glm_fleet.runner import run_program
+from ansible.module_utils.glm_fleet.source import Repository
+from ansible.module_utils.glm_fleet.wheel import (
+    WheelFile,
+    check_against_tree,
+    overlay,
+    read_wheel,
+)
+
+
+def _known(record: Path) -> Path | None:
+    """Return the wheel that an earlier run fetched, if its hash is still the same."""
+    try:
+        data = json.loads(record.read_text())
+        path = record.parent / str(data["file"])
+        return path if sha256_file(path) == data["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
+    params = module.params
+    if params["base"].endswith(".whl"):
+        return False, read_wheel(Path(params["base"]))
+    words = (params["base"], params["python_version"], params["platform"])
+    record = Path(params["dest"], "-".join(words).replace("/", "_") + ".json")
+    path = _known(record)
+    if path:
+        return False, read_wheel(path)
+    if module.check_mode:
+        return True, None
+    if "==" not in params["base"]:
+        raise FleetError(
+            "The base wheel is not pinned",
+            expected="a path that ends in .whl, or name==version",
+            found=params["base"],
+            remedy="correct release_base_wheel",
+        )
+    packages = Packages(
+        runner=run_program,
+        uv=shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
+        python=sys.executable,
+        target=Target(params["python_version"], params["platform"]),
+        store=record.parent,
+        exclude_newer=params["exclude_newer"],
+        index_url=params["index_url"],
+        find_links=tuple(params["find_links"]),
+    )
+    locked = packages.compile([params["base"]], with_dependencies=False)
+    wheel = read_wheel(packages.download(locked)[locked[0].name])
+    name = str(wheel.path.relative_to(record.parent))
+    write_atomically(record, json.dumps({"file": name, "sha256": wheel.sha256}) + "\n")
+    return True, wheel
+
+
+def _overlay(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    if module.check_mode:
+        return {"changed": True, "wheel": {}}
+    base = read_wheel(Path(params["base"]))
+    repository = Repository(params["repository"], Path(params["git_dir_cache"]), run_program)
+    counts = check_against_tree(
+        base.path,
+        repository.tree(params["commit"]),
+        exceptions=params["exceptions"],
+        changed=params["changed"],
+    )
+    path = overlay(
+        base,
+        Path(params["patch"]),
+        params["changed"],
+        Path(params["dest"]),
+        name=params["name"],
+        version=params["version"],
+        drop_requirements=params["drop_requirements"],
+    )
+    wheel = {**read_wheel(path).as_dict(), "path": str(path)}
+    return {"changed": True, "wheel": wheel, "against_source": counts}
+
+
+def main() -> None:
+    """Wire the wheel core to Ansible."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "required": True, "choices": ["fetched", "overlaid"]},
+            "base": {"type": "str", "required": True},
+            "dest": {"type": "path", "required": True},
+            "python_version": {"type": "str", "required": True},
+            "platform": {"type": "str", "required": True},
+            "exclude_newer": {"type": "str", "default": ""},
+            "index_url": {"type": "str", "default": ""},
+            "find_links": {"type": "list", "elements": "str", "default": []},
+            "git_dir_cache": {"type": "path"},
+            "repository": {"type": "str"},
+            "commit": {"type": "str"},
+            "patch": {"type": "path"},
+            "changed": {"type": "list", "elements": "str", "default": []},
+            "exceptions": {"type": "list", "elements": "str", "default": []},
+            "name": {"type": "str", "default": "vllm"},
+            "version": {"type": "str"},
+            "drop_requirements": {"type": "list", "elements": "str", "default": []},
+        },
+        required_if=[
+            ("state", "overlaid", ["git_dir_cache", "repository", "commit", "patch", "version"])
+        ],
+        supports_check_mode=True,
+    )
+    try:
+        if module.params["state"] == "overlaid":
+            module.exit_json(**_overlay(module))
+        changed, wheel = _fetch(module)
+        described = {**wheel.as_dict(), "path": str(wheel.path)} if wheel else {}
+        module.exit_json(changed=changed, wheel=described)
+    except FleetError as error:
+        module.fail_json(**error.as_fail())
+
+
+if __name__ == "__main__":
+    main()

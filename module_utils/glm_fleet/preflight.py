@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a host must have, compared with what it has.
+
+`evaluate` takes the facts of node_info and the expectations of the role preflight, both
+plain data, and returns every problem at once: an ``error`` stops the run, a ``warning`` is
+only named. `hardware_problems` is the part that stays true while a node serves; the health
+report uses it too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from .errors import FleetError
+
+ERROR = "error"
+WARNING = "warning"
+
+_HARMFUL_THROTTLING = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it must be, and what to do about it."""
+
+    host: str
+    check: str
+    expected: str
+    found: str
+    remedy: str
+    severity: str = ERROR
+
+    def as_dict(self) -> dict[str, str]:
+        """Return plain data."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Space that the next run takes below ``path``, in bytes.
+
+    Nothing is needed when a published artifact of ``kind`` has all of ``provenance`` (a
+    subset, also in nested mappings); bytes that are on their way count as there.
+    """
+
+    what: str
+    path: str
+    bytes: int
+    kind: str = ""
+    provenance: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """The ``preflight_*`` variables without their prefix; see the role's argument_specs.
+
+    The fields from ``gpu_count`` on are asked of GPU nodes only.
+    """
+
+    architectures: Sequence[str]
+    python_min: str
+    systemd_min: int
+    clock_skew_s: float
+    port: int
+    unit: str
+    disk: Sequence[DiskNeed]
+    commands: Sequence[str] = ()
+    ram_bytes: int = 0
+    user: str = ""
+    gpu_count: int = 0
+    gpu_model: str = ""
+    compute_capability: str = ""
+    gpu_memory_mib: int = 0
+    gpu_memory_in_use_mib: int = 0
+    driver_min: str = "0"
+    nvlink: bool = False
+    xid_ignore: Sequence[int] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Expectations:
+        """Read plain data. Raises `FleetError` for a name that is unknown or missing."""
+        known = {each.name for each in fields(cls)}
+        required = {each.name for each in fields(cls) if each.default is MISSING}
+        if not required <= set(data) <= known:
+            raise FleetError(
+                "The expectations of preflight are not complete",
+                expected=f"{sorted(required)}, and any of {sorted(known - required)}",
+                found=str(sorted(data)),
+            )
+        disk = [DiskNeed(**{**need, "bytes": int(need["bytes"])}) for need in data["disk"]]
+        return cls(**{**data, "disk": disk})
+
+
+def evaluate(
+    host: str, facts: Mapping[str, Any], expect: Expectations, *, gpu_node: bool
+) -> list[Problem]:
+    """Return every problem of one host; ``gpu_node`` is false for a gateway."""
+    problems = [*_system(host, facts, expect), *_disk(host, facts, expect)]
+    problems += _port(host, facts, expect)
+    if gpu_node:
+        problems += _user(host, facts, expect)
+        problems += hardware_problems(host, facts, expect)
+        problems += _left_over(host, facts, expect)
+    for error in facts.get("errors", ()):
+        problems.append(
+            Problem(
+                host,
+                "facts",
+                "an answer",
+                str(error),
+                "look at this tool on the host",
+                WARNING,
+            )
+        )
+    return problems
+
+
+def unreachable(host: str, message: str) -> Problem:
+    """Return the problem of a host that could not be asked at all."""
+    return Problem(
+        host,
+        "connection",
+        "an answer over SSH, with root by become",
+        " ".join(message.split())[:300] or "no answer",
+        f"try: ansible -i INVENTORY -b -m ping {host}",
+    )
+
+
+def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations) -> list[Problem]:
+    """Return the problems of GPUs, driver, links, fabric manager and kernel log."""
+    report = facts.get("gpu", {})
+    gpus: list[Mapping[str, Any]] = list(report.get("gpus", ()))
+    problems: list[Problem] = []
+
+    def add(check: str, expected: str, found: str, remedy: str, severity: str = ERROR) -> None:
+        problems.append(Problem(host, check, expected, found, remedy, severity))
+
+    def each_gpu(
+        check: str,
+        expected: str,
+        found: Callable[[Mapping[str, Any]], str | None],
+        remedy: str,
+        severity: str = ERROR,
+    ) -> None:
+        """Add one problem per wrong value; ``found`` returns None for a GPU that is right."""
+        wrong: dict[str, list[int]] = {}
+        for gpu in gpus:
+            value = found(gpu)
+            if value is not None:
+                wrong.setdefault(value, []).append(gpu["index"])
+        for value, indexes in wrong.items():
+            add(check, expected, f"{value} on GPU {_ranges(indexes)}", remedy, severity)
+
+    if report.get("error"):
+        add(
+            "driver",
+            "nvidia-smi answers",
+            report["error"],
+            "install or repair the NVIDIA driver; see dmesg, and reboot if it names a GPU",
+        )
+        if not gpus:
+            return [*problems, *_xids(host, facts, expect)]
+    if len(gpus) != expect.gpu_count:
+        add(
+            "GPU count",
+            str(expect.gpu_count),
+            f"{len(gpus)} (GPU {_ranges([gpu['index'] for gpu in gpus])})" if gpus else "0",
+            "look for a GPU that fell off the bus: dmesg, lspci; power-cycle the node",
+        )
+    each_gpu(
+        "GPU model",
+        f"like {expect.gpu_model}",
+        lambda gpu: None if re.search(expect.gpu_model, gpu["name"]) else gpu["name"],
+        "take the node out of gpu_nodes, or set preflight_gpu_model",
+    )
+    each_gpu(
+        "compute capability",
+        expect.compute_capability,
+        lambda gpu: (
+            None
+            if gpu["compute_capability"] == expect.compute_capability
+            else gpu["compute_capability"] or "unknown"
+        ),
+        "take the node out of gpu_nodes, or set preflight_compute_capability",
+    )
+    each_gpu(
+        "GPU memory",
+        f"{expect.gpu_memory_mib} MiB or more",
+        lambda gpu: (
+            None
+            if (gpu["memory_total_mib"] or 0) >= expect.gpu_memory_mib
+            else f"{gpu['memory_total_mib'] or 'unknown'} MiB"
+        ),
+        "take the node out of gpu_nodes: the model does not fit",
+    )
+    driver = report.get("driver_version")
+    if driver and version(driver) < version(expect.driver_min):
+        add(
+            "driver version",
+            f"{expect.driver_min} or newer",
+            driver,
+            "install a newer driver, or choose a release built for an older CUDA",
+        )
+    each_gpu(
+        "MIG",
+        "off",
+        _mig,
+        "nvidia-smi -mig 0, then reset the GPU or reboot",
+    )
+    each_gpu(
+        "ECC",
+        "on",
+        lambda gpu: "off" if gpu["ecc_current"] == "Disabled" else None,
+        "nvidia-smi -e 1, then reboot",
+    )
+    each_gpu(
+        "ECC errors",
+        "no uncorrectable error since the driver was loaded",
+        lambda gpu: _count(gpu["volatile_uncorrectable"], "uncorrectable"),
+        "reset the GPU or reboot; if it comes back, have the board replaced",
+    )
+    each_gpu(
+        "ECC history",
+        "no uncorrectable error in the life of the board",
+        lambda gpu: (
+            None
+            if gpu["volatile_uncorrectable"]
+            else _count(gpu["aggregate_uncorrectable"], "uncorrectable")
+        ),
+        "watch it: the rows were remapped",
+        WARNING,
+    )
+    each_gpu(
+        "row remap",
+        "none pending",
+        lambda gpu: "pending" if gpu["remap_pending"] else None,
+        "reset the GPU or reboot so that the rows are remapped",
+    )
+    each_gpu(
+        "row remap",
+        "no failure",
+        lambda gpu: "failed" if gpu["remap_failure"] else None,
+        "have the board replaced",
+    )
+    each_gpu(
+        "recovery",
+        "no action asked for",
+        lambda gpu: gpu["recovery_action"],
+        "do what the driver asks for, then run again",
+    )
+    each_gpu(
+        "throttling",
+        "no hardware slowdown",
+        lambda gpu: (
+            ", ".join(reason for reason in gpu["throttle_reasons"] if reason in _HARMFUL_THROTTLING)
+            or None
+        ),
+        "check cooling and power of the node",
+        WARNING,
+    )
+    pcie_only = report.get("nvlink", {}).get("pcie_only", ())
+    pairs = report.get("nvlink", {}).get("pairs", 0)
+    if expect.nvlink and len(gpus) > 1 and (pcie_only or not pairs):
+        add(
+            "NVLink",
+            "between all GPUs",
+            f"PCIe only: {_shortened(pcie_only)}" if pairs else "no link told",
+            "check fabric manager and bridges, or set preflight_nvlink: false for PCIe boards",
+        )
+    problems += _fabric(host, facts, driver)
+    return [*problems, *_xids(host, facts, expect)]
+
+
+def version(text: str) -> tuple[int, ...]:
+    """Return the leading numbers of a dotted version, for comparison."""
+    match = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def human_bytes(count: float) -> str:
+    """Return a size as disks are sold: ``475.0 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _system(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    def wrong(check: str, expected: str, found: Any, remedy: str) -> Problem:
+        return Problem(host, check, expected, str(found), remedy)
+
+    arch = facts.get("os", {}).get("arch")
+    if arch not in expect.architectures:
+        yield wrong(
+            "architecture",
+            " or ".join(expect.architectures),
+            arch or "unknown",
+            "use a host of that architecture",
+        )
+    if version(facts["python"]) < version(expect.python_min):
+        yield wrong(
+            "Python",
+            f"{expect.python_min} or newer",
+            facts["python"],
+            "install it and set ansible_python_interpreter",
+        )
+    systemd = facts.get("systemd")
+    if systemd is None or systemd < expect.systemd_min:
+        yield wrong(
+            "systemd",
+            f"{expect.systemd_min} or newer, as PID 1",
+            systemd or "none",
+            "use a newer distribution",
+        )
+    elif not facts.get("unit"):
+        yield wrong(
+            "systemd",
+            "it answers, as PID 1",
+            "installed, but no answer",
+            "boot the host with systemd",
+        )
+    missing = [name for name in expect.commands if not facts.get("commands", {}).get(name)]
+    if missing:
+        yield wrong(
+            "commands",
+            ", ".join(expect.commands),
+            f"missing: {', '.join(missing)}",
+            "install the packages that provide them",
+        )
+    memory = facts.get("memory_total_bytes")
+    if memory is None or memory < expect.ram_bytes:
+        yield wrong(
+            "RAM",
+            f"{human_bytes(expect.ram_bytes)} or more",
+            "unknown" if memory is None else human_bytes(memory),
+            "use a bigger host, or set preflight_ram_bytes",
+        )
+    skew = facts.get("clock", {}).get("skew_s")
+    if skew is not None and abs(skew) > expect.clock_skew_s:
+        yield wrong(
+            "clock",
+            f"within {expect.clock_skew_s:g} s of the controller",
+            f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}",
+            "start a time service (chrony) on the host, or on the controller",
+        )
+
+
+def _disk(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    """Compare what is missing with what is free, per file system: paths may share one."""
+    disks = {disk["path"]: disk for disk in facts.get("disks", ())}
+    missing: dict[Any, dict[str, int]] = {}
+    staged = dict(facts.get("staging_bytes", {}))
+    for need in expect.disk:
+        disk = disks.get(need.path)
+        if disk is None:
+            yield Problem(
+                host,
+                "disk",
+                f"{human_bytes(need.bytes)} below {need.path}",
+                "unknown",
+                "check that the path can be read",
+            )
+            continue
+        lacking = 0 if _published(need, facts) else need.bytes - staged.pop(need.kind, 0)
+        if lacking > 0:
+            missing.setdefault(disk["device"], {})[need.what] = lacking
+    for device, parts in missing.items():
+        disk = next(each for each in disks.values() if each["device"] == device)
+        if sum(parts.values()) > disk["free_bytes"]:
+            listed = " + ".join(f"{what} {human_bytes(size)}" for what, size in parts.items())
+            yield Problem(
+                host,
+                f"disk {disk['mount']}",
+                f"{human_bytes(sum(parts.values()))} free for {listed}",
+                f"{human_bytes(disk['free_bytes'])} free of {human_bytes(disk['total_bytes'])}",
+                "free space, mount a bigger disk there, or remove old artifacts",
+            )
+
+
+def _published(need: DiskNeed, facts: Mapping[str, Any]) -> bool:
+    return bool(need.provenance) and any(
+        artifact["kind"] == need.kind and _is_subset(need.provenance, artifact["provenance"])
+        for artifact in facts.get("artifacts", ())
+    )
+
+
+def _is_subset(wanted: Any, actual: Any) -> bool:
+    if isinstance(wanted, Mapping):
+        return isinstance(actual, Mapping) and all(
+            key in actual and _is_subset(value, actual[key]) for key, value in wanted.items()
+        )
+    return bool(wanted == actual)
+
+
+def _port(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    for listener in facts.get("listeners", ()):
+        if listener["port"] == expect.port and listener["unit"] != expect.unit:
+            owner = (
+                f"{listener['name']} (pid {listener['pid']}, user {listener['user']}, "
+                f"{listener['unit'] or 'no unit'})"
+                if listener["pid"]
+                else "a process that cannot be seen"
+            )
+            yield Problem(
+                host,
+                f"port {expect.port}",
+                f"free, or held by {expect.unit}",
+                f"held by {owner}",
+                "stop it, or choose another port",
+            )
+
+
+def _user(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    user = facts.get("users", {}).get(expect.user, {})
+    if user.get("exists") and not user["system"]:
+        yield Problem(
+            host,
+            f"user {expect.user}",
+            "a system user (uid below 1000), or none yet",
+            f"uid {user['uid']}: a person's account",
+            "choose another name for the service's user",
+        )
+
+
+def _left_over(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    """Name engines and GPU memory that are not our running service's.
+
+    A SIGKILL of the API server leaves engine and workers behind with the memory held while
+    the port is free.
+    """
+    serving = facts.get("unit", {}).get("active_state") in ("active", "activating", "reloading")
+
+    def ours(process: Mapping[str, Any]) -> bool:
+        return serving and process["unit"] == expect.unit
+
+    strangers = [each for each in facts.get("vllm_processes", ()) if not ours(each)]
+    if strangers:
+        yield Problem(
+            host,
+            "vLLM processes",
+            f"none outside the running {expect.unit}",
+            "; ".join(f"pid {p['pid']} ({p['user']}): {p['command'][:80]}" for p in strangers[:4]),
+            "end them: they hold GPU memory that the service needs",
+        )
+    gpus = facts.get("gpu", {}).get("gpus", ())
+    full = [gpu for gpu in gpus if (gpu["memory_used_mib"] or 0) > expect.gpu_memory_in_use_mib]
+    # In a container the driver lists no processes: then a service that runs on every GPU
+    # is taken as the owner of memory that is in use on every GPU.
+    if serving and len(full) == len(gpus) and not any(gpu["processes"] for gpu in gpus):
+        return
+    for gpu in gpus:
+        foreign = [process for process in gpu["processes"] if not ours(process)]
+        if foreign or (gpu in full and not gpu["processes"]):
+            holders = ", ".join(f"pid {p['pid']} {p['name']}" for p in foreign)
+            yield Problem(
+                host,
+                "GPU memory in use",
+                f"only by the running {expect.unit}",
+                f"{gpu['memory_used_mib']} MiB on GPU {gpu['index']} "
+                f"by {holders or 'no process that is listed'}",
+                "end what uses it" if holders else "reset the GPU or reboot the node",
+            )
+
+
+def _fabric(host: str, facts: Mapping[str, Any], driver: str | None) -> Iterable[Problem]:
+    """Boards with NVSwitch answer CUDA error 802 without a fabric manager like the driver."""
+    fabric = facts.get("fabric_manager", {})
+    if not fabric.get("nvswitches"):
+        return
+    if fabric.get("active_state") != "active":
+        yield Problem(
+            host,
+            "fabric manager",
+            "active: this board has NVSwitches",
+            fabric.get("active_state") or "not installed",
+            "install nvidia-fabricmanager of the driver's version and start it",
+        )
+    elif driver and fabric.get("version") and fabric["version"] != driver:
+        yield Problem(
+            host,
+            "fabric manager",
+            f"version {driver}, as the driver",
+            fabric["version"],
+            "install the matching nvidia-fabricmanager and restart it",
+        )
+
+
+def _xids(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    counts: dict[tuple[str, int], int] = {}
+    last: dict[tuple[str, int], str] = {}
+    for xid in facts.get("xids", ()):
+        key = (xid["kind"], xid["code"])
+        if xid["kind"] == "SXid" or xid["code"] not in expect.xid_ignore:
+            counts[key] = counts.get(key, 0) + 1
+            last[key] = xid["message"]
+    for (kind, code), count in counts.items():
+        # The switch says itself whether the fault touched what runs over it.
+        harmless = kind == "SXid" and "non-fatal" in last[kind, code].lower()
+        yield Problem(
+            host,
+            f"{kind} {code}",
+            "none in the kernel log",
+            f"{count} x, last: {last[kind, code][:160]}",
+            f"look up {kind} {code} in NVIDIA's list; drain, then reset the GPU or reboot",
+            WARNING if harmless else ERROR,
+        )
+
+
+def _mig(gpu: Mapping[str, Any]) -> str | None:
+    if gpu["mig_current"] == "Enabled":
+        return "on"
+    return "on after the next reset" if gpu["mig_pending"] == "Enabled" else None
+
+
+def _count(count: int | None, what: str) -> str | None:
+    return f"{count} {what}" if count else None
+
+
+def _shortened(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Write 0, 1, 2, 5 as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables for people and JSON for machines: pure rendering, and one atomic write."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .health import GatewayHealth, NodeHealth
+from .preflight import ERROR, Problem
+
+PREFLIGHT_SCHEMA = "glm-fleet/preflight/1"
+HEALTH_SCHEMA = "glm-fleet/health/1"
+
+_GAP = "  "
+_NARROWEST = 6
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text; ``tone`` is "good", "warning", "bad" or empty."""
+
+    text: str
+    tone: str = ""
+
+
+def render_table(
+    heading: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    tones: Sequence[str] = (),
+) -> list[Line]:
+    """Return an aligned table no wider than ``width`` columns, long cells wrapped.
+
+    ``tones`` are one per row. A table of many columns may still exceed a tiny width.
+    """
+    widths = _fit(heading, rows, width)
+    lines = [*_render_row(heading, widths, ""), Line(_GAP.join("-" * size for size in widths))]
+    for place, row in enumerate(rows):
+        lines += _render_row(row, widths, tones[place] if place < len(tones) else "")
+    return lines
+
+
+def render_preflight(hosts: Sequence[str], problems: Sequence[Problem], width: int) -> list[Line]:
+    """Return the table of every problem of every host, errors first within a host."""
+    if not problems:
+        return [Line(f"Preflight: no problem on {_plural(len(hosts), 'host')}.", "good")]
+    order = {host: place for place, host in enumerate(hosts)}
+    ranked = sorted(problems, key=lambda each: (order[each.host], each.severity != ERROR))
+    rows = [
+        (
+            each.host,
+            each.check if each.severity == ERROR else f"{each.check} ({each.severity})",
+            each.expected,
+            each.found,
+            each.remedy,
+        )
+        for each in ranked
+    ]
+    tones = ["bad" if each.severity == ERROR else "warning" for each in ranked]
+    heading = ("host", "check", "expected", "found", "what to do")
+    return [
+        *render_table(heading, rows, width, tones),
+        Line(""),
+        Line(preflight_sentence(hosts, problems), "bad" if _errors(problems) else "warning"),
+    ]
+
+
+def preflight_sentence(hosts: Sequence[str], problems: Sequence[Problem]) -> str:
+    """Sum up: how many problems on how many hosts, and that nothing was changed."""
+    errors = _errors(problems)
+    warnings = len(problems) - len(errors)
+    touched = len({each.host for each in errors})
+    return (
+        f"Preflight: {_plural(len(errors), 'problem')} on {touched} of "
+        f"{_plural(len(hosts), 'host')}, {_plural(warnings, 'warning')}. Nothing was changed."
+    )
+
+
+def preflight_json(hosts: Sequence[str], problems: Sequence[Problem], time: str) -> dict[str, Any]:
+    """Return {schema, time, hosts, problems, summary: {errors, warnings}}."""
+    errors = len(_errors(problems))
+    return {
+        "schema": PREFLIGHT_SCHEMA,
+        "time": time,
+        "hosts": list(hosts),
+        "problems": [each.as_dict() for each in problems],
+        "summary": {"errors": errors, "warnings": len(problems) - errors},
+    }
+
+
+def render_health(
+    nodes: Sequence[NodeHealth], gateways: Sequence[GatewayHealth], width: int
+) -> list[Line]:
+    """Return the fleet's table, then one line for each thing that is not healthy."""
+    heading = (
+        "node",
+        "GPUs",
+        "release",
+        "model",
+        "unit",
+        "attestation",
+        "tok/s",
+        "gateway",
+        "verdict",
+    )
+    rows = [
+        (
+            node.name,
+            node.gpus,
+            node.release or "-",
+            node.model or "-",
+            node.unit or "-",
+            node.attestation or "-",
+            "-" if node.tokens_per_second is None else f"{node.tokens_per_second:.1f}",
+            node.gateway_cell or "-",
+            node.verdict,
+        )
+        for node in nodes
+    ]
+    lines = render_table(heading, rows, width, [_TONES[node.verdict] for node in nodes])
+    for gateway in gateways:
+        version = f" (HAProxy {gateway.version})" if gateway.version else ""
+        text = f"gateway {gateway.name}{version}: {gateway.verdict}, {gateway.up} UP"
+        lines.append(Line(text, _TONES[gateway.verdict]))
+    hosts: list[NodeHealth | GatewayHealth] = [*nodes, *gateways]
+    for each in hosts:
+        if each.reasons:
+            text = f"{each.name} is {each.verdict}: {'; '.join(each.reasons)}."
+            if each.next_step:
+                text += f" What to do: {each.next_step}."
+            lines += [
+                Line(part, _TONES[each.verdict])
+                for part in textwrap.wrap(text, max(width, 40), subsequent_indent="    ")
+            ]
+    return lines
+
+
+def health_json(
+    nodes: Sequence[NodeHealth], gateways: Sequence[GatewayHealth], time: str
+) -> dict[str, Any]:
+    """Return {schema, time, nodes, gateways, summary: {nodes: {verdict: n}, gateways: {...}}}."""
+    return {
+        "schema": HEALTH_SCHEMA,
+        "time": time,
+        "nodes": [each.as_dict() for each in nodes],
+        "gateways": [each.as_dict() for each in gateways],
+        "summary": {"nodes": count_verdicts(nodes), "gateways": count_verdicts(gateways)},
+    }
+
+
+def count_verdicts(hosts: Sequence[NodeHealth | GatewayHealth]) -> dict[str, int]:
+    """Count hosts by verdict, every verdict named."""
+    return {verdict: sum(each.verdict == verdict for each in hosts) for verdict in _TONES}
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file, indent=2, sort_keys=True)
+            file.write("\n")
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_TONES = {"healthy": "good", "degraded": "warning", "broken": "bad", "unknown": "bad"}
+
+
+def _fit(heading: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Give each column its natural width, then take from the widest until the table fits."""
+    widths = [max(len(row[place]) for row in (heading, *rows)) for place in range(len(heading))]
+    room = width - len(_GAP) * (len(widths) - 1)
+    while sum(widths) > room:
+        widest = max(range(len(widths)), key=lambda place: widths[place])
+        if widths[widest] <= _NARROWEST:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _render_row(row: Sequence[str], widths: Sequence[int], tone: str) -> list[Line]:
+    cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths)]
+    return [
+        Line(
+            _GAP.join(
+                (cell[place] if place < len(cell) else "").ljust(width)
+                for cell, width in zip(cells, widths)
+            ).rstrip(),
+            tone,
+        )
+        for place in range(max(len(cell) for cell in cells))
+    ]
+
+
+def _errors(problems: Sequence[Problem]) -> list[Problem]:
+    return [each for each in problems if each.severity == ERROR]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

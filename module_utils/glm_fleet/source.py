@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a repository, a ref and pinned pull requests to a patched, verified source.
+
+A bare clone is kept as cache. Every build works in a scratch worktree of its own, which
+is removed on success and on failure. Commits get a fixed committer, so that the same
+inputs give the same commit ids.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import FleetError
+from .merge import MARKER_SIZE, Join, Resolver
+from .runner import Runner, RunResult
+from .verify import Check, Expectations, FileVersions, verify_tree
+
+_SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_COMMITTER = {
+    "GIT_COMMITTER_NAME": "glm-fleet",
+    "GIT_COMMITTER_EMAIL": "glm-fleet@localhost",
+    "GIT_COMMITTER_DATE": "2000-01-01T00:00:00+0000",
+}
+# The operator's configuration (hooks, signing, merge drivers, rerere) must not decide
+# what a release is made of, and nobody sits there to type a password.
+_ISOLATION = {
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_EDITOR": "true",
+    "GIT_ADVICE": "0",
+}
+_OPTIONS = [
+    option
+    for setting in (
+        "merge.conflictStyle=merge",
+        "merge.renames=false",
+        "rerere.enabled=false",
+        "commit.gpgSign=false",
+        "core.hooksPath=/dev/null",
+        "core.autocrlf=false",
+        "core.quotePath=false",
+        "advice.detachedHead=false",
+        "gc.auto=0",
+        "safe.directory=*",
+    )
+    for option in ("-c", setting)
+]
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """A pull request pinned to ``head`` (full SHA); files under ``drop`` are left out."""
+
+    number: int
+    head: str
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a remote has: the commit of the ref and where it was found."""
+
+    url: str
+    ref: str
+    full_ref: str
+    sha: str
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The result of a build: commit, files to overlay and the report."""
+
+    commit: str
+    changed: tuple[str, ...]
+    dropped: tuple[str, ...]
+    joins: tuple[Join, ...]
+    checks: tuple[Check, ...]
+    commits: tuple[str, ...]
+
+    def report(self) -> dict[str, Any]:
+        """Return what the manifest tells about the source."""
+        return {
+            "commit": self.commit,
+            "picked_commits": list(self.commits),
+            "changed_files": list(self.changed),
+            "dropped_files": list(self.dropped),
+            "conflicts": [join.as_dict() for join in self.joins],
+            "checks": [check.as_dict() for check in self.checks],
+        }
+
+
+def without_secret(url: str) -> str:
+    """Return a URL without user name and password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url)
+
+
+class Repository:
+    """A remote repository and its bare cached clone below ``cache``."""
+
+    def __init__(self, url: str, cache: Path, runner: Runner, *, timeout: float = 1800) -> None:
+        self.url = url
+        self.public_url = without_secret(url)
+        self.git_dir = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.git"
+        self._runner = runner
+        self._timeout = timeout
+
+    def git(
+        self,
+        *args: str,
+        cwd: Path | None = None,
+        check: bool = True,
+        local: bool = True,
+        input_text: str | None = None,
+    ) -> RunResult:
+        """Run git, isolated from the operator's configuration.
+
+        ``cwd`` is a worktree; without it the bare clone is meant, and without ``local``
+        no repository at all.
+        """
+        where = ["--git-dir", str(self.git_dir)] if local and cwd is None else []
+        return self._runner(
+            ["git", *_OPTIONS, *where, *args],
+            cwd=str(cwd) if cwd else None,
+            env={**_ISOLATION, **_COMMITTER},
+            input_text=input_text,
+            timeout=self._timeout,
+            check=check,
+        )
+
+    def resolve(self, ref: str, pulls: Sequence[PullRequest]) -> Resolved:
+        """Ask the remote for the ref and for the head of every pull request; writes nothing.
+
+        Raises `FleetError` for an unreachable remote, an unknown ref or pull request and
+        for a pull request whose head moved.
+        """
+        for pull in pulls:
+            if not _SHA.fullmatch(pull.head):
+                raise FleetError(
+                    f"Pull request {pull.number} is not pinned",
+                    expected="head: the full SHA of its last commit",
+                    found=f"head: {pull.head!r}",
+                    remedy="put the SHA that you reviewed into release_pull_requests",
+                )
+        full_refs = [ref] if ref.startswith("refs/") else [f"refs/tags/{ref}", f"refs/heads/{ref}"]
+        patterns = [*full_refs, *(f"{name}^{{}}" for name in full_refs)]
+        patterns += [_pull_ref(pull) for pull in pulls]
+        remote = self._list_remote(patterns)
+        self._compare_heads(pulls, remote)
+        if _SHA.fullmatch(ref):
+            return Resolved(self.public_url, ref, ref, ref)
+        for name in full_refs:
+            if name in remote:
+                return Resolved(
+                    self.public_url, ref, name, remote.get(f"{name}^{{}}", remote[name])
+                )
+        raise FleetError(
+            f"The repository {self.public_url} has no ref {ref}",
+            expected="a tag, a branch or a full commit SHA",
+            found=f"neither of {', '.join(full_refs)}",
+            remedy="correct release_ref",
+        )
+
+    def _list_remote(self, patterns: Sequence[str]) -> dict[str, str]:
+        done = self.git("ls-remote", "--", self.url, *patterns, local=False, check=False)
+        if done.rc != 0:
+            raise self._unreachable(done)
+        rows = (line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
+        return {name: sha for sha, name in rows}
+
+    def _unreachable(self, done: RunResult) -> FleetError:
+        said = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        return FleetError(
+            f"The repository {self.public_url} cannot be read",
+            expected="a git repository that answers without asking for a password",
+            found=without_secret(said[0]).replace("fatal: ", "") if said else f"status {done.rc}",
+            remedy="check release_repository, the network and the credentials of this host",
+        )
+
+    def _compare_heads(self, pulls: Sequence[PullRequest], remote: Mapping[str, str]) -> None:
+        for pull in pulls:
+            found = remote.get(_pull_ref(pull))
+            if found is None:
+                raise FleetError(
+                    f"The repository {self.public_url} has no pull request {pull.number}",
+                    expected=f"the ref {_pull_ref(pull)}",
+                    found="no such ref",
+                    remedy="correct release_pull_requests, or name the repository that has it",
+                )
+            if found != pull.head:
+                raise FleetError(
+                    f"Pull request {pull.number} has moved since it was pinned",
+                    expected=f"head {pull.head}",
+                    found=f"head {found}",
+                    remedy="review what changed; to accept it, set "
+                    f"head: {found} in release_pull_requests",
+                    details={"pinned": pull.head, "found": found},
+                )
+
+    def fetch(self, resolved: Resolved, pulls: Sequence[PullRequest]) -> bool:
+        """Bring the ref and the pull requests into the cached clone; tell if it changed.
+
+        A clone that is shallow is completed, because cherry-picking needs the ancestry.
+        """
+        created = not (self.git_dir / "HEAD").is_file()
+        if created:
+            self.git_dir.parent.mkdir(parents=True, exist_ok=True)
+            self.git("init", "--quiet", "--bare", str(self.git_dir), local=False)
+        wanted = [resolved.sha, *(pull.head for pull in pulls)]
+        missing = [sha for sha in wanted if not self._has(sha)]
+        shallow = self._is_shallow()
+        if missing or shallow:
+            names = [resolved.full_ref, *(_pull_ref(pull) for pull in pulls)]
+            self._fetch_refs(names, unshallow=shallow)
+        for sha in wanted:
+            if not self._has(sha):
+                raise FleetError(
+                    f"The commit {sha} did not come with the fetch",
+                    expected=f"it in {self.public_url}",
+                    found="no such commit",
+                    remedy="run again if the repository changed just now; otherwise name a tag "
+                    "or branch that contains it",
+                )
+        if self._is_shallow():
+            raise FleetError(
+                f"The repository {self.public_url} is itself shallow",
+                expected="the whole history: a cherry-pick needs the common ancestor",
+                found="a repository that was cloned with --depth",
+                remedy="run 'git fetch --unshallow' in that mirror, or name another repository",
+            )
+        return bool(created or missing or shallow)
+
+    def _fetch_refs(self, names: Sequence[str], *, unshallow: bool) -> None:
+        specs = [
+            name if _SHA.fullmatch(name) else f"+{name}:refs/glm-fleet/{name[len('refs/') :]}"
+            for name in names
+        ]
+        # A mirror that is shallow itself is told apart below, so its refs are taken.
+        options = ["--quiet", "--no-tags", "--force", "--update-shallow"]
+        if unshallow:
+            options = [*options[:-1], "--unshallow"]
+        done = self.git("fetch", *options, "--", self.url, *specs, check=False)
+        if done.rc != 0 and any(_SHA.fullmatch(name) for name in names):
+            # Not every server gives a bare SHA; its branches and tags may contain it.
+            specs = [spec for spec in specs if not _SHA.fullmatch(spec)]
+            specs += ["+refs/heads/*:refs/glm-fleet/heads/*", "+refs/tags/*:refs/glm-fleet/tags/*"]
+            done = self.git("fetch", *options, "--", self.url, *specs, check=False)
+        if done.rc != 0:
+            raise self._unreachable(done)
+
+    def _has(self, sha: str) -> bool:
+        return self.git("cat-file", "-e", f"{sha}^{{commit}}", check=False).rc == 0
+
+    def _is_shallow(self) -> bool:
+        return self.git("rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+
+    def tree(self, commit: str, folder: str = "") -> dict[str, str]:
+        """Return the files of a commit below ``folder`` as path -> blob id."""
+        below = [folder] if folder else []
+        listing = self.git("ls-tree", "-r", "-z", commit, "--", *below).stdout
+        rows = (row.split("\t", 1) for row in listing.split("\0") if row)
+        return {path: head.split()[2] for head, path in rows if head.split()[1] == "blob"}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let one build at a time use the cached clone."""
+        self.git_dir.parent.mkdir(parents=True, exist_ok=True)
+        with self.git_dir.with_suffix(".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def worktree(self, commit: str) -> Iterator[Path]:
+        """Give a worktree of ``commit`` beside the clone and remove it afterwards.
+
+        What a killed build left there goes first: `lock` is held, so nobody uses it.
+        """
+        scratch = self.git_dir.with_suffix(".scratch")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        self.git("worktree", "prune")
+        tree = scratch / "tree"
+        attributes = self.git_dir / "info" / "attributes"
+        attributes.parent.mkdir(exist_ok=True)
+        attributes.write_text(f"* conflict-marker-size={MARKER_SIZE}\n")
+        try:
+            self.git("worktree", "add", "--quiet", "--detach", str(tree), commit)
+            yield tree
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self.git("worktree", "prune", check=False)
+
+
+def _pull_ref(pull: PullRequest) -> str:
+    return f"refs/pull/{pull.number}/head"
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Puts pull requests onto a ref: cherry-pick, join, verify, export."""
+
+    repository: Repository
+    resolver: Resolver
+    expectations: Expectations
+
+    def build(self, resolved: Resolved, pulls: Sequence[PullRequest], *, dest: Path) -> Patched:
+        """Patch ``resolved`` and write the changed files below ``dest``.
+
+        ``dest`` is written only when every check passed; the worktree never
+        outlives the call. Raises `FleetError` otherwise, with the failed checks or
+        the conflicts in its details.
+        """
+        repo = self.repository
+        with repo.lock(), repo.worktree(resolved.sha) as tree:
+            joins: list[Join] = []
+            picked: list[str] = []
+            dropped: list[str] = []
+            versions: list[FileVersions] = []
+            for pull in pulls:
+                before = self._head(tree)
+                base = self._merge_base(before, pull)
+                commits = self._commits(base, pull)
+                for commit in commits:
+                    joins += self._pick(tree, commit, pull)
+                dropped += self._drop(tree, before, pull)
+                picked += commits
+                versions += self._versions(base, pull, before, tree)
+            commit = self._head(tree)
+            changed = self._changed(resolved.sha, commit)
+            checks = verify_tree(
+                tree,
+                changed=tuple(changed),
+                before={path: self._text(resolved.sha, path) for path in changed},
+                versions=versions,
+                expectations=self.expectations,
+            )
+            failed = [check for check in checks if not check.passed]
+            if failed:
+                raise FleetError(
+                    f"The patched source did not pass {len(failed)} of {len(checks)} checks",
+                    expected="every check passed",
+                    found="; ".join(f"{check.name}: {check.detail}" for check in failed),
+                    remedy="do not ship this merge: name a rebased pull request or another ref",
+                    details={"checks": [check.as_dict() for check in checks]},
+                )
+            _export(tree, changed, dest)
+            return Patched(
+                commit=commit,
+                changed=tuple(changed),
+                dropped=tuple(dropped),
+                joins=tuple(joins),
+                checks=tuple(checks),
+                commits=tuple(picked),
+            )
+
+    def _head(self, tree: Path) -> str:
+        return self.repository.git("rev-parse", "HEAD", cwd=tree).stdout.strip()
+
+    def _merge_base(self, before: str, pull: PullRequest) -> str:
+        found = self.repository.git("merge-base", before, pull.head, check=False)
+        if found.rc != 0:
+            raise FleetError(
+                f"Pull request {pull.number} has no history in common with the ref",
+                expected="a common ancestor",
+                found="none",
+                remedy="name the repository that the pull request was opened in",
+            )
+        return found.stdout.split()[0]
+
+    def _commits(self, base: str, pull: PullRequest) -> list[str]:
+        git = self.repository.git
+        span = f"{base}..{pull.head}"
+        merges = git("rev-list", "--merges", span).stdout.split()
+        if merges:
+            raise FleetError(
+                f"Pull request {pull.number} contains merge commits",
+                expected="a straight series of commits: a merge hides how it was resolved",
+                found=", ".join(merges),
+                remedy="name a pull request that was rebased instead",
+            )
+        commits = git("rev-list", "--reverse", "--topo-order", span).stdout.split()
+        if not commits:
+            raise FleetError(
+                f"Pull request {pull.number} adds nothing: the ref already contains it",
+                expected="commits that the ref lacks",
+                found="none",
+                remedy="remove it from release_pull_requests",
+            )
+        return commits
+
+    def _pick(self, tree: Path, commit: str, pull: PullRequest) -> list[Join]:
+        git = self.repository.git
+        done = git(
+            "cherry-pick",
+            "-x",
+            "--allow-empty",
+            "--keep-redundant-commits",
+            commit,
+            cwd=tree,
+            check=False,
+        )
+        if done.rc == 0:
+            return []
+        joins: list[Join] = []
+        unmerged = _unmerged(git("ls-files", "-u", "-z", cwd=tree).stdout)
+        if not unmerged:
+            raise FleetError(
+                f"Commit {commit} of pull request {pull.number} cannot be applied",
+                found=done.stderr.strip()[-500:],
+                remedy="name a rebased pull request",
+            )
+        for path, stages in unmerged.items():
+            if _is_dropped(path, pull):
+                git("rm", "--quiet", "--force", "--cached", "--", path, cwd=tree)
+                if 2 in stages:
+                    git("checkout", "HEAD", "--", path, cwd=tree)
+                else:
+                    (tree / path).unlink(missing_ok=True)
+                continue
+            if stages != {1, 2, 3}:
+                raise FleetError(
+                    f"{path} was added, removed or renamed on one side only",
+                    expected="a file that the ancestor, the ref and the pull request have",
+                    found=_describe_stages(stages),
+                    remedy=f"add {path} to drop of pull request {pull.number} if it is not "
+                    "needed, or name a rebased pull request",
+                )
+            # With its default style git cuts a conflict into the smallest hunks, and with
+            # diff3 it shows the ancestor: the rules need both.
+            shapes = {}
+            for style in ("diff3", "merge"):
+                git("checkout", f"--conflict={style}", "--", path, cwd=tree)
+                shapes[style] = _read_text(tree / path, path)
+            resolution = self.resolver.resolve(path, shapes["merge"], shapes["diff3"])
+            (tree / path).write_bytes(resolution.text.encode())
+            git("add", "--", path, cwd=tree)
+            joins += resolution.joins
+        git("-c", "core.editor=true", "cherry-pick", "--continue", cwd=tree)
+        return joins
+
+    def _drop(self, tree: Path, before: str, pull: PullRequest) -> list[str]:
+        git = self.repository.git
+        touched = self._changed(before, self._head(tree))
+        paths = [path for path in touched if _is_dropped(path, pull)]
+        for path in paths:
+            known = git("cat-file", "-e", f"{before}:{path}", check=False).rc == 0
+            if known:
+                git("checkout", before, "--", path, cwd=tree)
+            else:
+                git("rm", "--quiet", "--", path, cwd=tree)
+        if paths:
+            git(
+                "-c",
+                "user.name=glm-fleet",
+                "-c",
+                "user.email=glm-fleet@localhost",
+                "commit",
+                "--quiet",
+                "--date=2000-01-01T00:00:00+0000",
+                "--message",
+                f"Drop from pull request {pull.number}: {', '.join(paths)}",
+                cwd=tree,
+            )
+        return paths
+
+    def _changed(self, old: str, new: str) -> list[str]:
+        listing = self.repository.git("diff", "--no-renames", "--name-only", "-z", old, new)
+        return sorted(path for path in listing.stdout.split("\0") if path)
+
+    def _text(self, commit: str, path: str) -> str | None:
+        shown = self.repository.git("cat-file", "blob", f"{commit}:{path}", check=False)
+        return shown.stdout if shown.rc == 0 else None
+
+    def _versions(
+        self, base: str, pull: PullRequest, before: str, tree: Path
+    ) -> list[FileVersions]:
+        after = self._head(tree)
+        paths = set(self._changed(base, pull.head)) | set(self._changed(before, after))
+        return [
+            self._versions_of(path, base, pull, before, after)
+            for path in sorted(paths)
+            if not _is_dropped(path, pull)
+        ]
+
+    def _versions_of(
+        self, path: str, base: str, pull: PullRequest, before: str, after: str
+    ) -> FileVersions:
+        texts = [self._text(commit, path) for commit in (before, base, pull.head)]
+        merged = texts[2]
+        if all(text is not None for text in texts):
+            with tempfile.TemporaryDirectory() as folder:
+                names = []
+                for name, text in zip(("ours", "base", "theirs"), texts):
+                    file = Path(folder, name)
+                    file.write_bytes((text or "").encode())
+                    names.append(str(file))
+                merged = self.repository.git(
+                    "merge-file",
+                    "-p",
+                    "--diff3",
+                    f"--marker-size={MARKER_SIZE}",
+                    *names,
+                    check=False,
+                ).stdout
+        return FileVersions(
+            path=path,
+            pull=pull.number,
+            before=texts[0],
+            base=texts[1],
+            head=texts[2],
+            after=self._text(after, path),
+            merged=merged,
+        )
+
+
+def _is_dropped(path: str, pull: PullRequest) -> bool:
+    return any(path == drop or path.startswith(drop.rstrip("/") + "/") for drop in pull.drop)
+
+
+def _unmerged(listing: str) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for row in listing.split("\0"):
+        if row:
+            head, path = row.split("\t", 1)
+            found.setdefault(path, set()).add(int(head.split()[2]))
+    return found
+
+
+def _describe_stages(stages: set[int]) -> str:
+    names = {1: "the common ancestor", 2: "the ref", 3: "the pull request"}
+    return "only in " + " and ".join(names[stage] for stage in sorted(stages))
+
+
+def _read_text(file: Path, path: str) -> str:
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FleetError(
+            f"{path} conflicts and is not text",
+            expected="UTF-8",
+            found=str(error),
+            remedy="drop it from the pull request or name a rebased one",
+        ) from error
+
+
+def _export(tree: Path, changed: Sequence[str], dest: Path) -> None:
+    """Copy the changed files below ``dest``, whole or not at all."""
+    scratch = dest.with_name(f".{dest.name}.new")
+    for folder in (scratch, dest):
+        shutil.rmtree(folder, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for path in changed:
+        if (tree / path).is_file():
+            target = scratch / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree / path, target)
+    scratch.rename(dest)

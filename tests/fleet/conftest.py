@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One lab fleet for all fleet tests, and how a client or an operator looks at it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = ROOT / "inventory/lab"
+_RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)
+_STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Print a line with the time since the tests began: these tests take minutes."""
+    sys.stderr.write(f"[{time.monotonic() - _STARTED:6.0f} s] {text}\n")
+    sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command said."""
+
+    rc: int
+    output: str
+
+    def recap(self) -> dict[str, dict[str, int]]:
+        """Return {host: {ok, changed, unreachable, failed}} of a playbook's last lines."""
+        keys = ("ok", "changed", "unreachable", "failed")
+        return {
+            host: dict(zip(keys, map(int, numbers)))
+            for host, *numbers in _RECAP.findall(self.output)
+        }
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Hosts with changes, and how many."""
+        return {host: each["changed"] for host, each in self.recap().items() if each["changed"]}
+
+
+class Fleet:
+    """The lab fleet, driven as an operator does and asked as a client does."""
+
+    def __init__(self) -> None:
+        hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]
+        self.addresses = {
+            name: values["ansible_host"]
+            for group in hosts.values()
+            for name, values in group["hosts"].items()
+        }
+        self.nodes = sorted(hosts["gpu_nodes"]["hosts"])
+        self.gateway = next(iter(hosts["gateways"]["hosts"]))
+        self.url = f"http://{self.addresses[self.gateway]}:8080"
+
+    def start_playbook(self, playbook: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a playbook against the lab and return at once."""
+        command = [
+            str(ROOT / ".venv/bin/ansible-playbook"),
+            "-i",
+            str(INVENTORY),
+            playbook,
+            *arguments,
+        ]
+        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "COLUMNS": "200"}
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def playbook(self, playbook: str, *arguments: str) -> Run:
+        """Run a playbook to its end."""
+        begun = time.monotonic()
+        with self.start_playbook(playbook, *arguments) as process:
+            output = process.communicate(timeout=1500)[0]
+        name = " ".join([playbook, *arguments])
+        say(f"{name}: rc {process.returncode} after {time.monotonic() - begun:.0f} s")
+        return Run(process.returncode, output)
+
+    def kill_playbook_at(self, marker: str, playbook: str) -> str:
+        """Start a playbook and kill the controller (SIGKILL) when it prints ``marker``."""
+        process = self.start_playbook(playbook)
+        seen = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen += line
+            if marker in line:
+                time.sleep(3)
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        process.wait()
+        process.stdout.close()
+        say(f"{playbook}: killed at {marker!r}")
+        return seen
+
+    def shell(self, host: str, script: str) -> Run:
+        """Run a script as root on a host, over the SSH that Ansible uses."""
+        variables = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["vars"]
+        done = subprocess.run(
+            [
+                "ssh",
+                "-i",
+                variables["ansible_ssh_private_key_file"],
+                *variables["ansible_ssh_common_args"].split(),
+                f"{variables['ansible_user']}@{self.addresses[host]}",
+                "sudo bash -s",
+            ],
+            input=script,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        return Run(done.returncode, done.stdout + done.stderr)
+
+    def chat(self, text: str = "Hello", *, stream: bool = False, timeout: float = 60) -> Answer:
+        """Ask the gateway as a client: status, node that answered, events of the stream."""
+        body: dict[str, Any] = {
+            "model": "glm-5.2",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": 16,
+            "stream": stream,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        arrivals: list[float] = []
+        lines: list[str] = []
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            for line in answer:
+                if line.strip():
+                    arrivals.append(time.monotonic())
+                    lines.append(line.decode().strip())
+            return Answer(answer.status, dict(answer.headers), lines, arrivals)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client got."""
+
+    status: int
+    headers: Mapping[str, str]
+    lines: list[str]
+    arrivals: list[float]
+
+    @property
+    def node(self) -> str:
+        """The node that answered, as the gateway names it."""
+        return {key.lower(): value for key, value in self.headers.items()}["x-glm-fleet-node"]
+
+
+def lab(*arguments: str, check: bool = True) -> Run:
+    """Run a command of the lab."""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "lab", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    run = Run(done.returncode, done.stdout + done.stderr)
+    if arguments[0] in ("up", "down"):
+        say(f"lab {' '.join(arguments)}: rc {run.rc} after {time.monotonic() - begun:.0f} s")
+    assert not check or run.rc == 0, run.output
+    return run
+
+
+def lab_remains() -> list[str]:
+    """Name everything that a lab fleet could leave on this machine."""
+    remains = [
+        line.split()[1]
+        for line in Path("/proc/self/mounts").read_text().splitlines()
+        if "/var/lib/glm-fleet-lab" in line or "glmlab" in line
+    ]
+    for command in (["ip", "netns"], ["ip", "-brief", "link"]):
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        remains += [line for line in output.splitlines() if "glmlab" in line]
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        line = b" ".join(words).decode(errors="replace")
+        if "systemd-nspawn" in line or "glm-fleet-lab" in line:
+            remains.append(f"pid {process.name}: {line[:100]}")
+    return remains
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Fleet]:
+    """A fresh lab fleet of three nodes and a gateway."""
+    lab("down")
+    lab("up", "--nodes", "3")
+    try:
+        yield Fleet()
+    finally:
+        lab("down")

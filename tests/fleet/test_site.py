@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on the lab fleet, in the order in which a fleet comes to life."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .conftest import ROOT, Fleet, Run, lab, lab_remains, say
+
+pytestmark = pytest.mark.fleet
+
+BARE = "ls -d /opt/glm-fleet /srv/glm-fleet /etc/glm-fleet /etc/haproxy 2>/dev/null; true"
+
+
+def assert_good(run: Run) -> None:
+    assert run.rc == 0, run.output[-6000:]
+
+
+def test_check_mode_on_an_empty_fleet_changes_nothing(fleet: Fleet) -> None:
+    assert_good(fleet.playbook("site.yml", "--check", "--diff"))
+    for host in [*fleet.nodes, fleet.gateway]:
+        assert fleet.shell(host, BARE).output == ""
+
+
+# Each round breaks the three nodes in three ways: what is done to a node, and the words by
+# which the table names it.
+GPU_FAULTS = [
+    {
+        "gpu01": (["--lose", "3"], "GPU count"),
+        "gpu02": (["--model", "NVIDIA H100 80GB HBM3"], "GPU model"),
+        "gpu03": (["--compute-cap", "9.0"], "compute capability"),
+    },
+    {
+        "gpu01": (["--mig", "on", "--index", "2"], "MIG"),
+        "gpu02": (["--ecc-uncorrectable", "2", "--index", "1"], "ECC"),
+        "gpu03": (["--remap-pending", "on", "--index", "5"], "row remap"),
+    },
+    {
+        "gpu01": (["--xid", "79"], "Xid"),
+        "gpu02": (["--memory-used", "1200", "--index", "0"], "GPU memory in use"),
+        "gpu03": (["--driver", "470.82.01"], "driver"),
+    },
+]
+
+
+@pytest.mark.parametrize("faults", GPU_FAULTS)
+def test_preflight_names_each_fault_of_a_gpu(
+    fleet: Fleet, faults: dict[str, tuple[list[str], str]]
+) -> None:
+    for node, (arguments, _) in faults.items():
+        lab("gpu", node, *arguments)
+    try:
+        run = fleet.playbook("site.yml")
+    finally:
+        for node in faults:
+            lab("gpu", node, "--reset")
+    assert run.rc != 0
+    assert run.changed == {}
+    for node, (_, words) in faults.items():
+        assert any(
+            node in line and words.lower() in line.lower() for line in run.output.splitlines()
+        ), f"{node}: {words} is not in:\n{run.output[-5000:]}"
+    for host in [*fleet.nodes, fleet.gateway]:
+        assert fleet.shell(host, BARE).output == ""
+
+
+def test_preflight_names_a_full_disk_a_foreign_port_and_a_dead_host(fleet: Fleet) -> None:
+    fleet.shell("gpu01", "mount -t tmpfs -o size=64m tmpfs /srv")
+    fleet.shell(
+        "gpu02",
+        "systemd-run --unit=squatter --property=DynamicUser=yes python3 -m http.server 8000",
+    )
+    lab("power", "gpu03", "cut")
+    try:
+        time.sleep(1)
+        run = fleet.playbook("site.yml", "-e", "ansible_ssh_timeout=5")
+    finally:
+        fleet.shell("gpu01", "umount /srv")
+        fleet.shell("gpu02", "systemctl stop squatter")
+        lab("power", "gpu03", "join")
+    assert run.rc != 0
+    assert run.changed == {}
+    for words in (("gpu01", "disk"), ("gpu02", "port"), ("gpu03", "reach")):
+        assert any(all(word in line for word in words) for line in run.output.splitlines()), (
+            f"{words} is not in:\n{run.output[-5000:]}"
+        )
+
+
+def test_a_run_that_is_killed_is_continued_by_the_next(fleet: Fleet) -> None:
+    seen = fleet.kill_playbook_at("Build the environment of the release", "site.yml")
+    assert "PLAY RECAP" not in seen
+    first = fleet.playbook("site.yml")
+    assert_good(first)
+    assert all(each["failed"] == each["unreachable"] == 0 for each in first.recap().values())
+
+
+def test_the_second_run_changes_nothing(fleet: Fleet) -> None:
+    second = fleet.playbook("site.yml")
+    assert_good(second)
+    assert set(second.recap()) >= {*fleet.nodes, fleet.gateway, "controller"}
+    assert second.changed == {}
+
+
+def test_check_mode_on_a_converged_fleet_finds_no_difference(fleet: Fleet) -> None:
+    run = fleet.playbook("site.yml", "--check", "--diff")
+    assert_good(run)
+    assert run.changed == {}
+
+
+def test_the_release_that_runs_was_cherry_picked_with_a_conflict(fleet: Fleet) -> None:
+    for node in fleet.nodes:
+        release = fleet.shell(node, "readlink -f /opt/glm-fleet/current").output.strip()
+        name = release.rpartition("/")[2]
+        manifest = json.loads(
+            fleet.shell(node, f"cat /srv/glm-fleet/artifacts/release/{name}/manifest.json").output
+        )
+        provenance = manifest["provenance"]
+        text = json.dumps(provenance)
+        assert "vllm/model_executor/layers/sparse_attn_indexer.py" in text
+        assert all(check["passed"] for check in provenance["checks"])
+        assert provenance["conflicts"], "the stand-in conflicts by design"
+        seen = fleet.shell(
+            node,
+            f"cd / && PYTHONDONTWRITEBYTECODE=1 {release}/bin/python -c '"
+            "from vllm.v1.attention.backends.registry import AttentionBackendEnum as B;"
+            "import vllm.model_executor.layers.sparse_attn_indexer as s;"
+            'print(B.TRITON_MLA_SPARSE.get_class().get_name(), hasattr(s, "SparseAttnIndexer"))\''
+            " 2>/dev/null | tail -1",
+        )
+        assert seen.output.split() == ["TRITON_MLA_SPARSE", "True"], seen.output
+
+
+def test_nothing_of_the_service_runs_as_root(fleet: Fleet) -> None:
+    for node in fleet.nodes:
+        user = fleet.shell(node, "ps -o user= -p $(systemctl show -P MainPID glm-serving)")
+        assert user.output.strip() == "glm"
+        mode = fleet.shell(node, "stat -c '%a %U:%G' /etc/glm-fleet/serving.env").output
+        assert mode.strip() == "640 root:glm"
+
+
+def test_the_gateway_streams_tokens_from_each_node(fleet: Fleet) -> None:
+    seen: dict[str, list[float]] = {}
+    for _ in range(30):
+        answer = fleet.chat("Tell me a story", stream=True)
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert answer.lines[-1] == "data: [DONE]"
+        events = [json.loads(line[len("data: ") :]) for line in answer.lines[:-1]]
+        assert sum(bool(each["choices"][0]["delta"].get("content")) for each in events) >= 3
+        seen.setdefault(answer.node, answer.arrivals)
+        if len(seen) == len(fleet.nodes):
+            break
+    assert sorted(seen) == fleet.nodes
+    # Tokens come one by one: a gateway that buffers delivers them all at once.
+    assert all(arrivals[-1] - arrivals[0] > 0.005 for arrivals in seen.values())
+
+
+def test_curl_gets_events_as_anybody_would(fleet: Fleet) -> None:
+    body = '{"model":"glm-5.2","prompt":"Hello","max_tokens":4,"stream":true}'
+    done = subprocess.run(
+        ["curl", "-sN", f"{fleet.url}/v1/completions", "-H", "Content-Type: application/json",
+         "-d", body],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.count("data: ") >= 4
+    assert done.stdout.rstrip().endswith("data: [DONE]")
+
+
+def test_a_stopped_node_is_taken_out_and_requests_go_on(fleet: Fleet) -> None:
+    victim, *others = fleet.nodes
+    fleet.shell(victim, "systemctl stop glm-serving")
+    try:
+        end = time.monotonic() + 60
+        while victim in {fleet.chat().node for _ in range(4)}:
+            assert time.monotonic() < end, "the stopped node still gets requests"
+        answers = [fleet.chat() for _ in range(10)]
+        assert {answer.status for answer in answers} == {200}
+        assert {answer.node for answer in answers} <= set(others)
+        health = fleet.playbook("playbooks/health.yml")
+        assert health.rc != 0
+        assert any(victim in line and "broken" in line for line in health.output.splitlines())
+    finally:
+        fleet.shell(victim, "systemctl start glm-serving")
+    end = time.monotonic() + 240
+    while fleet.chat().node != victim:
+        assert time.monotonic() < end, "the node did not come back"
+        time.sleep(1)
+
+
+def test_health_is_a_table_and_the_same_as_json(fleet: Fleet) -> None:
+    run = fleet.playbook("playbooks/health.yml")
+    assert_good(run)
+    report = json.loads((ROOT / "reports/fleet.json").read_text())
+    assert sorted(each["host"] for each in report["nodes"]) == fleet.nodes
+    for each in report["nodes"]:
+        assert each["verdict"] == "healthy"
+        assert each["host"] in run.output
+    say(json.dumps(report["summary"]))
+
+
+def test_down_leaves_nothing_also_after_an_up_that_was_killed(fleet: Fleet) -> None:
+    lab("down")
+    assert lab_remains() == []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab", "up", "--nodes", "3"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not any("nspawn" in each for each in lab_remains()):
+        assert time.monotonic() < end, "the lab did not start a host"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert lab_remains() != []
+    lab("down")
+    assert lab_remains() == []

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway: parsing, and HAProxy itself under the role's own configuration."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from glm_fleet.errors import FleetError
+from glm_fleet.haproxy import (
+    BACKEND,
+    MASTER_SOCKET,
+    SOCKET,
+    STATE_FILE,
+    GatewayUnreachableError,
+    Haproxy,
+    UnknownServerError,
+    describe,
+    ensure_state,
+    node_endpoints,
+    parse_old_workers,
+    parse_servers_state,
+    save_states,
+    unix_transport,
+)
+
+ROLE = Path(__file__).resolve().parents[2] / "roles" / "gateway"
+
+
+# -- pure ------------------------------------------------------------------------------
+
+
+def test_a_refused_command_carries_the_words_of_haproxy() -> None:
+    haproxy = Haproxy(lambda command: "Permission denied\n\n")
+    with pytest.raises(FleetError, match="Permission denied"):
+        haproxy.set_state("b", "n1", "drain")
+    with pytest.raises(FleetError, match="show servers state"):
+        haproxy.servers()
+
+
+def test_a_missing_socket_is_told_apart(tmp_path: Path) -> None:
+    haproxy = Haproxy(unix_transport(str(tmp_path / "none.sock")))
+    with pytest.raises(GatewayUnreachableError, match=r"playbooks/gateway\.yml"):
+        haproxy.servers()
+    report = describe(haproxy)
+    assert not report["valid"]
+    assert len(report["errors"]) == 1
+
+
+def test_old_workers_are_found() -> None:
+    text = (
+        "#<PID>  <type>  <reloads>  <uptime>  <version>\n"
+        "10      master  1 [failed: 0]  0d  2.6\n# workers\n12  worker  0  0d  2.6\n"
+        "# old workers\n11  worker  1  0d  2.6\n# programs\n\n"
+    )
+    assert parse_old_workers(text) == [11]
+
+
+def test_endpoints_prefer_the_address_of_the_serving_network() -> None:
+    hostvars = {
+        "a": {"ansible_host": "192.0.2.1"},
+        "b": {
+            "ansible_host": "192.0.2.2",
+            "gateway_node_address": "2001:db8:0::2",
+            "serving_port": 9,
+        },
+        "c": {},
+    }
+    assert node_endpoints(hostvars, ["a", "b", "c"], 8000) == {
+        "a": "192.0.2.1:8000",
+        "b": "[2001:db8::2]:9",
+        "c": "c:8000",
+    }
+
+
+def test_the_role_and_the_modules_agree_on_paths() -> None:
+    variables = yaml.safe_load((ROLE / "vars/main.yml").read_text())
+    assert variables["__gateway_socket"] == SOCKET
+    assert variables["__gateway_state_file"] == STATE_FILE
+    assert variables["__gateway_backend"] == BACKEND
+    assert MASTER_SOCKET == "/run/haproxy-master.sock"  # what Debian's and Ubuntu's unit opens
+
+
+# -- the real HAProxy ------------------------------------------------------------------
+
+
+class Node:
+    """A node as the gateway sees it: /health, and a stream that lasts as long as told."""
+
+    def __init__(self) -> None:
+        self.healthy = True
+        self.release = threading.Event()
+        node = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if self.path == "/health":
+                    self.send_response(200 if node.healthy else 500)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.chunk(b"data: first\n\n")
+                if self.path == "/stream":
+                    node.release.wait(20)
+                self.chunk(b"data: [DONE]\n\n")
+                self.chunk(b"")
+
+            def chunk(self, data: bytes) -> None:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        # A health check resets its connection as soon as it has the status.
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        self.port: int = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self.release.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Gateway:
+    """HAProxy with the role's template, less what needs root."""
+
+    def __init__(self, folder: Path, nodes: dict[str, Node]) -> None:
+        binary = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
+        if binary is None:
+            pytest.fail("haproxy is missing: run ./bootstrap test, which installs it")
+        self.binary = binary
+        self.folder = folder
+        self.endpoints = {name: f"127.0.0.1:{node.port}" for name, node in nodes.items()}
+        self.port = free_port()
+        self.state_file = folder / "state"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.haproxy = Haproxy(
+            unix_transport(str(folder / "admin.sock"), timeout=3),
+            unix_transport(str(folder / "master.sock"), timeout=3),
+        )
+
+    def write(self, revision: str) -> Path:
+        variables = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+        variables |= yaml.safe_load((ROLE / "vars/main.yml").read_text())
+        variables |= {
+            "ansible_managed": "Ansible managed",
+            "__gateway_revision": revision,
+            "__gateway_endpoints": self.endpoints,
+            "__gateway_socket": self.folder / "admin.sock",
+            "__gateway_state_file": self.state_file,
+            "gateway_bind_address": "127.0.0.1",
+            "gateway_port": self.port,
+            "gateway_metrics_bind": f"127.0.0.1:{free_port()}",
+            "gateway_check_interval_s": 1,
+        }
+        environment = jinja2.Environment(  # noqa: S701 - HAProxy's configuration is not HTML
+            trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        )
+        environment.filters["comment"] = lambda text: f"# {text}"
+        text = environment.from_string((ROLE / "templates/haproxy.cfg.j2").read_text()).render(
+            variables
+        )
+        needs_root = ("user ", "group ", "chroot ", "log /dev/log")
+        path = self.folder / "haproxy.cfg"
+        path.write_text(
+            "".join(
+                line
+                for line in text.splitlines(keepends=True)
+                if not line.strip().startswith(needs_root)
+            )
+        )
+        return path
+
+    def start(self, revision: str) -> None:
+        path = self.write(revision)
+        checked = subprocess.run(
+            [self.binary, "-c", "-f", path], capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stderr
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.binary, "-Ws", "-S", self.folder / "master.sock", "-f", path],
+                stdout=log,
+                stderr=log,
+            )
+        eventually(lambda: self.runs(revision))
+
+    def reload(self, revision: str) -> None:
+        save_states(self.haproxy, self.state_file, self.endpoints)
+        self.write(revision)
+        assert self.process is not None
+        self.process.send_signal(12)  # SIGUSR2, as `systemctl reload haproxy` sends it
+        eventually(lambda: self.runs(revision))
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(10)
+
+    def runs(self, revision: str) -> bool:
+        try:
+            return self.haproxy.revision() == revision
+        except GatewayUnreachableError:
+            return False
+
+    def set(self, name: str, state: str, *, wait: bool = True, timeout: float = 15) -> bool:
+        return ensure_state(
+            self.haproxy,
+            BACKEND,
+            name,
+            state,
+            state_file=self.state_file,
+            wait=wait,
+            timeout=timeout,
+        ).changed
+
+    def states(self) -> dict[str, str]:
+        report = describe(self.haproxy)
+        assert report["errors"] == []
+        return {s["name"]: s["status"] for s in report["servers"]}
+
+    def get(self, path: str = "/") -> tuple[int, str]:
+        """Return status and serving node of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            return response.status, response.headers.get("X-Glm-Fleet-Node", "")
+        finally:
+            connection.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 10) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def nodes() -> Iterator[dict[str, Node]]:
+    made = {"gpu01": Node(), "gpu02": Node()}
+    yield made
+    for node in made.values():
+        node.close()
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, nodes: dict[str, Node]) -> Iterator[Gateway]:
+    made = Gateway(tmp_path, nodes)
+    made.start("first")
+    yield made
+    made.stop()
+
+
+def test_a_node_takes_traffic_only_after_it_was_joined(gateway: Gateway) -> None:
+    time.sleep(1.5)  # long enough for health checks to pass, if there were any
+    assert gateway.states() == {"gpu01": "MAINT", "gpu02": "MAINT"}
+    assert gateway.get()[0] == 503
+    assert gateway.set("gpu01", "ready")
+    assert gateway.get() == (200, "gpu01")
+    assert not gateway.set("gpu01", "ready")
+    assert gateway.set("gpu02", "ready")
+    assert {gateway.get()[1] for _ in range(4)} == {"gpu01", "gpu02"}
+    report = describe(gateway.haproxy)
+    assert report["valid"]
+    assert report["revision"] == "first"
+    assert report["servers"][0]["check"].startswith("L7OK")
+    assert json.dumps(report)
+
+
+def test_admin_states_outlive_reload_and_restart(gateway: Gateway, nodes: dict[str, Node]) -> None:
+    gateway.set("gpu01", "ready")
+    gateway.set("gpu02", "drain")
+    expected = {"gpu01": "UP", "gpu02": "DRAIN", "gpu03": "MAINT"}
+    nodes["gpu03"] = Node()
+    gateway.endpoints["gpu03"] = f"127.0.0.1:{nodes['gpu03'].port}"
+    gateway.reload("second")
+    assert gateway.states() == expected
+    gateway.stop()
+    gateway.start("third")
+    assert gateway.states() == expected
+    assert {gateway.get()[1] for _ in range(4)} == {"gpu01"}
+    # A lost file must not let anyone in.
+    gateway.stop()
+    gateway.state_file.unlink()
+    gateway.start("fourth")
+    assert set(gateway.states().values()) == {"MAINT"}
+
+
+def test_a_moved_node_does_not_inherit_its_state(gateway: Gateway, nodes: dict[str, Node]) -> None:
+    gateway.set("gpu01", "ready")
+    gateway.set("gpu02", "ready")
+    nodes["moved"] = Node()
+    gateway.endpoints["gpu01"] = f"127.0.0.1:{nodes['moved'].port}"
+    gateway.reload("second")
+    running = {s.name: (s.endpoint, s.admin_state) for s in gateway.haproxy.servers()}
+    assert running == {
+        "gpu01": (gateway.endpoints["gpu01"], "maint"),
+        "gpu02": (gateway.endpoints["gpu02"], "ready"),
+    }
+
+
+def test_drain_waits_for_streams_of_workers_before_a_reload(
+    gateway: Gateway, nodes: dict[str, Node]
+) -> None:
+    gateway.set("gpu01", "ready")
+    answers: list[tuple[int, str]] = []
+    stream = threading.Thread(target=lambda: answers.append(gateway.get("/stream")))
+    stream.start()
+    eventually(lambda: gateway.haproxy.sessions(BACKEND, "gpu01") == 1)
+    gateway.reload("second")
+    with pytest.raises(FleetError, match="1 running"):
+        gateway.set("gpu01", "drain", timeout=0.6)
+    assert gateway.states()["gpu01"] == "DRAIN"
+    nodes["gpu01"].release.set()
+    gateway.set("gpu01", "drain", timeout=10)
+    stream.join(5)
+    assert answers == [(200, "gpu01")]
+
+
+def test_the_first_token_is_not_held_back(gateway: Gateway, nodes: dict[str, Node]) -> None:
+    gateway.set("gpu01", "ready")
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=5)
+    connection.request("GET", "/stream")
+    response = connection.getresponse()
+    assert response.readline() == b"data: first\n"  # the node is still waiting for us
+    nodes["gpu01"].release.set()
+    assert b"[DONE]" in response.read()
+    connection.close()
+
+
+def test_a_failing_node_is_taken_out_and_others_go_on(
+    gateway: Gateway, nodes: dict[str, Node]
+) -> None:
+    gateway.set("gpu01", "ready")
+    gateway.set("gpu02", "ready")
+    nodes["gpu01"].close()
+    # Before the health check knows: the connection fails and the other node is asked.
+    assert {gateway.get() for _ in range(4)} == {(200, "gpu02")}
+    eventually(lambda: gateway.states()["gpu01"] == "DOWN", timeout=15)
+
+
+def test_joining_a_sick_node_fails_and_is_undone(gateway: Gateway, nodes: dict[str, Node]) -> None:
+    nodes["gpu01"].healthy = False
+    with pytest.raises(FleetError, match="did not become ready"):
+        gateway.set("gpu01", "ready", timeout=3)
+    assert gateway.states()["gpu01"] == "MAINT"
+    with pytest.raises(UnknownServerError, match="gpu09"):
+        gateway.set("gpu09", "ready")
+
+
+def test_check_mode_changes_nothing(gateway: Gateway) -> None:
+    change = ensure_state(
+        gateway.haproxy,
+        BACKEND,
+        "gpu01",
+        "ready",
+        state_file=gateway.state_file,
+        wait=True,
+        timeout=1,
+        check_mode=True,
+    )
+    assert (change.before, change.after, change.changed) == ("maint", "ready", True)
+    assert gateway.states()["gpu01"] == "MAINT"
+    assert not gateway.state_file.exists()
+
+
+def test_the_saved_states_read_back(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+    saved = parse_servers_state(gateway.state_file.read_text())
+    assert [(s.name, s.admin_state) for s in saved] == [("gpu01", "ready")]
+    # Of a gateway that does not run, the file is all there is.
+    gateway.stop()
+    (gateway.folder / "admin.sock").unlink()
+    assert not save_states(gateway.haproxy, gateway.state_file, gateway.endpoints)
+    assert save_states(gateway.haproxy, gateway.state_file, {"gpu01": "127.0.0.1:1"})
+    assert parse_servers_state(gateway.state_file.read_text()) == []

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inventory check, alone and through Ansible."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from glm_fleet.errors import FleetError
+from glm_fleet.inventory import Inventory, check_inventory
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = {
+    "serving_port": 8000,
+    "serving_tensor_parallel_size": 8,
+    "serve_batch": 1,
+    "gateway_port": 8080,
+    "preflight_gpu_count": 8,
+    "model_revision": None,
+}
+
+
+def problems(groups: dict[str, list[str]], hosts: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what `check_inventory` finds."""
+    inventory = Inventory(
+        groups=groups,
+        names={host: list(variables) for host, variables in hosts.items()},
+        value=lambda host, name: hosts[host].get(name),
+        known=KNOWN,
+    )
+    try:
+        check_inventory(inventory)
+    except FleetError as error:
+        found: list[str] = error.details["problems"]
+        assert all(problem in str(error) for problem in found)
+        return found
+    return []
+
+
+def fleet(**variables: Any) -> list[str]:
+    """Check a right fleet whose gpu01 has these variables."""
+    hosts: dict[str, dict[str, Any]] = {"gpu01": variables, "gpu02": {}, "gw01": {}}
+    return problems({"gpu_nodes": ["gpu01", "gpu02"], "gateways": ["gw01"]}, hosts)
+
+
+def test_a_right_inventory_passes() -> None:
+    assert fleet(serving_port="8001", model_revision="x", ansible_user="ops", mode_of_work=1) == []
+
+
+def test_empty_groups() -> None:
+    assert problems({}, {})[0].startswith("group gpu_nodes has no hosts")
+    found = problems({"gateways": ["gw01"]}, {"gw01": {}})
+    assert found == [
+        "group gpu_nodes has no hosts: name the GPU nodes in it, and gw01 would be a gateway "
+        "without nodes"
+    ]
+    assert "gateways has no hosts" in problems({"gpu_nodes": ["a"]}, {"a": {}})[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("serving_tensor_paralel_size", "serving_tensor_parallel_size"),
+        ("servings_port", "serving_port"),
+        ("serve_port", "serving_port"),
+        ("gatway_port", "gateway_port"),
+        ("model_revison", "model_revision"),
+    ],
+)
+def test_typing_mistakes_are_named_with_what_was_meant(name: str, meant: str) -> None:
+    assert fleet(**{name: 1}) == [
+        f"no role knows the variable {name} (set for gpu01); did you mean {meant}?"
+    ]
+
+
+def test_an_unknown_name_without_likeness_is_named_too() -> None:
+    assert fleet(preflight_zzz=1) == ["no role knows the variable preflight_zzz (set for gpu01)"]
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [(8, True), (4, True), ("2", True), (3, False), (16, False), (0, False), ("x", False)],
+)
+def test_tensor_parallel_size_divides_the_gpus(size: Any, fits: bool) -> None:
+    assert (fleet(serving_tensor_parallel_size=size) == []) is fits
+
+
+def test_ports_and_addresses() -> None:
+    assert "from 1 to 65535" in fleet(serving_port=70000)[0]
+    assert fleet(ansible_host="gpu02") == [
+        "gpu01 and gpu02 have the same address gpu02 (SSH port 22)"
+    ]
+    both = {"gpu_nodes": ["a"], "gateways": ["a"]}
+    assert problems(both, {"a": {}}) == []
+    assert "both would listen" in problems(both, {"a": {"gateway_port": 8000}})[0]
+
+
+def test_all_mistakes_come_at_once() -> None:
+    assert len(fleet(serving_port=0, serving_tensor_parallel_size=5, serving_prt=1)) == 3
+
+
+def run_check(tmp_path: Path, inventory: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run playbooks/_inventory.yml twice, as site.yml does, and look at what follows."""
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    (tmp_path / "play.yml").write_text(
+        f"""
+- ansible.builtin.import_playbook: {ROOT}/playbooks/_inventory.yml
+- hosts: localhost
+  gather_facts: false
+  tasks:
+    - ansible.builtin.set_fact: {{release_artifact: made}}
+- ansible.builtin.import_playbook: {ROOT}/playbooks/_inventory.yml
+- hosts: localhost
+  gather_facts: false
+  tasks:
+    - ansible.builtin.debug:
+        msg: "builders={{{{ groups.builders }}}} fetchers={{{{ groups.fetchers }}}}"
+"""
+    )
+    return subprocess.run(
+        [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            "-i",
+            str(tmp_path / "hosts.yml"),
+            str(tmp_path / "play.yml"),
+        ],
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_playbook_checks_once_and_fills_the_groups(tmp_path: Path) -> None:
+    example = yaml.safe_load((ROOT / "inventory/example/hosts.yml").read_text())
+    example["all"]["vars"] = yaml.safe_load(
+        (ROOT / "inventory/example/group_vars/all.yml").read_text()
+    )
+    done = run_check(tmp_path, example)
+    assert done.returncode == 0, done.stdout
+    assert "builders=['controller'] fetchers=['gpu01']" in done.stdout
+
+
+def test_the_playbook_stops_before_any_host(tmp_path: Path) -> None:
+    wrong = {
+        "all": {
+            "vars": {"serving_tensor_parallel_size": 3, "serving_prot": 1},
+            "children": {"gpu_nodes": {"hosts": {"gpu01": {}}}},
+        }
+    }
+    done = run_check(tmp_path, wrong)
+    assert done.returncode == 2
+    for words in ("3 mistakes", "does not divide", "serving_prot", "gateways has no hosts"):
+        assert words in done.stdout
+    assert "builders=" not in done.stdout

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts from a process table, a journal and artifact folders made for the test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet.errors import FleetError
+from glm_fleet.node import (
+    Host,
+    NodeQuery,
+    parse_xids,
+    read_artifacts,
+    read_disk,
+    read_link,
+    read_listeners,
+    read_node,
+    read_staging,
+    read_units,
+    read_user,
+    unit_of,
+    vllm_processes,
+)
+from glm_fleet.runner import RunResult
+
+SHOW = """\
+Id=glm-serving.service
+LoadState=loaded
+ActiveState=active
+SubState=running
+NRestarts=2
+MainPID=41
+InvocationID=abc
+ActiveEnterTimestamp=Sun 2026-11-22 10:00:00 UTC
+
+Id=nvidia-fabricmanager.service
+LoadState=not-found
+ActiveState=inactive
+"""
+
+
+def make_process(
+    proc: Path, pid: int, name: str, command: str, cgroup: str, inode: str = ""
+) -> None:
+    folder = proc / str(pid)
+    (folder / "fd").mkdir(parents=True)
+    (folder / "comm").write_text(name + "\n")
+    (folder / "cmdline").write_bytes(command.replace(" ", "\0").encode())
+    (folder / "cgroup").write_text(cgroup)
+    if inode:
+        (folder / "fd" / "3").symlink_to(f"socket:[{inode}]")
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    root = tmp_path / "proc"
+    (root / "net").mkdir(parents=True)
+    heading = "  sl  local_address rem_address   st ...\n"
+    (root / "net" / "tcp").write_text(
+        heading
+        + "   0: 00000000:1F40 00000000:0000 0A 0:0 0:0 0 0 0 900 1\n"
+        + "   1: 00000000:1F90 00000000:0000 01 0:0 0:0 0 0 0 901 1\n"
+    )
+    (root / "net" / "tcp6").write_text(heading + "   0: 00:1F90 00:0000 0A 0 0 0 0 0 902 1\n")
+    (root / "meminfo").write_text("MemTotal:       1000 kB\nMemAvailable:    500 kB\n")
+    (root / "uptime").write_text("12.5 40.0\n")
+    make_process(
+        root,
+        41,
+        "vllm",
+        "/opt/venv/bin/python /opt/venv/bin/vllm serve /srv/model",
+        "0::/system.slice/glm-serving.service\n",
+        "900",
+    )
+    make_process(
+        root,
+        42,
+        "VLLM::EngineCor",
+        "VLLM::EngineCore",
+        "3:cpu:/x\n1:name=systemd:/machine/system.slice/glm-serving.service\n",
+    )
+    make_process(root, 50, "vim", "vim vllm serve.md", "0::/user.slice/session-1.scope\n")
+    return root
+
+
+def test_listeners_name_process_and_unit(proc: Path) -> None:
+    first, second = read_listeners([8000, 8080], proc)
+    assert (first["port"], first["pid"], first["name"]) == (8000, 41, "vllm")
+    assert first["unit"] == "glm-serving.service"
+    assert (second["port"], second["pid"], second["unit"]) == (8080, None, "")
+    assert read_listeners([22], proc) == []
+
+
+def test_unit_of_hybrid_and_missing(proc: Path) -> None:
+    assert unit_of(42, proc) == "glm-serving.service"
+    assert unit_of(50, proc) == "session-1.scope"
+    assert unit_of(9999, proc) == ""
+
+
+def test_vllm_processes_are_server_and_engine_only(proc: Path) -> None:
+    assert [each.pid for each in vllm_processes(proc)] == [41, 42]
+
+
+def test_units() -> None:
+    units = read_units(["a", "b"], lambda argv, **_: RunResult(0, SHOW, ""))
+    serving = units["glm-serving.service"]
+    assert (serving["active_state"], serving["n_restarts"], serving["main_pid"]) == (
+        "active",
+        2,
+        41,
+    )
+    assert units["nvidia-fabricmanager.service"]["n_restarts"] == 0
+
+
+def test_xids() -> None:
+    lines = [
+        {"MESSAGE": "usb 1-1: new device", "__REALTIME_TIMESTAMP": "1"},
+        {
+            "MESSAGE": "NVRM: Xid (PCI:0000:07:00): 79, pid=1, GPU has fallen off the bus.",
+            "__REALTIME_TIMESTAMP": "1700000000500000",
+        },
+        {
+            "MESSAGE": "nvidia-nvswitch3: SXid (PCI:0000:c1:00.0): 24007, Non-fatal, Link 44",
+            "__REALTIME_TIMESTAMP": "2",
+        },
+        {"MESSAGE": [78, 86, 82, 77], "Xid": "binary"},
+    ]
+    first, second = parse_xids("\n".join(json.dumps(line) for line in lines))
+    assert (first["kind"], first["code"], first["device"]) == ("Xid", 79, "0000:07:00")
+    assert first["time_s"] == 1700000000.5
+    assert (second["kind"], second["code"]) == ("SXid", 24007)
+
+
+def test_disk_of_a_path_that_does_not_exist_yet(tmp_path: Path) -> None:
+    disk = read_disk(tmp_path / "a" / "b")
+    assert disk["existing"] == str(tmp_path.resolve())
+    assert disk["device"] == tmp_path.stat().st_dev
+    assert 0 < disk["free_bytes"] <= disk["total_bytes"]
+
+
+def test_artifacts_staging_and_links(tmp_path: Path) -> None:
+    folder = tmp_path / "model" / "tiny-0123456789ab"
+    folder.mkdir(parents=True)
+    manifest = {
+        "kind": "model",
+        "id": "tiny-0123456789ab",
+        "files": [{"path": "a", "size": 3, "sha256": ""}, {"path": "b", "size": 4, "sha256": ""}],
+        "provenance": {"revision": "r1", "other": 1},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    broken = tmp_path / "release" / "x"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{")
+    staged = tmp_path / ".staging" / "model" / "next"
+    staged.mkdir(parents=True)
+    (staged / "shard").write_bytes(b"x" * 5000)
+    errors: list[str] = []
+    assert read_artifacts(tmp_path, ["revision", "repository"], errors) == [
+        {"kind": "model", "id": "tiny-0123456789ab", "bytes": 7, "provenance": {"revision": "r1"}}
+    ]
+    assert len(errors) == 1
+    assert str(broken) in errors[0]
+    assert read_staging(tmp_path / ".staging")["model"] >= 5000
+    assert read_staging(tmp_path / "none") == {}
+    link = tmp_path / "current"
+    link.symlink_to(folder)
+    assert read_link(link)["target"] == str(folder)
+    assert read_link(tmp_path / "none") == {
+        "path": str(tmp_path / "none"),
+        "target": None,
+        "exists": False,
+    }
+
+
+def test_users() -> None:
+    assert read_user("root")["system"] is True
+    assert read_user("nobody-of-that-name") == {"exists": False}
+
+
+def test_one_broken_tool_does_not_hide_the_rest(proc: Path, tmp_path: Path) -> None:
+    def run(argv: Sequence[str], **_: Any) -> RunResult:
+        if argv[:2] == ["systemctl", "show"]:
+            return RunResult(0, SHOW, "")
+        raise FleetError(f"{argv[0]} is missing", found="nothing")
+
+    query = NodeQuery(ports=[8000], controller_epoch=100.0, artifact_root=str(tmp_path / "none"))
+    facts = read_node(query, Host(run, now=lambda: 107.5, proc=proc, os_release=tmp_path / "no"))
+    assert facts["clock"] == {"epoch_s": 107.5, "skew_s": 7.5}
+    assert facts["memory_total_bytes"] == 1024000
+    assert facts["uptime_s"] == 12.5
+    assert facts["unit"]["main_pid"] == 41
+    assert facts["listeners"][0]["pid"] == 41
+    assert facts["gpu"]["error"] == "nvidia-smi is missing: nothing"
+    assert [error.partition(":")[0] for error in facts["errors"]] == ["os", "systemd", "xids"]
+    json.dumps(facts)

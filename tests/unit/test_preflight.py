@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every check, from a node that is right and one thing that is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from glm_fleet.errors import FleetError
+from glm_fleet.preflight import (
+    ERROR,
+    WARNING,
+    Expectations,
+    Problem,
+    evaluate,
+    human_bytes,
+    unreachable,
+    version,
+)
+
+GB = 1_000_000_000
+UNIT = "glm-serving.service"
+EXPECT: dict[str, Any] = {
+    "architectures": ["x86_64"],
+    "python_min": "3.10",
+    "systemd_min": 247,
+    "clock_skew_s": 30.0,
+    "port": 8000,
+    "unit": UNIT,
+    "user": "glm",
+    "commands": ["cc"],
+    "ram_bytes": 64 * GB,
+    "gpu_count": 8,
+    "gpu_model": "A100.*80GB",
+    "compute_capability": "8.0",
+    "gpu_memory_mib": 80000,
+    "gpu_memory_in_use_mib": 500,
+    "driver_min": "580",
+    "nvlink": True,
+    "xid_ignore": [13, 31],
+    "disk": [
+        {
+            "what": "model",
+            "path": "/srv/artifacts",
+            "bytes": 475 * GB,
+            "kind": "model",
+            "provenance": {"repository": "a/b", "revision": "r1"},
+        },
+        {
+            "what": "environment",
+            "path": "/opt/releases",
+            "bytes": 25 * GB,
+            "kind": "release",
+            "provenance": {},
+        },
+    ],
+}
+
+
+def make_gpu(index: int) -> dict[str, Any]:
+    return {
+        "index": index,
+        "uuid": f"GPU-{index}",
+        "bus_id": "",
+        "name": "NVIDIA A100-SXM4-80GB",
+        "memory_total_mib": 81920,
+        "memory_used_mib": 0,
+        "compute_capability": "8.0",
+        "mig_current": "Disabled",
+        "mig_pending": "Disabled",
+        "ecc_current": "Enabled",
+        "ecc_pending": "Enabled",
+        "volatile_uncorrectable": 0,
+        "aggregate_uncorrectable": 0,
+        "remap_pending": False,
+        "remap_failure": False,
+        "recovery_action": None,
+        "throttle_reasons": [],
+        "processes": [],
+    }
+
+
+def make_facts() -> dict[str, Any]:
+    return {
+        "os": {"arch": "x86_64"},
+        "python": "3.11.2",
+        "systemd": 252,
+        "commands": {"cc": "/usr/bin/cc"},
+        "memory_total_bytes": 1000 * GB,
+        "clock": {"skew_s": 0.4},
+        "disks": [
+            {
+                "path": path,
+                "mount": "/",
+                "device": 1,
+                "free_bytes": 600 * GB,
+                "total_bytes": 900 * GB,
+            }
+            for path in ("/srv/artifacts", "/opt/releases")
+        ],
+        "listeners": [],
+        "users": {"glm": {"exists": False}},
+        "unit": {"name": UNIT, "active_state": "inactive"},
+        "vllm_processes": [],
+        "artifacts": [],
+        "staging_bytes": {},
+        "gpu": {
+            "driver_version": "580.159.04",
+            "gpus": [make_gpu(index) for index in range(8)],
+            "nvlink": {"pairs": 28, "pcie_only": []},
+            "error": "",
+        },
+        "fabric_manager": {"nvswitches": 6, "active_state": "active", "version": "580.159.04"},
+        "xids": [],
+        "errors": [],
+    }
+
+
+def check(facts: dict[str, Any], *, gpu_node: bool = True) -> list[Problem]:
+    return evaluate("gpu01", facts, Expectations.from_dict(EXPECT), gpu_node=gpu_node)
+
+
+def only(facts: dict[str, Any]) -> Problem:
+    problems = check(facts)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_a_right_node_has_no_problem() -> None:
+    assert check(make_facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name", "found"),
+    [
+        (("os", "arch"), "aarch64", "architecture", "aarch64"),
+        (("python",), "3.9.2", "Python", "3.9.2"),
+        (("systemd",), None, "systemd", "none"),
+        (("unit",), {}, "systemd", "no answer"),
+        (("commands", "cc"), None, "commands", "missing: cc"),
+        (("memory_total_bytes",), 32 * GB, "RAM", "32.0 GB"),
+        (("clock", "skew_s"), -90.0, "clock", "90 s behind"),
+        (("users", "glm"), {"exists": True, "uid": 1001, "system": False}, "user glm", "1001"),
+        (("fabric_manager", "active_state"), "failed", "fabric manager", "failed"),
+        (("fabric_manager", "version"), "580.1", "fabric manager", "580.1"),
+        (("gpu", "nvlink", "pcie_only"), ["0-3 SYS"], "NVLink", "PCIe only: 0-3 SYS"),
+        (("gpu", "nvlink", "pairs"), 0, "NVLink", "no link told"),
+        (("gpu", "error"), "nvidia-smi ended with 15", "driver", "ended with 15"),
+    ],
+)
+def test_each_fact(path: tuple[str, ...], value: Any, name: str, found: str) -> None:
+    facts = make_facts()
+    target = facts
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    problem = only(facts)
+    assert problem.check == name
+    assert found in problem.found
+    assert problem.severity == ERROR
+    assert problem.expected
+    assert problem.remedy
+
+
+def test_old_driver() -> None:
+    facts = make_facts()
+    facts["gpu"]["driver_version"] = facts["fabric_manager"]["version"] = "550.54.15"
+    assert (only(facts).check, only(facts).found) == ("driver version", "550.54.15")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "found", "severity"),
+    [
+        ("name", "NVIDIA H200", "GPU model", "NVIDIA H200 on GPU 2", ERROR),
+        ("compute_capability", "9.0", "compute capability", "9.0 on GPU 2", ERROR),
+        ("memory_total_mib", 40960, "GPU memory", "40960 MiB on GPU 2", ERROR),
+        ("mig_current", "Enabled", "MIG", "on on GPU 2", ERROR),
+        ("mig_pending", "Enabled", "MIG", "on after the next reset", ERROR),
+        ("ecc_current", "Disabled", "ECC", "off on GPU 2", ERROR),
+        ("volatile_uncorrectable", 2, "ECC errors", "2 uncorrectable", ERROR),
+        ("aggregate_uncorrectable", 2, "ECC history", "2 uncorrectable", WARNING),
+        ("remap_pending", True, "row remap", "pending", ERROR),
+        ("remap_failure", True, "row remap", "failed", ERROR),
+        ("recovery_action", "Reset", "recovery", "Reset", ERROR),
+        ("throttle_reasons", ["hw_slowdown"], "throttling", "hw_slowdown", WARNING),
+        ("memory_used_mib", 1200, "GPU memory in use", "1200 MiB on GPU 2", ERROR),
+    ],
+)
+def test_each_gpu_fault(key: str, value: Any, name: str, found: str, severity: str) -> None:
+    facts = make_facts()
+    facts["gpu"]["gpus"][2][key] = value
+    problem = only(facts)
+    assert (problem.check, problem.severity) == (name, severity)
+    assert found in problem.found
+
+
+def test_the_same_fault_on_many_gpus_is_one_row() -> None:
+    facts = make_facts()
+    for index in (0, 1, 2, 5):
+        facts["gpu"]["gpus"][index]["name"] = "NVIDIA H200"
+    assert only(facts).found == "NVIDIA H200 on GPU 0-2, 5"
+
+
+def test_a_lost_gpu() -> None:
+    facts = make_facts()
+    del facts["gpu"]["gpus"][3]
+    problem = only(facts)
+    assert (problem.check, problem.found) == ("GPU count", "7 (GPU 0-2, 4-7)")
+
+
+def test_no_driver_is_one_row_and_not_a_row_per_missing_thing() -> None:
+    facts = make_facts()
+    facts["gpu"] = {"error": "The program nvidia-smi is missing", "gpus": [], "nvlink": {}}
+    assert only(facts).check == "driver"
+
+
+def test_xids_of_programs_are_ignored_and_the_rest_counted() -> None:
+    facts = make_facts()
+    facts["xids"] = [
+        {"kind": "Xid", "code": code, "device": "", "time_s": 0, "message": f"Xid: {code}, x"}
+        for code in (13, 79, 79)
+    ]
+    problem = only(facts)
+    assert problem.check == "Xid 79"
+    assert problem.found.startswith("2 x")
+
+
+@pytest.mark.parametrize(("word", "severity"), [("Fatal", ERROR), ("Non-fatal", WARNING)])
+def test_switch_faults(word: str, severity: str) -> None:
+    facts = make_facts()
+    facts["xids"] = [{"kind": "SXid", "code": 24007, "message": f"SXid: 24007, {word}, Link 4"}]
+    assert only(facts).severity == severity
+
+
+def test_disk_adds_up_what_shares_a_file_system() -> None:
+    facts = make_facts()
+    for disk in facts["disks"]:
+        disk["free_bytes"] = 480 * GB
+    problem = only(facts)
+    assert problem.check == "disk /"
+    assert problem.expected == "500.0 GB free for model 475.0 GB + environment 25.0 GB"
+    assert problem.found == "480.0 GB free of 900.0 GB"
+    facts["disks"][1].update(device=2, mount="/opt")
+    assert check(facts) == []
+
+
+def test_disk_does_not_count_what_is_there() -> None:
+    facts = make_facts()
+    for disk in facts["disks"]:
+        disk["free_bytes"] = 30 * GB
+    assert only(facts).check == "disk /"
+    facts["staging_bytes"] = {"model": 471 * GB}
+    assert check(facts) == []
+    facts["staging_bytes"] = {}
+    provenance = {"repository": "a/b", "revision": "r0"}
+    facts["artifacts"] = [{"kind": "model", "id": "m", "bytes": 1, "provenance": provenance}]
+    assert only(facts).check == "disk /"
+    provenance["revision"] = "r1"
+    assert check(facts) == []
+
+
+def test_release_is_recognised_by_a_part_of_its_provenance() -> None:
+    facts = make_facts()
+    for disk in facts["disks"]:
+        disk["free_bytes"] = 480 * GB
+    wanted = {"inputs": {"source": {"ref": "v1"}}}
+    disk_needs = [EXPECT["disk"][0], {**EXPECT["disk"][1], "provenance": wanted}]
+    expect = Expectations.from_dict({**EXPECT, "disk": disk_needs})
+    source = {"ref": "v0", "url": "git://upstream"}
+    facts["artifacts"] = [
+        {"kind": "release", "id": "r", "bytes": 1, "provenance": {"inputs": {"source": source}}}
+    ]
+    assert len(evaluate("gpu01", facts, expect, gpu_node=True)) == 1
+    source["ref"] = "v1"
+    assert evaluate("gpu01", facts, expect, gpu_node=True) == []
+
+
+def test_port_is_free_or_ours() -> None:
+    facts = make_facts()
+    owner = {"port": 8000, "pid": 7, "name": "nginx", "user": "www", "unit": UNIT}
+    facts["listeners"] = [owner]
+    assert check(facts) == []
+    owner["unit"] = ""
+    assert only(facts).found == "held by nginx (pid 7, user www, no unit)"
+    owner["pid"] = None
+    assert "cannot be seen" in only(facts).found
+
+
+def test_our_running_service_may_hold_processes_and_memory() -> None:
+    facts = make_facts()
+    facts["vllm_processes"] = [
+        {"pid": 41, "name": "vllm", "user": "glm", "unit": UNIT, "command": "vllm serve"}
+    ]
+    for gpu in facts["gpu"]["gpus"]:
+        gpu["memory_used_mib"] = 70000
+        gpu["processes"] = [{"pid": 41, "name": "vllm", "used_mib": 70000, "unit": UNIT}]
+    assert {each.check for each in check(facts)} == {"vLLM processes", "GPU memory in use"}
+    facts["unit"]["active_state"] = "active"
+    assert check(facts) == []
+    hidden = copy.deepcopy(facts)
+    for gpu in hidden["gpu"]["gpus"]:
+        gpu["processes"] = []
+    assert check(hidden) == []
+    facts["gpu"]["gpus"][4]["processes"].append({"pid": 9, "name": "python", "unit": ""})
+    assert "pid 9 python" in only(facts).found
+
+
+def test_memory_of_a_stranger_beside_a_service_that_uses_none() -> None:
+    facts = make_facts()
+    facts["unit"]["active_state"] = "active"
+    facts["gpu"]["gpus"][0]["memory_used_mib"] = 1200
+    assert only(facts).found == "1200 MiB on GPU 0 by no process that is listed"
+
+
+def test_a_gateway_needs_no_gpus() -> None:
+    facts = make_facts()
+    for key in ("gpu", "fabric_manager", "xids"):
+        del facts[key]
+    assert check(facts, gpu_node=False) == []
+    facts["errors"] = ["units: systemctl failed"]
+    assert [each.severity for each in check(facts, gpu_node=False)] == [WARNING]
+
+
+def test_unreachable_is_a_problem_like_any_other() -> None:
+    problem = unreachable("gpu02", "Connection\n refused")
+    assert (problem.check, problem.found, problem.severity) == (
+        "connection",
+        "Connection refused",
+        ERROR,
+    )
+
+
+def test_expectations_refuse_unknown_and_missing_names() -> None:
+    with pytest.raises(FleetError, match="not complete"):
+        Expectations.from_dict({**EXPECT, "gpu_cuont": 8})
+    with pytest.raises(FleetError, match="not complete"):
+        Expectations.from_dict({"port": 1})
+
+
+def test_version_and_bytes() -> None:
+    assert version("580.159.04") > version("580") > version("550.9")
+    assert version("unknown") == ()
+    assert [human_bytes(count) for count in (5, 1500, 475e9)] == ["5 B", "1.5 kB", "475.0 GB"]
