@@ -42,7 +42,7 @@ unit: ## Unit tests: no network, no root
 	@python -m pytest tests/unit
 
 fleet-test: ## The real playbooks against the lab fleet, as root
-	@python -m pytest tests/fleet --verbose --capture=no
+	@python -m pytest tests/fleet --verbose --capture=no --exitfirst
 
 lab-up: ## Start the lab fleet: make lab-up NODES=3
 	@./bootstrap lab
