@@ -118,6 +118,7 @@ staging:
   type: str
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -254,8 +255,12 @@ def main() -> None:
         required_together=[("source", "slug")],
         supports_check_mode=True,
     )
+    store = Store(Path(module.params["root"]))
+    writes = not module.check_mode and module.params["state"] != "planned"
     try:
-        module.exit_json(**run(module))
+        with store.lock(module.params["kind"]) if writes else contextlib.nullcontext():
+            result = run(module)
+        module.exit_json(**result)
     except FleetError as error:
         module.fail_json(**error.as_fail())
 

@@ -276,7 +276,11 @@ def main() -> None:
         if module.check_mode:
             commit = params["revision"] if is_commit(params["revision"]) else ""
             module.exit_json(changed=True, **_result(store, None, commit))
-        manifest, commit = _fetch(store, params)
+        with store.lock("model"):
+            # Whoever had the lock may have fetched it.
+            manifest, commit = _published(store, params), ""
+            if not manifest:
+                manifest, commit = _fetch(store, params)
         module.exit_json(changed=True, **_result(store, manifest, commit))
     except FleetError as error:
         module.fail_json(**error.as_fail())

@@ -49,6 +49,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet import environment
+from ansible.module_utils.glm_fleet.artifact import exclusive
 from ansible.module_utils.glm_fleet.errors import FleetError
 from ansible.module_utils.glm_fleet.runner import run_program
 
@@ -68,10 +69,14 @@ def main() -> None:
         module.exit_json(changed=False)
     if module.check_mode:
         module.exit_json(changed=True)
+    seen = {}
     try:
-        seen = environment.build(
-            run_program, artifact, dest, compile_bytecode=module.params["compile_bytecode"]
-        )
+        with exclusive(dest.parent / ".lock"):
+            # Whoever had the lock may have built it.
+            if not environment.is_complete(dest, artifact.name):
+                seen = environment.build(
+                    run_program, artifact, dest, compile_bytecode=module.params["compile_bytecode"]
+                )
     except FleetError as error:
         module.fail_json(**error.as_fail())
     module.exit_json(changed=True, seen=seen)

@@ -12,12 +12,14 @@ artifact root (``/srv/glm-fleet/artifacts`` on a node)::
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -227,6 +229,20 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
         scratch.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock for as long as the block lasts, waiting for whoever has it.
+
+    A controller that dies leaves its module at work on the node. The next run waits for
+    that one instead of pulling the folder from under it. The kernel drops the lock with
+    the process that holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def list_files(folder: Path) -> list[str]:
     """List the regular files below a folder as POSIX paths, without the manifest."""
     found = []
@@ -332,6 +348,10 @@ class Store:
     def proven(self, kind: str, name: str) -> Proven:
         """The memory of what was hashed in a staging folder."""
         return Proven(self.staging_path(kind, name).with_name(f"{name}.proven"))
+
+    def lock(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        """The lock of everyone who changes artifacts of a kind on this host."""
+        return exclusive(self.root / ".staging" / f"{kind}.lock")
 
     def published(self, kind: str) -> list[Manifest]:
         """All published artifacts of a kind whose manifest can be read, sorted by id."""

@@ -151,7 +151,8 @@ class Fleet:
                 if line.strip():
                     arrivals.append(time.monotonic())
                     lines.append(line.decode().strip())
-            return Answer(answer.status, dict(answer.headers), lines, arrivals)
+            headers = {key.lower(): value for key, value in answer.headers.items()}
+            return Answer(answer.status, headers, lines, arrivals)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Answer:
     @property
     def node(self) -> str:
         """The node that answered, as the gateway names it."""
-        return {key.lower(): value for key, value in self.headers.items()}["x-glm-fleet-node"]
+        return self.headers["x-glm-fleet-node"]
 
 
 def lab(*arguments: str, check: bool = True) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from glm_fleet.artifact import (
     Proven,
     Store,
     activate,
+    exclusive,
     find_damage,
     load_manifest,
     make_manifest,
@@ -174,3 +176,23 @@ def test_an_artifact_has_no_links_and_is_not_empty(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match="regular files only"):
         make_manifest(folder, kind="model", slug="m", provenance={})
     assert not (folder / MANIFEST).exists()
+
+
+def test_who_comes_second_waits_for_the_first(tmp_path: Path) -> None:
+    order = []
+    inside, done = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with exclusive(tmp_path / "sub" / "lock"):
+            inside.set()
+            done.wait(5)
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(5)
+    threading.Timer(0.2, done.set).start()
+    with exclusive(tmp_path / "sub" / "lock"):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
