@@ -48,6 +48,8 @@ def ensure_host(host: Host) -> None:
     """Give a host its namespace and a configured veth pair; what exists is kept."""
     if not (NETNS_FOLDER / host.netns).exists():
         run(["ip", "netns", "add", host.netns])
+        # A link that outlived its namespace leads nowhere.
+        run(["ip", "link", "delete", host.veth], check=False)
     inside = ["ip", "-netns", host.netns]
     run([*inside, "link", "set", "lo", "up"])
     if host.veth not in links():
