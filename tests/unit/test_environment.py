@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment of a release: whole or not there."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet import environment
+from glm_fleet.errors import FleetError
+from glm_fleet.runner import RunResult
+
+SEEN = {"vllm": "0.23.0+pr1", "torch": "2.11.0", "backend": "a.B"}
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    folder = tmp_path / "artifacts" / "rel-0123456789ab"
+    (folder / "tools").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "tools" / "uv-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("uv-1.data/scripts/uv", "#!program")
+    recipe = {"python_version": "3.11", "attention_backend": "TRITON_MLA_SPARSE"}
+    (folder / "release.json").write_text(json.dumps(recipe))
+    return folder
+
+
+class Uv:
+    """Stands for uv and the new interpreter; fails at the call whose words hold ``fail_at``."""
+
+    def __init__(self, fail_at: str = "") -> None:
+        self.fail_at = fail_at
+        self.calls: list[list[str]] = []
+
+    def __call__(self, argv: Sequence[str], **options: Any) -> RunResult:
+        self.calls.append(list(argv))
+        if self.fail_at and self.fail_at in argv:
+            if options.get("check", True):
+                raise FleetError("uv failed")
+            return RunResult(1, "", "ImportError: libcuda.so.1")
+        if "venv" in argv:
+            Path(argv[-1], "bin").mkdir(parents=True)
+        return RunResult(0, f"a line of the import\n{json.dumps(SEEN)}\n", "")
+
+
+def test_it_is_built_offline_from_the_lock_and_checked(artifact: Path, tmp_path: Path) -> None:
+    home, uv = tmp_path / "releases" / artifact.name, Uv()
+    assert environment.build(uv, artifact, home, compile_bytecode=True) == SEEN
+    assert environment.is_complete(home, artifact.name)
+    assert not environment.is_complete(home, "rel-000000000000")
+    venv, sync, smoke = uv.calls
+    assert venv[1:3] == ["venv", "--relocatable"]
+    assert {"--no-index", "--require-hashes", "lock.txt", "--compile-bytecode"} <= set(sync)
+    assert smoke[-1] == "TRITON_MLA_SPARSE"
+    assert [path.name for path in home.parent.iterdir()] == [artifact.name]
+
+
+@pytest.mark.parametrize("step", ["venv", "sync", "TRITON_MLA_SPARSE"])
+def test_a_build_that_fails_leaves_nothing(artifact: Path, tmp_path: Path, step: str) -> None:
+    home = tmp_path / "releases" / artifact.name
+    with pytest.raises(FleetError):
+        environment.build(Uv(step), artifact, home, compile_bytecode=False)
+    assert list(home.parent.iterdir()) == []
+
+
+def test_a_failed_build_leaves_the_environment_before_it(artifact: Path, tmp_path: Path) -> None:
+    home = tmp_path / "releases" / artifact.name
+    home.mkdir(parents=True)
+    (home / "in-use").touch()
+    with pytest.raises(FleetError):
+        environment.build(Uv("sync"), artifact, home, compile_bytecode=False)
+    assert (home / "in-use").exists()
+
+
+def test_an_artifact_without_recipe_or_installer_is_refused(artifact: Path, tmp_path: Path) -> None:
+    home = tmp_path / "releases" / artifact.name
+    (artifact / "tools" / "uv-1-py3-none-any.whl").unlink()
+    with pytest.raises(FleetError, match="lacks its installer"):
+        environment.build(Uv(), artifact, home, compile_bytecode=False)
+    (artifact / "release.json").write_text("{}")
+    with pytest.raises(FleetError, match="no recipe"):
+        environment.build(Uv(), artifact, home, compile_bytecode=False)

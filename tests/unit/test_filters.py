@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The filters of the playbooks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fleet_filters", Path(__file__).resolve().parents[2] / "plugins/filter/fleet.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+filters = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(filters)
+
+HOSTVARS = {
+    "gpu01": {"__artifact_plan": {"missing_bytes": 7}, "ansible_host": "192.0.2.11"},
+    "gpu02": {"__artifact_plan": {"missing_bytes": 0}, "artifact_address": "198.51.100.2"},
+    "gpu03": {"__artifact_plan": {"missing_bytes": 9}},
+    "controller": {"release_artifact": {"id": "r-1", "manifest": {"kind": "release"}}},
+    "empty": {"release_artifact": {"id": "", "manifest": {}}},
+}
+
+
+def test_the_seed_is_never_lacking() -> None:
+    assert filters.lacking(HOSTVARS, ["gpu01", "gpu02", "gpu03"], "gpu01") == ["gpu03"]
+
+
+def test_a_host_is_reached_under_its_own_address_first() -> None:
+    hosts = ["gpu01", "gpu02", "gpu03"]
+    assert filters.addresses(HOSTVARS, hosts) == ["192.0.2.11", "198.51.100.2", "gpu03"]
+
+
+def test_an_artifact_that_was_not_made_is_empty() -> None:
+    assert filters.artifact_of(HOSTVARS, "release", "controller")["id"] == "r-1"
+    assert filters.artifact_of(HOSTVARS, "release", "empty") == {}
+    assert filters.artifact_of(HOSTVARS, "model", "gpu01") == {}
