@@ -274,9 +274,12 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decode rate: tokens after the first over the time they took."""
-        decode = self.total_s - self.first_token_s
-        return (self.tokens - 1) / decode if decode > 0 and self.tokens > 1 else 0.0
+        """Tokens over the whole time of the request.
+
+        Not over the time after the first token: a busy client reads a short answer in one
+        go, and would measure itself.
+        """
+        return self.tokens / self.total_s if self.total_s > 0 else 0.0
 
 
 def complete(
