@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .settings import GATEWAY, gpu_host
+from .settings import GATEWAY, REPOSITORY, gpu_host
 
 PORT = 8080
 TIMEOUT_S = 120
@@ -83,6 +85,23 @@ def ask(url: str, question: str, max_tokens: int) -> Answer:
     return Answer(node, tokens, first, time.monotonic() - begin)
 
 
+def fleet_table(report: Path) -> str:
+    """Return the fleet as the last health check saw it; '' when there was none."""
+    if not report.is_file():
+        return ""
+    sys.path.insert(0, str(REPOSITORY / "module_utils"))
+    from glm_fleet.report import render_table
+
+    columns = ("name", "gpus", "release", "model", "attestation", "tokens_per_second", "verdict")
+    rows = [
+        [str(node.get(column) or "-") for column in columns]
+        for node in json.loads(report.read_text())["nodes"]
+    ]
+    heading = ("node", "GPUs", "release", "model", "attestation", "tok/s", "verdict")
+    width = shutil.get_terminal_size((140, 24)).columns
+    return "\n".join(line.text for line in render_table(heading, rows, width)) + "\n"
+
+
 def main() -> int:
     """Ask, print the times, and say how to go on."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
@@ -105,6 +124,7 @@ def main() -> int:
         f"{answer.first_token_s * 1000:.0f} ms, all within {answer.total_s:.2f} s, "
         f"{answer.tokens_per_s:.1f} tok/s. The lab's model is small and random; its words "
         "mean nothing.\n\n"
+        f"{fleet_table(REPOSITORY / 'reports/fleet.json')}\n"
         f"The API:         {arguments.url}/v1\n"
         f"Into a node:     .venv/bin/python -m lab shell {gpu_host(1).name}\n"
         "The fleet:       .venv/bin/ansible-playbook -i inventory/lab playbooks/health.yml\n"

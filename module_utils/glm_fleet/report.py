@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .artifact import write_atomically
 from .health import GatewayHealth, NodeHealth
 from .preflight import ERROR, Problem
 
@@ -163,16 +162,7 @@ def count_verdicts(hosts: Sequence[NodeHealth | GatewayHealth]) -> dict[str, int
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write ``data`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=2, sort_keys=True)
-            file.write("\n")
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 _TONES = {"healthy": "good", "degraded": "warning", "broken": "bad", "unknown": "bad"}

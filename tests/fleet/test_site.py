@@ -200,10 +200,10 @@ def test_health_is_a_table_and_the_same_as_json(fleet: Fleet) -> None:
     run = fleet.playbook("playbooks/health.yml")
     assert_good(run)
     report = json.loads((ROOT / "reports/fleet.json").read_text())
-    assert sorted(each["host"] for each in report["nodes"]) == fleet.nodes
+    assert sorted(each["name"] for each in report["nodes"]) == fleet.nodes
     for each in report["nodes"]:
         assert each["verdict"] == "healthy"
-        assert each["host"] in run.output
+        assert each["name"] in run.output
     say(json.dumps(report["summary"]))
 
 
