@@ -201,7 +201,7 @@ def main() -> None:
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
             result = {"watched": watched}
             if watched["failed"]:
-                lines = attest.journal(run_program, watched["invocation_id"])
+                lines = attest.last_words(run_program, params["unit"])
                 raise attest.failed_start(watched, lines, watched["failed"])
         else:
             result = _attest(module, http, policy)

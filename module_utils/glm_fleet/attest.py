@@ -164,6 +164,18 @@ def journal(runner: Runner, invocation: str) -> list[str]:
     return answer.stdout.splitlines()
 
 
+def last_words(runner: Runner, unit: str, most: int = 300) -> list[str]:
+    """Return the unit's last messages over all its starts, oldest first.
+
+    A start that died was followed by the next one, so the journal of one start is not enough.
+    """
+    answer = runner(
+        ["journalctl", "--no-pager", "--output=cat", f"--unit={unit}", f"--lines={most}"],
+        check=False,
+    )
+    return answer.stdout.splitlines()
+
+
 def phase(lines: Sequence[str]) -> str:
     """Say how far a start has come, from its journal."""
     for line in reversed(lines):
@@ -498,8 +510,8 @@ def watch(
         if state["active_state"] not in ("active", "activating"):
             result["failed"] = f"the unit is {state['active_state']} ({state['result']})"
             return result
-        if state["n_restarts"]:
-            result["failed"] = f"the unit died and was restarted {state['n_restarts']} times"
+        if state["n_restarts"] or state["sub_state"] == "auto-restart":
+            result["failed"] = f"the service died ({state['n_restarts']} restarts so far)"
             return result
         if any(_READY.search(line) for line in lines) and http("/health")[0] == 200:
             result["ready"] = True

@@ -122,13 +122,14 @@ class Server:
         return 200, iter(lines)
 
 
-def systemd(argv: Sequence[str], *, active: bool = True, log: Sequence[str] = CPU) -> RunResult:
+def systemd(
+    argv: Sequence[str], *, state: str = "active", sub: str = "running", log: Sequence[str] = CPU
+) -> RunResult:
     if argv[0] == "journalctl":
         return RunResult(0, "\n".join(log), "")
-    state = "active" if active else "failed"
     return RunResult(
         0,
-        f"ActiveState={state}\nSubState=running\nNRestarts=0\nMainPID=7\nInvocationID=i1\n"
+        f"ActiveState={state}\nSubState={sub}\nNRestarts=0\nMainPID=7\nInvocationID=i1\n"
         "Result=success\nActiveEnterTimestamp=Sun 2026-11-22 07:11:24 UTC\n",
         "",
     )
@@ -220,18 +221,19 @@ def test_a_record_of_another_start_proves_nothing(host: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "log", "ready", "why"),
+    ("state", "sub", "log", "ready", "why"),
     [
-        ("active", CPU, True, ""),
-        ("active", CPU[:30], False, ""),
-        ("failed", CPU[:30], False, "the unit is failed"),
+        ("active", "running", CPU, True, ""),
+        ("active", "running", CPU[:30], False, ""),
+        ("failed", "failed", CPU[:30], False, "the unit is failed"),
+        ("activating", "auto-restart", CPU[:30], False, "the service died"),
     ],
 )
 def test_a_start_is_watched(
-    tmp_path: Path, state: str, log: list[str], ready: bool, why: str
+    tmp_path: Path, state: str, sub: str, log: list[str], ready: bool, why: str
 ) -> None:
     found = attest.watch(
-        lambda argv, **_: systemd(argv, active=state == "active", log=log),
+        lambda argv, **_: systemd(argv, state=state, sub=sub, log=log),
         lambda path, body=None: (200, iter([])),
         "glm-serving.service",
         seconds=0,
