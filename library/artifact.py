@@ -69,7 +69,9 @@ options:
     description: What O(link) points at. The published artifact itself if not given.
     type: path
   owner:
-    description: User who may write into the staging folder, for O(state=staged).
+    description:
+      - User who may write into the staging folder, for O(state=staged). The user who became root
+        by sudo if not given.
     type: str
 """
 
@@ -108,6 +110,10 @@ missing:
   returned: for V(planned), V(staged) and V(fetched)
   type: list
   elements: dict
+published:
+  description: Whether the artifact is published on this host and every file has its size.
+  returned: for V(planned), V(staged) and V(fetched)
+  type: bool
 missing_bytes:
   description: Size of the missing files in bytes.
   returned: for V(planned), V(staged) and V(fetched)
@@ -119,6 +125,7 @@ staging:
 """
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +157,7 @@ def _plan(store: Store, manifest: Manifest) -> dict[str, Any]:
     missing = store.missing(manifest)
     return {
         "artifact": _describe(store, manifest),
+        "published": store.is_published(manifest),
         "missing": [vars(entry) for entry in missing],
         "missing_bytes": sum(entry.size for entry in missing),
         "staging": str(store.staging_path(manifest.kind, manifest.id)),
@@ -173,15 +181,15 @@ def _open_staging(
     store: Store, manifest: Manifest, owner: str | None, check_mode: bool
 ) -> dict[str, Any]:
     plan = _plan(store, manifest)
-    if plan["missing"] and not check_mode:
+    if not plan["published"] and not check_mode:
         staging = store.stage(manifest)
         folders = {staging, *((staging / each["path"]).parent for each in plan["missing"])}
         for folder in sorted(folders):
             folder.mkdir(parents=True, exist_ok=True)
-        if owner:
-            # The connection's user writes here; publishing takes the folder back.
-            for path in [staging, *staging.rglob("*")]:
-                shutil.chown(path, owner)
+        # The connection's user writes here; publishing takes the folder back.
+        owner = owner or os.environ.get("SUDO_USER", "")
+        for path in [staging, *staging.rglob("*")] if owner else []:
+            shutil.chown(path, owner)
     return {"changed": False, **plan}
 
 
@@ -255,6 +263,8 @@ def main() -> None:
         required_together=[("source", "slug")],
         supports_check_mode=True,
     )
+    # What is published is for other users to read, however strict the host's umask is.
+    os.umask(0o022)
     store = Store(Path(module.params["root"]))
     writes = not module.check_mode and module.params["state"] != "planned"
     try:

@@ -267,6 +267,8 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    # What is made here is for other users to read, however strict the host's umask is.
+    os.umask(0o022)
     params = module.params
     store = Store(Path(params["root"]))
     try:

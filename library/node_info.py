@@ -48,6 +48,10 @@ options:
     description: The systemd unit that serves.
     type: str
     default: glm-serving.service
+  environment_root:
+    description: Folder of the environments of releases. Not looked at if empty.
+    type: str
+    default: ""
   artifact_root:
     description: The folder with published artifacts; empty to skip them.
     type: str
@@ -196,6 +200,7 @@ def main() -> None:
             "links": {"type": "dict", "default": {}},
             "unit": {"type": "str", "default": "glm-serving.service"},
             "artifact_root": {"type": "str", "default": ""},
+            "environment_root": {"type": "str", "default": ""},
             "provenance_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "controller_epoch": {"type": "float"},
             "xid_window_s": {"type": "int", "default": 86400},

@@ -39,6 +39,7 @@ written:
 
 import importlib
 import inspect
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -55,6 +56,8 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={"dest": {"type": "path", "required": True}}, supports_check_mode=True
     )
+    # What is made here is for other users to read, however strict the host's umask is.
+    os.umask(0o022)
     folder = Path(module.params["dest"]) / "glm_fleet"
     written = []
     for each in _MODULES:

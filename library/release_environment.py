@@ -45,6 +45,7 @@ seen:
   type: dict
 """
 
+import os
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -64,6 +65,8 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    # What is made here is for other users to read, however strict the host's umask is.
+    os.umask(0o022)
     artifact, dest = Path(module.params["artifact"]), Path(module.params["dest"])
     if environment.is_complete(dest, artifact.name):
         module.exit_json(changed=False)

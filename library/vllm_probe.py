@@ -9,7 +9,8 @@ module: vllm_probe
 version_added: "0.1.0"
 short_description: Look at, watch or attest the serving unit of a node
 description:
-  - Runs on the node and asks the server on its own port. Changes nothing.
+  - Runs on the node and asks the server on its own port. Changes nothing but the note of what
+    proved a start, below C(/run), which V(attest) leaves for later checks.
 author: glm-fleet contributors (@glm-fleet)
 attributes:
   check_mode:
@@ -32,7 +33,7 @@ options:
     default: glm-serving.service
   policy:
     description:
-      - JSON file on the node that says what its attestation expects, as C(port),
+      - JSON file on the node that says what its attestation expects, as C(address), C(port),
         C(served_model_name), C(required) and C(forbidden). The role serving writes it, so that
         a health check years later expects the same.
     type: path
@@ -196,7 +197,11 @@ def main() -> None:
         if params["mode"] == "state":
             module.exit_json(changed=False, **_state(params))
         policy = _policy(Path(params["policy"]))
-        http = attest.local_http(policy["port"], api_key=_api_key(Path(params["environment_file"])))
+        http = attest.local_http(
+            policy["port"],
+            address=policy.get("address", "127.0.0.1"),
+            api_key=_api_key(Path(params["environment_file"])),
+        )
         if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
             result = {"watched": watched}

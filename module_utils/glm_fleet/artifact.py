@@ -428,6 +428,7 @@ class Store:
             )
         _set_permissions(staging)
         write_atomically(staging / MANIFEST, manifest.as_json())
+        self.retire(manifest.kind, manifest.id)
         final.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(final)
         proven.drop()
@@ -445,6 +446,8 @@ class Store:
             final = self.published_path(kind, manifest.id)
             _set_permissions(folder)
             write_atomically(folder / MANIFEST, manifest.as_json())
+            # A damaged one may be in its place.
+            self.retire(kind, manifest.id)
             final.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(final)
         proven.drop()

@@ -7,6 +7,7 @@ that the server has mapped, the record of the start gate, and answers of the mod
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import time
@@ -17,13 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
+from .artifact import write_atomically
 from .errors import FleetError
 from .gate import RECORD
 from .runner import Runner
 
 _RELEASE_IN_MAPS = re.compile(r"/releases/([^/\s]+)/lib/")
+EVIDENCE = Path("/run/glm-fleet/attested.json")
 # The last word of a start: the web server's own line, or vLLM's where that one is not logged.
 _READY = re.compile(r"Application startup complete|Starting vLLM server on")
+_RECENT_LINES = 500
 _LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a short test
 _ANSWER_TOKENS = 24
 
@@ -91,12 +95,18 @@ class Check:
     detail: str
 
 
-def local_http(port: int, *, api_key: str = "", timeout_s: float = 300.0) -> Http:
-    """Return a client of the server on this node. A refused connection is status 0."""
+def local_http(
+    port: int, *, address: str = "127.0.0.1", api_key: str = "", timeout_s: float = 300.0
+) -> Http:
+    """Return a client of the server on this node. A connection that fails is status 0.
+
+    ``address`` is the one that the server is bound to.
+    """
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)  # noqa: S104
 
     def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}{path}",
+            f"http://{host}:{port}{path}",
             data=json.dumps(body).encode() if body is not None else None,
             headers={"Content-Type": "application/json"},
         )
@@ -107,8 +117,8 @@ def local_http(port: int, *, api_key: str = "", timeout_s: float = 300.0) -> Htt
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             return error.code, iter([text])
-        except OSError as error:
-            return 0, iter([str(error)])
+        except (OSError, http.client.HTTPException) as error:
+            return 0, iter([f"{type(error).__name__}: {error}"])
         return int(answer.status), _lines(answer)
 
     return ask
@@ -119,9 +129,9 @@ def _lines(answer: Any) -> Iterator[str]:
         try:
             for line in answer:
                 yield line.decode(errors="replace").rstrip("\n")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             # The caller sees a stream that ended early, which is what happened.
-            yield f"error: {error}"
+            yield f"error: the stream broke off: {type(error).__name__}"
 
 
 def unit_state(runner: Runner, unit: str) -> dict[str, Any]:
@@ -146,8 +156,8 @@ def unit_state(runner: Runner, unit: str) -> dict[str, Any]:
     return state
 
 
-def journal(runner: Runner, invocation: str) -> list[str]:
-    """Return the journal's messages of one start of the unit, oldest first."""
+def journal(runner: Runner, invocation: str, most: int | None = None) -> list[str]:
+    """Return the (last ``most``) messages of one start of the unit, oldest first."""
     if not invocation:
         return []
     answer = runner(
@@ -155,6 +165,7 @@ def journal(runner: Runner, invocation: str) -> list[str]:
             "journalctl",
             "--no-pager",
             "--output=cat",
+            *([f"--lines={most}"] if most else []),
             f"_SYSTEMD_INVOCATION_ID={invocation}",
             "+",
             f"INVOCATION_ID={invocation}",
@@ -202,13 +213,29 @@ def relevant_lines(lines: Sequence[str], most: int = 12) -> list[str]:
     return [line[-300:] for line in picked]
 
 
+def read_evidence(path: Path, invocation: str) -> dict[str, str]:
+    """Return {pattern: line} that an earlier attestation of this very start found."""
+    known = read_record(path)
+    if not invocation or known.pop("invocation", "") != invocation:
+        return {}
+    return known
+
+
 def check_journal(
-    lines: Sequence[str], required: Sequence[str], forbidden: Sequence[str]
+    lines: Sequence[str],
+    required: Sequence[str],
+    forbidden: Sequence[str],
+    known: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Check that each required pattern is in the journal of this start and no forbidden one."""
+    """Check that each required pattern is in the journal of this start and no forbidden one.
+
+    ``known`` holds lines that were there when the start was attested: the journal of a busy
+    server loses its first lines to rotation while the server goes on.
+    """
     checks = []
     for pattern in required:
         hit = next((line for line in lines if re.search(pattern, line)), "")
+        hit = hit or (known or {}).get(pattern, "")
         checks.append(Check(f"journal has {pattern}", bool(hit), hit[-200:] or "no such line"))
     for pattern in forbidden:
         hit = next((line for line in lines if re.search(pattern, line)), "")
@@ -326,7 +353,10 @@ def complete(
         if line == "data: [DONE]":
             ended = True
             break
-        event = json.loads(line[len("data: ") :])
+        try:
+            event = json.loads(line[len("data: ") :])
+        except ValueError:
+            return Answer(text, used, 0, first, clock() - start, f"not JSON: {line[:100]}")
         if "error" in event:
             return Answer(text, used, 0, first, clock() - start, str(event["error"])[:200])
         for choice in event.get("choices", []):
@@ -346,7 +376,10 @@ def served_model(http: Http, model: str) -> tuple[Check, int]:
     text = "\n".join(lines)
     if status != 200:
         return Check("model is served", False, f"HTTP {status}: {text[:120]}"), 0
-    entries = json.loads(text).get("data", [])
+    try:
+        entries = json.loads(text)["data"]
+    except (ValueError, KeyError, TypeError):
+        return Check("model is served", False, f"something else answers: {text[:120]}"), 0
     names = [str(each.get("id")) for each in entries]
     length = max((int(each.get("max_model_len") or 0) for each in entries), default=0)
     return Check("model is served", model in names, ", ".join(names) or "none"), length
@@ -419,9 +452,13 @@ def attest(
     *,
     thorough: bool,
     record_path: Path = RECORD,
+    evidence_path: Path = EVIDENCE,
     proc: Path = Path("/proc"),
 ) -> dict[str, Any]:
     """Check everything and return the attestation.
+
+    A thorough one that passes leaves the lines of the journal that prove it in
+    ``evidence_path``, for later checks of the same start.
 
     Shape: {passed, checks: [{name, passed, detail}], release_id, model_id, invocation_id,
     started_at, unit, canary, metrics, diagnosis, journal}.
@@ -433,6 +470,7 @@ def attest(
         Check("unit is active", running["active"], f"{unit['active_state']} {unit['result']}")
     ]
     canary: dict[str, Any] = {}
+    proof: list[Check] = []
     metrics: dict[str, float] = {}
     release = running_release(unit["main_pid"], proc)
     recorded = record.get("invocation") == running["invocation"]
@@ -452,7 +490,9 @@ def attest(
                 f"{model_id or 'unknown'}, wanted {wanted.model or 'any'}",
             )
         )
-        checks += check_journal(lines, wanted.required, wanted.forbidden)
+        known = read_evidence(evidence_path, running["invocation"])
+        proof = check_journal(lines, wanted.required, wanted.forbidden, known)
+        checks += proof
         served, context = served_model(http, wanted.model_name)
         checks.append(served)
         if served.passed:
@@ -465,6 +505,12 @@ def attest(
                        "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total")
         }  # fmt: skip
     passed = all(check.passed for check in checks)
+    if passed and thorough:
+        evidence = dict(zip(wanted.required, (check.detail for check in proof)))
+        evidence_path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            evidence_path, json.dumps({**evidence, "invocation": running["invocation"]})
+        )
     return {
         "passed": passed,
         "checks": [asdict(check) for check in checks],
@@ -499,7 +545,7 @@ def watch(
     end = clock() + seconds
     while True:
         state = unit_state(runner, unit)
-        lines = journal(runner, state["invocation_id"])
+        lines = journal(runner, state["invocation_id"], _RECENT_LINES)
         result: dict[str, Any] = {
             "ready": False,
             "failed": "",
@@ -510,11 +556,12 @@ def watch(
         if state["active_state"] not in ("active", "activating"):
             result["failed"] = f"the unit is {state['active_state']} ({state['result']})"
             return result
-        if state["n_restarts"] or state["sub_state"] == "auto-restart":
-            result["failed"] = f"the service died ({state['n_restarts']} restarts so far)"
-            return result
+        # Before the restarts are counted: a node that died once, weeks ago, is ready now.
         if any(_READY.search(line) for line in lines) and http("/health")[0] == 200:
             result["ready"] = True
+            return result
+        if state["n_restarts"] or state["sub_state"] == "auto-restart":
+            result["failed"] = f"the service died ({state['n_restarts']} restarts so far)"
             return result
         if clock() >= end:
             return result

@@ -108,7 +108,7 @@ def judge_node(
     away = [f"{state} at {where}" for where, state in gateway.items() if state != "UP"]
     if verdict == HEALTHY and away:
         verdict, reasons = DEGRADED, away
-        next_step = f"undrain it when it should take requests: undrain.yml with {name}"
+        next_step = "run site.yml when it should take requests: it attests and joins the node"
     return NodeHealth(
         name=name,
         verdict=verdict,
@@ -178,7 +178,7 @@ def _service(
             if not check["passed"]
         ]
         reasons = failed or [probe_error or "the attestation gave no result"]
-        return BROKEN, reasons, f"drain it, read {log}, then run site.yml or rollback.yml"
+        return BROKEN, reasons, f"drain it, read {log}, then run site.yml"
     if unit.get("n_restarts"):
         return DEGRADED, [f"systemd restarted it {unit['n_restarts']} times"], f"read {log}"
     return HEALTHY, [], ""

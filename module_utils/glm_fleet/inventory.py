@@ -12,6 +12,7 @@ from .errors import FleetError
 
 NODES = "gpu_nodes"
 GATEWAYS = "gateways"
+BUILDERS = "builders"
 _PORTS = ("serving_port", "gateway_port", "artifact_port")
 
 
@@ -62,6 +63,12 @@ def _groups(inventory: Inventory) -> Iterator[str]:
     if not nodes:
         end = f", and {', '.join(gateways)} would be a gateway without nodes" if gateways else ""
         yield f"group {NODES} has no hosts: name the GPU nodes in it{end}"
+    builders = inventory.groups.get(BUILDERS, ())
+    if builders:
+        yield (
+            f"group {BUILDERS} names {', '.join(builders)}: releases are built on the controller "
+            "only for now; leave the group out"
+        )
     if not gateways:
         yield f"group {GATEWAYS} has no hosts: nothing would send requests to the nodes"
 

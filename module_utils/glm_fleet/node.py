@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .environment import COMPLETE
 from .errors import FleetError
 from .gpu import read_gpus
 from .runner import Runner
@@ -52,6 +53,7 @@ class NodeQuery:
     links: Mapping[str, str] = field(default_factory=dict)
     unit: str = "glm-serving.service"
     artifact_root: str = ""
+    environment_root: str = ""
     provenance_keys: Sequence[str] = ()
     controller_epoch: float | None = None
     xid_window_s: int = 86400
@@ -122,8 +124,13 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
             each.as_dict() for each in attempt("processes", [], vllm_processes, host.proc)
         ],
         "artifacts": [],
+        "environments": [],
         "staging_bytes": {},
     }
+    if query.environment_root:
+        # The file that the build of an environment writes last.
+        built = Path(query.environment_root).glob(f"*/{COMPLETE}")
+        facts["environments"] = sorted(path.parent.name for path in built)
     if query.artifact_root:
         root = Path(query.artifact_root)
         facts["artifacts"] = read_artifacts(root, query.provenance_keys, errors)

@@ -51,6 +51,7 @@ class DiskNeed:
     bytes: int
     kind: str = ""
     provenance: Mapping[str, Any] | None = None
+    built: bool = False
 
 
 @dataclass(frozen=True)
@@ -383,7 +384,9 @@ def _disk(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable
 
 def _published(need: DiskNeed, facts: Mapping[str, Any]) -> bool:
     return bool(need.provenance) and any(
-        artifact["kind"] == need.kind and _is_subset(need.provenance, artifact["provenance"])
+        artifact["kind"] == need.kind
+        and _is_subset(need.provenance, artifact["provenance"])
+        and (not need.built or artifact["id"] in facts.get("environments", ()))
         for artifact in facts.get("artifacts", ())
     )
 

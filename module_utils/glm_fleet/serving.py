@@ -98,7 +98,7 @@ def environment_file(variables: Mapping[str, Any]) -> str:
 def differences(running: Mapping[str, Any], wanted: Mapping[str, str]) -> list[str]:
     """Say what a restart would change: [] when the node runs what it should.
 
-    ``running`` is what `read_running` of the module serving_info gives; ``wanted`` has
+    ``running`` is what `attest.read_running` gives; ``wanted`` has
     release, model, unit_sha256 and environment_sha256.
     """
     if not running.get("active"):

@@ -16,6 +16,7 @@ import argparse
 import hmac
 import http.server
 import shutil
+import socket
 import sys
 import time
 import urllib.error
@@ -45,7 +46,8 @@ class SeedHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Send one file, from the offset of a ``Range: bytes=N-`` header on."""
         if self.client_address[0] not in self.server.allowed:
-            self.send_error(HTTPStatus.FORBIDDEN, "address not in the inventory")
+            problem = f"{self.client_address[0]} is not in the inventory"
+            self.send_error(HTTPStatus.FORBIDDEN, problem)
             return
         if not hmac.compare_digest(self.headers.get(_TOKEN_HEADER, ""), self.server.token):
             self.send_error(HTTPStatus.UNAUTHORIZED, "wrong token")
@@ -130,7 +132,7 @@ def fetch_missing(
                 f"The source sends other bytes for {entry.path}",
                 expected=f"SHA-256 {entry.sha256}",
                 found="another one, twice",
-                remedy="verify the artifact on the source with health_deep=true",
+                remedy="remove the artifact on the source, then run again: it is made anew",
             )
 
 
@@ -161,7 +163,21 @@ def _fetch_file(
                 resumed = answer.status == HTTPStatus.PARTIAL_CONTENT
                 with path.open("ab" if resumed else "wb") as stream:
                     shutil.copyfileobj(answer, stream, _BLOCK)
-        except (OSError, urllib.error.URLError) as error:
+        except urllib.error.HTTPError as error:
+            if error.code in (HTTPStatus.FORBIDDEN, HTTPStatus.UNAUTHORIZED):
+                raise FleetError(
+                    f"{source} does not give this node the artifact {manifest.id}",
+                    expected="to be known to it by address and secret",
+                    found=f"HTTP {error.code}: {error.reason}",
+                    remedy=(
+                        "set artifact_address of this node to the address that it has towards "
+                        "the other nodes"
+                    ),
+                ) from error
+            problem = f"{source}: {error}"
+            sleep(min(2.0**attempt, 10.0))
+            continue
+        except OSError as error:
             problem = f"{source}: {error}"
             sleep(min(2.0**attempt, 10.0))
             continue
@@ -176,6 +192,11 @@ def _fetch_file(
     )
 
 
+def resolve(hosts: Sequence[str]) -> list[str]:
+    """Return the addresses of hosts that are named by name or address."""
+    return sorted({str(each[4][0]) for host in hosts for each in socket.getaddrinfo(host, None)})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Offer artifacts until stopped."""
     parser = argparse.ArgumentParser(description="Offer artifacts to other hosts of the fleet.")
@@ -186,9 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--token-file", type=Path, required=True, help="file with the secret")
     options = parser.parse_args(argv)
     token = options.token_file.read_text().strip()
-    server = SeedServer(
-        (options.address, options.port), options.root, options.allow.split(","), token
-    )
+    allowed = resolve(options.allow.split(","))
+    server = SeedServer((options.address, options.port), options.root, allowed, token)
     server.serve_forever()
     return 0
 

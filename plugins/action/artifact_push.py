@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ class ActionModule(ActionBase):
         arguments = self._task.args
         manifest = arguments["manifest"]
         common = {"root": arguments["root"], "kind": manifest["kind"], "manifest": manifest}
-        staged = self._module({"state": "staged", "owner": self._user(), **common}, task_vars)
-        if staged.get("failed") or not staged["missing"]:
+        staged = self._module({"state": "staged", **common}, task_vars)
+        if staged.get("failed") or staged["published"]:
             return {**staged, "changed": False}
         if not self._task.check_mode:
             self._put(Path(arguments["source"]), staged)
@@ -42,9 +41,6 @@ class ActionModule(ActionBase):
             module_name="artifact", module_args=args, task_vars=task_vars
         )
         return result
-
-    def _user(self) -> str:
-        return str(self._play_context.remote_user or getpass.getuser())
 
     def _put(self, source: Path, staged: dict[str, Any]) -> None:
         total, done, said = int(staged["missing_bytes"]), 0, time.monotonic()

@@ -20,11 +20,11 @@ HostVars = Mapping[str, Mapping[str, Any]]
 
 
 def lacking(hostvars: HostVars, hosts: Sequence[str], seed: str) -> list[str]:
-    """Name the hosts, other than the seed, that lack a part of the artifact just planned."""
+    """Name the hosts, other than the seed, where the artifact just planned is not published."""
     return [
         host
         for host in hosts
-        if host != seed and hostvars[host].get("__artifact_plan", {}).get("missing_bytes", 0) > 0
+        if host != seed and not hostvars[host].get("__artifact_plan", {}).get("published", True)
     ]
 
 

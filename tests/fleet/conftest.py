@@ -131,12 +131,14 @@ class Fleet:
         )
         return Run(done.returncode, done.stdout + done.stderr)
 
-    def chat(self, text: str = "Hello", *, stream: bool = False, timeout: float = 60) -> Answer:
+    def chat(
+        self, text: str = "Hello", *, stream: bool = False, tokens: int = 16, timeout: float = 60
+    ) -> Answer:
         """Ask the gateway as a client: status, node that answered, events of the stream."""
         body: dict[str, Any] = {
             "model": "glm-5.2",
             "messages": [{"role": "user", "content": text}],
-            "max_tokens": 16,
+            "max_tokens": tokens,
             "stream": stream,
         }
         request = urllib.request.Request(

@@ -74,30 +74,30 @@ def test_preflight_names_each_fault_of_a_gpu(
 
 
 def test_preflight_names_a_full_disk_a_foreign_port_and_a_dead_host(fleet: Fleet) -> None:
-    fleet.shell("gpu01", "mount -t tmpfs -o size=64m tmpfs /srv")
+    fleet.shell("gpu03", "mount -t tmpfs -o size=64m tmpfs /srv")
     fleet.shell(
         "gpu02",
         "systemd-run --unit=squatter --property=DynamicUser=yes python3 -m http.server 8000",
     )
-    lab("power", "gpu03", "cut")
+    lab("power", "gpu01", "cut")
     try:
         time.sleep(1)
         run = fleet.playbook("site.yml", "-e", "ansible_ssh_timeout=5")
     finally:
-        fleet.shell("gpu01", "umount /srv")
+        fleet.shell("gpu03", "umount /srv")
         fleet.shell("gpu02", "systemctl stop squatter")
-        lab("power", "gpu03", "join")
+        lab("power", "gpu01", "join")
     assert run.rc != 0
     assert run.changed == {}
-    for words in (("gpu01", "disk"), ("gpu02", "port"), ("gpu03", "reach")):
+    for words in (("gpu03", "disk"), ("gpu02", "port"), ("gpu01", "reach")):
         assert any(all(word in line for word in words) for line in run.output.splitlines()), (
             f"{words} is not in:\n{run.output[-5000:]}"
         )
 
 
 def test_a_run_that_is_killed_is_continued_by_the_next(fleet: Fleet) -> None:
-    seen = fleet.kill_playbook_at("Build the environment of the release", "site.yml")
-    assert "PLAY RECAP" not in seen
+    for marker in ("Push the first copy", "Build the environment of the release"):
+        assert "PLAY RECAP" not in fleet.kill_playbook_at(marker, "site.yml")
     first = fleet.playbook("site.yml")
     assert_good(first)
     assert all(each["failed"] == each["unreachable"] == 0 for each in first.recap().values())
@@ -150,18 +150,20 @@ def test_nothing_of_the_service_runs_as_root(fleet: Fleet) -> None:
 def test_the_gateway_streams_tokens_from_each_node(fleet: Fleet) -> None:
     seen: dict[str, list[float]] = {}
     for _ in range(30):
-        answer = fleet.chat("Tell me a story", stream=True)
+        begun = time.monotonic()
+        answer = fleet.chat("Tell me a story", stream=True, tokens=200)
         assert answer.status == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.lines[-1] == "data: [DONE]"
         events = [json.loads(line[len("data: ") :]) for line in answer.lines[:-1]]
         assert sum(bool(each["choices"][0]["delta"].get("content")) for each in events) >= 3
-        seen.setdefault(answer.node, answer.arrivals)
+        first, last = answer.arrivals[0] - begun, answer.arrivals[-1] - begun
+        seen.setdefault(answer.node, []).append(first / last)
         if len(seen) == len(fleet.nodes):
             break
     assert sorted(seen) == fleet.nodes
-    # Tokens come one by one: a gateway that buffers delivers them all at once.
-    assert all(arrivals[-1] - arrivals[0] > 0.005 for arrivals in seen.values())
+    # A gateway that buffers delivers the first token together with the last.
+    assert all(min(shares) < 0.5 for shares in seen.values()), seen
 
 
 def test_curl_gets_events_as_anybody_would(fleet: Fleet) -> None:

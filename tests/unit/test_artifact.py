@@ -196,3 +196,29 @@ def test_who_comes_second_waits_for_the_first(tmp_path: Path) -> None:
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_what_is_staged_to_the_last_file_still_has_to_be_published(
+    published: Manifest, tmp_path: Path
+) -> None:
+    # As after a controller that died between the last file and the publishing.
+    other = Store(tmp_path / "other")
+    fill(other.stage(published), a="alpha", sub__b="beta" * 100)
+    assert other.missing(published) == []
+    assert not other.is_published(published)
+    other.publish(published)
+    assert other.is_published(published)
+
+
+def test_a_damaged_artifact_is_replaced_by_a_sound_one(
+    store: Store, published: Manifest, tmp_path: Path
+) -> None:
+    folder = store.published_path("model", published.id)
+    fill(store.stage(published), a="alpha", sub__b="beta" * 100)
+    (folder / "foreign").write_text("?")
+    store.publish(published)
+    assert find_damage(folder, published, deep=True) == []
+    (folder / "a").write_text("alp")
+    again = fill(tmp_path / "again", a="alpha", sub__b="beta" * 100)
+    store.adopt(again, kind="model", slug="tiny", provenance={})
+    assert find_damage(folder, published, deep=True) == []

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,7 @@ def run(host: Path, server: Server, *, thorough: bool = True, **changed: Any) ->
         attest.Wanted(**wanted),
         thorough=thorough,
         record_path=host / "record.json",
+        evidence_path=host / "attested.json",
         proc=host,
     )
 
@@ -241,3 +244,68 @@ def test_a_start_is_watched(
     )
     assert found["ready"] is ready
     assert why in found["failed"]
+
+
+def test_a_node_that_died_once_and_serves_now_is_ready(tmp_path: Path) -> None:
+    def restarted(argv: Sequence[str], **_: Any) -> RunResult:
+        answer = systemd(argv)
+        return RunResult(0, answer.stdout.replace("NRestarts=0", "NRestarts=1"), "")
+
+    found = attest.watch(
+        restarted,
+        lambda path, body=None: (200, iter([])),
+        "glm-serving.service",
+        seconds=0,
+        proc=tmp_path,
+    )
+    assert found["ready"]
+
+
+def test_a_start_stays_proven_when_the_journal_has_rotated(host: Path) -> None:
+    wanted = ["KV cache size: [0-9,]+ tokens"]
+    assert run(host, Server(), required=wanted)["passed"]
+    known = attest.read_evidence(host / "attested.json", "i1")
+    assert [check.passed for check in attest.check_journal([], wanted, [], known)] == [True]
+    # Another start has to prove itself.
+    assert attest.read_evidence(host / "attested.json", "i2") == {}
+
+
+@pytest.fixture
+def broken_server() -> Iterator[int]:
+    """A real socket that promises a chunk and closes in the middle of it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                        b'40\r\ndata: {"choices": [{"text": "a"}]}\n'
+                    )
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
+def test_an_engine_that_dies_while_it_answers_is_a_failed_check(broken_server: int) -> None:
+    http = attest.local_http(broken_server, timeout_s=5)
+    assert "broke off" in attest.complete(http, "glm-5.2", "Hello").problem
+    check, _ = attest.served_model(http, "glm-5.2")
+    assert not check.passed
+
+
+def test_the_server_is_asked_where_it_is_bound() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        port = listener.getsockname()[1]
+        listener.settimeout(5)
+        status, _ = attest.local_http(port, timeout_s=1)("/health")
+        assert status == 0
+        thread = threading.Thread(
+            target=lambda: attest.local_http(port, address="127.0.0.2", timeout_s=1)("/health")
+        )
+        thread.start()
+        connection, _ = listener.accept()
+        connection.close()
+        thread.join()

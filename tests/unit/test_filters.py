@@ -15,9 +15,9 @@ filters = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(filters)
 
 HOSTVARS = {
-    "gpu01": {"__artifact_plan": {"missing_bytes": 7}, "ansible_host": "192.0.2.11"},
-    "gpu02": {"__artifact_plan": {"missing_bytes": 0}, "artifact_address": "198.51.100.2"},
-    "gpu03": {"__artifact_plan": {"missing_bytes": 9}},
+    "gpu01": {"__artifact_plan": {"published": False}, "ansible_host": "192.0.2.11"},
+    "gpu02": {"__artifact_plan": {"published": True}, "artifact_address": "198.51.100.2"},
+    "gpu03": {"__artifact_plan": {"published": False}},
     "controller": {"release_artifact": {"id": "r-1", "manifest": {"kind": "release"}}},
     "empty": {"release_artifact": {"id": "", "manifest": {}}},
 }

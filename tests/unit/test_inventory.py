@@ -159,3 +159,11 @@ def test_the_playbook_stops_before_any_host(tmp_path: Path) -> None:
     for words in ("3 mistakes", "does not divide", "serving_prot", "gateways has no hosts"):
         assert words in done.stdout
     assert "builders=" not in done.stdout
+
+
+def test_a_builder_other_than_the_controller_is_refused() -> None:
+    groups = {"gpu_nodes": ["gpu01"], "gateways": ["gw01"], "builders": ["build01"]}
+    assert problems(groups, {"gpu01": {}, "gw01": {}, "build01": {}}) == [
+        "group builders names build01: releases are built on the controller only for now; "
+        "leave the group out"
+    ]
