@@ -25,7 +25,9 @@ options:
     choices: [fetched, overlaid]
     required: true
   base:
-    description: Path of the base wheel, or a requirement of the form C(name==version).
+    description:
+      - Path or URL of the base wheel, or a requirement of the form C(name==version). A URL may
+        end in C(#sha256=HEX).
     type: str
     required: true
   dest:
@@ -48,6 +50,11 @@ options:
     description: Package index. That of the environment if empty.
     type: str
     default: ""
+  index_urls:
+    description: Package indexes beside the first one.
+    type: list
+    elements: str
+    default: []
   find_links:
     description: Folders or URLs with more wheels.
     type: list
@@ -124,7 +131,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.artifact import sha256_file, write_atomically
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.download import fetch_wheel, wheel_name
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.lock import Packages, Target
 from ansible.module_utils.glm_fleet.runner import run_program
 from ansible.module_utils.glm_fleet.source import Repository
@@ -148,6 +156,13 @@ def _known(record: Path) -> Path | None:
 
 def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
     params = module.params
+    if "://" in params["base"]:
+        folder = Path(params["dest"], "base")
+        present = {each.name for each in folder.glob("*.whl")}
+        if module.check_mode and wheel_name(params["base"]) not in present:
+            return True, None
+        fetched = fetch_wheel(params["base"], folder)
+        return fetched.name not in present, read_wheel(fetched)
     if params["base"].endswith(".whl"):
         return False, read_wheel(Path(params["base"]))
     words = (params["base"], params["python_version"], params["platform"])
@@ -172,6 +187,7 @@ def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
         store=record.parent,
         exclude_newer=params["exclude_newer"],
         index_url=params["index_url"],
+        index_urls=tuple(params["index_urls"]),
         find_links=tuple(params["find_links"]),
     )
     locked = packages.compile([params["base"]], with_dependencies=False)
@@ -217,6 +233,7 @@ def main() -> None:
             "platform": {"type": "str", "required": True},
             "exclude_newer": {"type": "str", "default": ""},
             "index_url": {"type": "str", "default": ""},
+            "index_urls": {"type": "list", "elements": "str", "default": []},
             "find_links": {"type": "list", "elements": "str", "default": []},
             "git_dir_cache": {"type": "path"},
             "repository": {"type": "str"},
@@ -241,6 +258,8 @@ def main() -> None:
         module.exit_json(changed=changed, wheel=described)
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

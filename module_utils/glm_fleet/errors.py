@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -49,3 +50,16 @@ class FleetError(Exception):
             "found": self.found,
             "remedy": self.remedy,
         }
+
+
+def from_os_error(error: OSError) -> FleetError:
+    """Say what a failed read or write on this host means."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return FleetError(
+        "The disk is full" if full else "A file cannot be read or written",
+        expected="room for the clone, the downloads and the release" if full else "",
+        found=str(error),
+        remedy="free some room or choose another folder, then run again: what is complete is kept"
+        if full
+        else "check the folder and its permissions, then run again",
+    )

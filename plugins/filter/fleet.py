@@ -42,6 +42,17 @@ def artifact_of(hostvars: HostVars, kind: str, source: str) -> dict[str, Any]:
     return dict(found) if found.get("manifest") else {}
 
 
+def drivers(hostvars: HostVars, hosts: Sequence[str]) -> dict[str, str]:
+    """Give the NVIDIA driver of every host that preflight looked at in this run."""
+    found = {}
+    for host in hosts:
+        node = hostvars[host].get("__preflight_record", {}).get("node", {})
+        driver = node.get("gpu", {}).get("driver_version")
+        if driver:
+            found[host] = str(driver)
+    return found
+
+
 def serve_command(settings: Mapping[str, Any]) -> str:
     """Give the arguments of vLLM, quoted for a systemd unit."""
     try:
@@ -65,5 +76,5 @@ class FilterModule:
         """Return the filters by name."""
         return {
             each.__name__: each
-            for each in (lacking, addresses, artifact_of, serve_command, environment_file)
+            for each in (lacking, addresses, artifact_of, drivers, serve_command, environment_file)
         }
