@@ -20,7 +20,7 @@ options:
     description:
       - V(planned) tells key, version and whether the release is published.
       - V(assembled) fills the folder O(dest).
-      - V(retired) removes all but the O(keep) releases that were current last.
+      - V(retired) removes all but the O(keep) releases that were published last.
     type: str
     choices: [planned, assembled, retired]
     required: true

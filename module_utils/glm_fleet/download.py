@@ -15,6 +15,8 @@ from .errors import FleetError
 
 _TIMEOUT_S = 60
 _ATTEMPTS = 3
+# Not OSError as a whole: a full disk is not the server's fault.
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def fetch_wheel(url: str, folder: Path) -> Path:
@@ -42,10 +44,7 @@ def fetch_wheel(url: str, folder: Path) -> Path:
         try:
             _continue(bare, partial)
             break
-        except (OSError, http.client.HTTPException) as error:
-            # URLError is an OSError; one that names a file is of this host's disk.
-            if isinstance(error, OSError) and error.filename:
-                raise
+        except _BROKEN as error:
             final = isinstance(error, urllib.error.HTTPError) and error.code < 500
             if final or attempt == _ATTEMPTS - 1:
                 raise _unavailable(name, f"{type(error).__name__}: {error}") from error

@@ -97,7 +97,7 @@ def find_published(store: Store, key: str) -> Manifest | None:
 
 
 def retire_releases(root: Path, current: str, keep: int, *, dry: bool) -> list[str]:
-    """Retire all but the ``keep`` releases that were current last; return their ids.
+    """Retire all but the ``keep`` releases that were published last; return their ids.
 
     The one that is current counts and is never retired. ``dry`` only tells.
     """
@@ -105,8 +105,6 @@ def retire_releases(root: Path, current: str, keep: int, *, dry: bool) -> list[s
     folders = {
         each.id: store.published_path("release", each.id) for each in store.published("release")
     }
-    if not dry and current in folders:
-        (folders[current] / MANIFEST).touch()
     by_age = sorted(
         (each for each in folders if each != current),
         key=lambda each: ((folders[each] / MANIFEST).stat().st_mtime, each),

@@ -4,29 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .errors import FleetError
 from .preflight import version
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The variant for the fleet, and in one sentence why."""
-
-    variant: Mapping[str, Any]
-    reason: str
-
-
 def choose_variant(
     variants: Sequence[Mapping[str, Any]], drivers: Mapping[str, str], stated: str = ""
-) -> Choice:
+) -> dict[str, Any]:
     """Choose the newest variant whose ``min_driver`` every driver reaches.
 
     ``drivers`` maps host -> driver version as preflight saw it; ``stated`` counts where it
-    saw none. Without both the newest variant is taken, and the reason says so. Raises
-    `FleetError` when a driver is too old for every variant.
+    saw none. Without both the newest variant is taken. Returns ``variant`` and, in one
+    sentence, ``reason``. Raises `FleetError` when a driver is too old for every variant.
     """
     if not variants:
         raise FleetError(
@@ -41,18 +32,13 @@ def choose_variant(
         seen = {"release_driver": stated}
     if not seen:
         first = newest_first[0]
-        return Choice(
-            first,
-            f"{first['name']}, the newest: preflight did not run, and release_driver is not set",
-        )
+        reason = "the newest: preflight did not run, and release_driver is not set"
+        return {"variant": first, "reason": f"{first['name']}, {reason}"}
     oldest = min(seen.values(), key=version)
     for variant in newest_first:
         if version(oldest) >= version(str(variant["min_driver"])):
-            return Choice(
-                variant,
-                f"{variant['name']}: the oldest driver of the fleet is {oldest}, "
-                f"and it needs {variant['min_driver']}",
-            )
+            reason = f"the oldest driver is {oldest}, and it needs {variant['min_driver']}"
+            return {"variant": variant, "reason": f"{variant['name']}: {reason}"}
     least = newest_first[-1]
     old = [
         f"{host} has {driver}"

@@ -474,7 +474,7 @@ def _beyond_the_joins(merged: str, after: str, decided: bool) -> list[str]:
         start = _find(result, lines, position, at_end=last, exact=not gap)
         if start is None:
             near = _first_difference(result, lines, position)
-            return [*problems, f"changed outside the conflicts, near: {near}"]
+            return [*problems, f"changed outside the conflicts, near {near}"]
         problems += _wrong_in_place(result[position:start], gap, decided)
         position = start + len(lines)
         gap = []
@@ -526,11 +526,17 @@ def _find(
 
 
 def _first_difference(result: list[str], lines: list[str], position: int) -> str:
-    for offset, line in enumerate(lines):
-        here = result[position + offset] if position + offset < len(result) else ""
-        if here != line:
-            return (here or line).strip() or "(a blank line)"
-    return "the end of the file"
+    """Name the first place where ``result`` leaves ``lines``, which begin somewhere in it."""
+    matcher = SequenceMatcher(None, lines, result[position:], autojunk=False)
+    begun = False
+    for tag, first, last, start, end in matcher.get_opcodes():
+        if tag == "equal":
+            begun = True
+        elif begun or tag != "insert":
+            there = result[position + start : position + end] or lines[first:last]
+            said = next((line.strip() for line in there if line.strip()), "(a blank line)")
+            return f"line {position + start + 1}: {said}"
+    return f"line {position + 1}"
 
 
 def _not_registered(tree: Path, registry: ast.Module, expect: Expectations) -> list[str]:
