@@ -52,14 +52,22 @@ class FleetError(Exception):
         }
 
 
+def disk_full(found: str) -> FleetError:
+    """Say that there was no room."""
+    return FleetError(
+        "The disk is full",
+        expected="room for what is being written",
+        found=found,
+        remedy="free some room or choose another folder, then run again: what is complete is kept",
+    )
+
+
 def from_os_error(error: OSError) -> FleetError:
     """Say what a failed read or write on this host means."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return disk_full(str(error))
     return FleetError(
-        "The disk is full" if full else "A file cannot be read or written",
-        expected="room for the clone, the downloads and the release" if full else "",
+        "A file cannot be read or written",
         found=str(error),
-        remedy="free some room or choose another folder, then run again: what is complete is kept"
-        if full
-        else "check the folder and its permissions, then run again",
+        remedy="check the folder and its permissions, then run again",
     )

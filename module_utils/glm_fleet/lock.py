@@ -301,8 +301,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> Path:
     partial = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, partial)
-    return partial.replace(target)
+    try:
+        shutil.copyfile(source, partial)
+        return partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def gather(wheels: Iterable[Path], folder: Path) -> None:
