@@ -11,7 +11,7 @@ PLAYBOOKS = site.yml $(wildcard playbooks/*.yml)
 step = @echo "==> $(1)"; begin=$$SECONDS; $(2) && echo "    $(1): $$((SECONDS - begin)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit fleet-test lab-up lab-down lab-status bench clean
+.PHONY: help demo test lint unit release-test fleet-test lab-up lab-down lab-status bench clean
 # Ansible and the lab use both processors by themselves, and steps print as they go.
 .NOTPARALLEL:
 
@@ -24,10 +24,11 @@ demo: ## A serving fleet on this machine, and an answer from it
 	$(call step,site.yml,ansible-playbook -i inventory/lab site.yml)
 	@python -m lab.demo
 
-test: ## Linters, unit tests and the fleet test
+test: ## Linters, unit tests, the release tests and the fleet test
 	@./bootstrap test
 	$(call step,lint,$(MAKE) --no-print-directory lint)
 	$(call step,unit,$(MAKE) --no-print-directory unit)
+	$(call step,release-test,$(MAKE) --no-print-directory release-test)
 	$(call step,fleet-test,$(MAKE) --no-print-directory fleet-test)
 
 lint: ## Linters and type checks
@@ -40,6 +41,9 @@ lint: ## Linters and type checks
 
 unit: ## Unit tests: no network, no root
 	@python -m pytest tests/unit
+
+release-test: ## The compiler on vLLM's real releases, from the package index
+	@python -m pytest tests/release --capture=no
 
 fleet-test: ## The real playbooks against the lab fleet, as root
 	@python -m pytest tests/fleet --verbose --capture=no --exitfirst

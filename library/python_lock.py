@@ -47,6 +47,11 @@ options:
     description: Package index. That of the environment if empty.
     type: str
     default: ""
+  index_urls:
+    description: Package indexes beside the first one.
+    type: list
+    elements: str
+    default: []
   find_links:
     description: Folders or URLs with more wheels.
     type: list
@@ -96,7 +101,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.lock import Packages, Target, check_pins, final_lock
 from ansible.module_utils.glm_fleet.runner import run_program
 
@@ -111,6 +116,7 @@ def run(params: dict[str, Any]) -> dict[str, Any]:
         store=Path(params["store"]),
         exclude_newer=params["exclude_newer"],
         index_url=params["index_url"],
+        index_urls=tuple(params["index_urls"]),
         find_links=tuple(params["find_links"]),
     )
     locked = packages.compile(params["requirements"])
@@ -141,6 +147,7 @@ def main() -> None:
             "platform": {"type": "str", "required": True},
             "exclude_newer": {"type": "str", "default": ""},
             "index_url": {"type": "str", "default": ""},
+            "index_urls": {"type": "list", "elements": "str", "default": []},
             "find_links": {"type": "list", "elements": "str", "default": []},
             "expected": {"type": "dict", "default": {}},
         },
@@ -152,6 +159,8 @@ def main() -> None:
         module.exit_json(**run(module.params))
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

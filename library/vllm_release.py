@@ -20,9 +20,17 @@ options:
     description:
       - V(planned) tells key, version and whether the release is published.
       - V(assembled) fills the folder O(dest).
+      - V(retired) removes all but the O(keep) releases that were published last.
     type: str
-    choices: [planned, assembled]
+    choices: [planned, assembled, retired]
     required: true
+  current:
+    description: Id of the release that stays. Needed for O(state=retired).
+    type: str
+  keep:
+    description: How many releases stay, with the current one.
+    type: int
+    default: 3
   root:
     description: Folder of all artifacts of this host.
     type: path
@@ -30,11 +38,9 @@ options:
   source:
     description: Result C(source) of M(vllm_source).
     type: dict
-    required: true
   base_wheel:
     description: Result C(wheel) of M(vllm_wheel) for the base wheel.
     type: dict
-    required: true
   variant:
     description: Word for the local version label, such as V(cpu).
     type: str
@@ -42,7 +48,6 @@ options:
   settings:
     description: Everything else that decides the result, with python_version, platform and backend.
     type: dict
-    required: true
   find_links:
     description: Folders or URLs with more wheels.
     type: list
@@ -81,9 +86,14 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+retired:
+  description: Ids of the releases that were removed, or would be.
+  returned: for O(state=retired)
+  type: list
+  elements: str
 release:
   description: The release that the inputs give.
-  returned: always
+  returned: for the other states
   type: dict
   contains:
     key: {description: Key of the inputs., type: str}
@@ -92,7 +102,7 @@ release:
     inputs: {description: The resolved inputs., type: dict}
 artifact:
   description: The published artifact (id, path, bytes, manifest), empty when there is none.
-  returned: always
+  returned: for the other states
   type: dict
 provenance:
   description: Provenance for the manifest.
@@ -105,13 +115,23 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.artifact import Store
-from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.recipe import assemble, find_published, make_recipe
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.recipe import (
+    assemble,
+    find_published,
+    make_recipe,
+    retire_releases,
+)
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Plan or assemble, as the parameters say."""
     params = module.params
+    if params["state"] == "retired":
+        retired = retire_releases(
+            Path(params["root"]), params["current"], params["keep"], dry=module.check_mode
+        )
+        return {"changed": bool(retired), "retired": retired}
     if not params["base_wheel"]:
         # In check mode the base wheel may still be on the index: no hash, so no key.
         return {"changed": True, "release": {}, "artifact": {}}
@@ -157,12 +177,18 @@ def main() -> None:
     """Wire the recipe core to Ansible."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "required": True, "choices": ["planned", "assembled"]},
+            "state": {
+                "type": "str",
+                "required": True,
+                "choices": ["planned", "assembled", "retired"],
+            },
             "root": {"type": "path", "required": True},
-            "source": {"type": "dict", "required": True},
-            "base_wheel": {"type": "dict", "required": True},
+            "current": {"type": "str"},
+            "keep": {"type": "int", "default": 3},
+            "source": {"type": "dict"},
+            "base_wheel": {"type": "dict"},
             "variant": {"type": "str", "default": ""},
-            "settings": {"type": "dict", "required": True},
+            "settings": {"type": "dict"},
             "find_links": {"type": "list", "elements": "str", "default": []},
             "dest": {"type": "path"},
             "lock": {"type": "str"},
@@ -170,13 +196,19 @@ def main() -> None:
             "tools": {"type": "list", "elements": "path", "default": []},
             "report": {"type": "dict", "default": {}},
         },
-        required_if=[("state", "assembled", ["dest", "lock"])],
+        required_if=[
+            ("state", "planned", ["source", "base_wheel", "settings"]),
+            ("state", "assembled", ["source", "base_wheel", "settings", "dest", "lock"]),
+            ("state", "retired", ["current"]),
+        ],
         supports_check_mode=True,
     )
     try:
         module.exit_json(**run(module))
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ options:
     choices: [resolved, patched]
     required: true
   repository:
-    description: URL or path of the repository, or of a bundle file.
+    description: URL or path of the repository, as the manifest names it.
     type: str
     required: true
   ref:
@@ -54,6 +54,22 @@ options:
         type: list
         elements: str
         default: []
+      squash:
+        description:
+          - Apply all that it changes as one commit. Needed when it contains merge commits.
+        type: bool
+        default: false
+  mirror:
+    description: URL, path or bundle file that is read in place of O(repository).
+    type: str
+    default: ""
+  resolutions:
+    description:
+      - Files with recorded resolutions of conflicts. Each is taken only for the ref and the
+        head that it names.
+    type: list
+    elements: path
+    default: []
   cache:
     description: Folder of the bare clones.
     type: path
@@ -89,6 +105,9 @@ source:
     ref: {description: The ref as given., type: str}
     sha: {description: Commit of the ref., type: str}
     pull_requests: {description: The pull requests as given., type: list, elements: dict}
+    resolutions:
+      description: SHA-256 of the recorded resolutions for this ref and these heads, by name.
+      type: dict
 report:
   description:
     - Commits picked, files changed and dropped, conflicts with the rule that joined each,
@@ -111,8 +130,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.merge import Resolver
+from ansible.module_utils.glm_fleet.resolution import read_resolution
 from ansible.module_utils.glm_fleet.runner import run_program
 from ansible.module_utils.glm_fleet.source import Compiler, PullRequest, Repository
 from ansible.module_utils.glm_fleet.verify import Expectations
@@ -121,24 +141,33 @@ from ansible.module_utils.glm_fleet.verify import Expectations
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Resolve or patch, as the parameters say."""
     params = module.params
-    repository = Repository(params["repository"], Path(params["cache"]), run_program)
+    repository = Repository(
+        params["repository"], Path(params["cache"]), run_program, mirror=params["mirror"]
+    )
     pulls = [
-        PullRequest(each["number"], each["head"], tuple(each["drop"]))
+        PullRequest(each["number"], each["head"], tuple(each["drop"]), each["squash"])
         for each in params["pull_requests"]
     ]
+    resolutions = tuple(read_resolution(Path(file)) for file in params["resolutions"])
     resolved = repository.resolve(params["ref"], pulls)
+    pairs = {(resolved.sha, pull.head) for pull in pulls}
     source = {
         "url": resolved.url,
         "ref": resolved.ref,
         "sha": resolved.sha,
         "pull_requests": params["pull_requests"],
+        "resolutions": {
+            each.name: each.sha256 for each in resolutions if (each.ref, each.head) in pairs
+        },
     }
     if params["state"] == "resolved":
         return {"changed": False, "source": source}
     if module.check_mode:
         return {"changed": True, "source": source}
     repository.fetch(resolved, pulls)
-    compiler = Compiler(repository, Resolver(), Expectations(backend=params["backend"]))
+    compiler = Compiler(
+        repository, Resolver(), Expectations(backend=params["backend"]), resolutions
+    )
     patched = compiler.build(resolved, pulls, dest=Path(params["dest"]))
     return {"changed": True, "source": source, "report": patched.report()}
 
@@ -158,8 +187,11 @@ def main() -> None:
                     "number": {"type": "int", "required": True},
                     "head": {"type": "str", "required": True},
                     "drop": {"type": "list", "elements": "str", "default": []},
+                    "squash": {"type": "bool", "default": False},
                 },
             },
+            "mirror": {"type": "str", "default": ""},
+            "resolutions": {"type": "list", "elements": "path", "default": []},
             "cache": {"type": "path", "required": True},
             "dest": {"type": "path"},
             "backend": {"type": "str", "default": "TRITON_MLA_SPARSE"},
@@ -171,6 +203,8 @@ def main() -> None:
         module.exit_json(**run(module))
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ options:
     choices: [fetched, overlaid]
     required: true
   base:
-    description: Path of the base wheel, or a requirement of the form C(name==version).
+    description:
+      - Path or URL of the base wheel, or a requirement of the form C(name==version). A URL may
+        end in C(#sha256=HEX).
     type: str
     required: true
   dest:
@@ -48,6 +50,11 @@ options:
     description: Package index. That of the environment if empty.
     type: str
     default: ""
+  index_urls:
+    description: Package indexes beside the first one.
+    type: list
+    elements: str
+    default: []
   find_links:
     description: Folders or URLs with more wheels.
     type: list
@@ -117,6 +124,7 @@ against_source:
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -124,7 +132,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.artifact import sha256_file, write_atomically
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.download import fetch_wheel
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.lock import Packages, Target
 from ansible.module_utils.glm_fleet.runner import run_program
 from ansible.module_utils.glm_fleet.source import Repository
@@ -136,27 +145,47 @@ from ansible.module_utils.glm_fleet.wheel import (
 )
 
 
-def _known(record: Path) -> Path | None:
-    """Return the wheel that an earlier run fetched, if its hash is still the same."""
+def _remember(record: Path, wheel: WheelFile) -> None:
+    """Note what was fetched, so that a run that builds nothing does not hash it again."""
+    status = wheel.path.stat()
+    note = {
+        "file": str(wheel.path.relative_to(record.parent)),
+        "sha256": wheel.sha256,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
+    write_atomically(record, json.dumps(note) + "\n")
+
+
+def _known(record: Path) -> WheelFile | None:
+    """Return the wheel that an earlier run fetched, if it is still the same file."""
     try:
-        data = json.loads(record.read_text())
-        path = record.parent / str(data["file"])
-        return path if sha256_file(path) == data["sha256"] else None
+        note = json.loads(record.read_text())
+        path = record.parent / str(note["file"])
+        status = path.stat()
+        same = (status.st_size, status.st_mtime_ns) == (note["size"], note["mtime_ns"])
+        if same or sha256_file(path) == note["sha256"]:
+            return read_wheel(path, str(note["sha256"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        pass
+    return None
 
 
 def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
     params = module.params
-    if params["base"].endswith(".whl"):
+    if params["base"].endswith(".whl") and "://" not in params["base"]:
         return False, read_wheel(Path(params["base"]))
     words = (params["base"], params["python_version"], params["platform"])
-    record = Path(params["dest"], "-".join(words).replace("/", "_") + ".json")
-    path = _known(record)
-    if path:
-        return False, read_wheel(path)
+    record = Path(params["dest"], re.sub(r"[^\w.=-]", "_", "-".join(words))[-200:] + ".json")
+    known = _known(record)
+    if known:
+        return False, known
     if module.check_mode:
         return True, None
+    if "://" in params["base"]:
+        wheel = read_wheel(fetch_wheel(params["base"], record.parent / "base"))
+        _remember(record, wheel)
+        return True, wheel
     if "==" not in params["base"]:
         raise FleetError(
             "The base wheel is not pinned",
@@ -172,12 +201,12 @@ def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
         store=record.parent,
         exclude_newer=params["exclude_newer"],
         index_url=params["index_url"],
+        index_urls=tuple(params["index_urls"]),
         find_links=tuple(params["find_links"]),
     )
     locked = packages.compile([params["base"]], with_dependencies=False)
     wheel = read_wheel(packages.download(locked)[locked[0].name])
-    name = str(wheel.path.relative_to(record.parent))
-    write_atomically(record, json.dumps({"file": name, "sha256": wheel.sha256}) + "\n")
+    _remember(record, wheel)
     return True, wheel
 
 
@@ -217,6 +246,7 @@ def main() -> None:
             "platform": {"type": "str", "required": True},
             "exclude_newer": {"type": "str", "default": ""},
             "index_url": {"type": "str", "default": ""},
+            "index_urls": {"type": "list", "elements": "str", "default": []},
             "find_links": {"type": "list", "elements": "str", "default": []},
             "git_dir_cache": {"type": "path"},
             "repository": {"type": "str"},
@@ -241,6 +271,8 @@ def main() -> None:
         module.exit_json(changed=changed, wheel=described)
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -49,3 +50,24 @@ class FleetError(Exception):
             "found": self.found,
             "remedy": self.remedy,
         }
+
+
+def disk_full(found: str) -> FleetError:
+    """Say that there was no room."""
+    return FleetError(
+        "The disk is full",
+        expected="room for what is being written",
+        found=found,
+        remedy="free some room or choose another folder, then run again: what is complete is kept",
+    )
+
+
+def from_os_error(error: OSError) -> FleetError:
+    """Say what a failed read or write on this host means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return disk_full(str(error))
+    return FleetError(
+        "A file cannot be read or written",
+        found=str(error),
+        remedy="check the folder and its permissions, then run again",
+    )

@@ -76,7 +76,8 @@ class Target:
 class Packages:
     """Where packages come from and for whom: the surroundings of `compile` and `download`.
 
-    ``index_url`` is empty for the index of the environment; ``exclude_newer`` is a date
+    ``index_url`` is empty for the index of the environment; ``index_urls`` are searched
+    before it; ``exclude_newer`` is a date
     (``2026-06-20`` or RFC 3339); ``store`` keeps the downloaded wheels of every target.
     """
 
@@ -87,6 +88,7 @@ class Packages:
     store: Path
     exclude_newer: str = ""
     index_url: str = ""
+    index_urls: tuple[str, ...] = ()
     find_links: tuple[str, ...] = ()
 
     def compile(
@@ -217,7 +219,11 @@ class Packages:
         url = self.index_url or next(
             (os.environ[name] for name in known if os.environ.get(name)), ""
         )
-        return {"UV_DEFAULT_INDEX": url, "PIP_INDEX_URL": url} if url else {}
+        names = {"UV_DEFAULT_INDEX": url, "PIP_INDEX_URL": url} if url else {}
+        if self.index_urls:
+            more = " ".join(self.index_urls)
+            names |= {"UV_INDEX": more, "PIP_EXTRA_INDEX_URL": more}
+        return names
 
 
 def parse_lock(text: str) -> list[Locked]:
@@ -295,8 +301,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> Path:
     partial = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, partial)
-    return partial.replace(target)
+    try:
+        shutil.copyfile(source, partial)
+        return partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def gather(wheels: Iterable[Path], folder: Path) -> None:

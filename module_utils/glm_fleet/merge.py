@@ -2,9 +2,10 @@
 """Resolving the conflicts of a cherry-pick by structure, never by likeness of text.
 
 A conflicted file is read as a list of segments: text both sides agree on, and conflicts.
-Each rule looks at one conflict and what follows it and either gives the joined lines or
+Each rule looks at one conflict and what surrounds it and either gives the joined lines or
 says which of its conditions failed. A conflict that no rule takes is refused with both
-sides and the rule that came closest.
+sides and the rule that came closest. Choices between implementations are joined apart,
+whatever git makes of them: see `dispatch`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Callable, Union
 
+from .dispatch import (
+    Choice,
+    Match,
+    Miss,
+    choices,
+    functions,
+    match,
+    split_lines,
+    unwrap,
+    wrap,
+)
 from .errors import FleetError
 
 # Longer than git's default of seven, so that no line of a document looks like a marker.
@@ -70,37 +82,20 @@ class Resolution:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What a rule gives: the lines that replace ``segments`` segments."""
+class Versions:
+    """A conflicted file: the pull request's own beginning and end, and the release's text.
 
-    lines: tuple[str, ...]
-    segments: int = 1
+    ``conflicts`` is how many git left in it.
+    """
 
-
-@dataclass(frozen=True)
-class _Branches:
-    """One ``if ...: ... else: ...`` as lines; ``last`` is its last line in its file."""
-
-    head: str
-    body: tuple[str, ...]
-    else_line: str
-    otherwise: tuple[str, ...]
-    depth: int
-    last: int
+    base: str
+    ours: str
+    theirs: str
+    conflicts: int = 1
 
 
-class Miss(Exception):  # noqa: N818 - an answer, not an error
-    """A rule does not apply; ``met`` counts the conditions that held before that."""
-
-    def __init__(self, met: int, reason: str) -> None:
-        self.met = met
-        self.reason = reason
-        super().__init__(reason)
-
-
-def split_lines(text: str) -> list[str]:
-    """Return the lines of ``text`` with their ends; only a line feed ends a line."""
-    return re.findall(r"[^\n]*\n|[^\n]+\Z", text)
+# Merges (base, ours, theirs) as git does: the text in style merge, and in style diff3.
+Merge = Callable[[str, str, str], "tuple[str, str]"]
 
 
 def parse_segments(text: str, marker_size: int = MARKER_SIZE) -> list[Segment]:
@@ -201,128 +196,74 @@ class Resolver:
     second_test: str = "use_deep_gemm"
     optional_dependency: str = "deep_gemm"
 
-    def rules(self) -> dict[str, Callable[[Document, Document, int], Joined]]:
+    def rules(self) -> dict[str, Callable[[Document, Document, int], tuple[str, ...]]]:
         return {
-            "dispatch-join": self._dispatch_join,
             "warn-instead-of-error": self._warn_instead_of_error,
             "two-additions": self._two_additions,
+            "addition-after-change": self._addition_after_change,
         }
 
-    def resolve(self, path: str, merged: str, with_base: str) -> Resolution:
-        """Join every conflict of ``merged``.
+    def resolve(self, path: str, versions: Versions, merge: Merge) -> Resolution:
+        """Join every conflict of a file.
 
-        ``merged`` is the file as git's style ``merge`` writes it, ``with_base`` the same
-        with style ``diff3``. Raises `FleetError` with ``details["conflicts"]`` for what no
-        rule takes.
+        ``merge`` is git's three-way merge. Raises `FleetError` with ``details["conflicts"]``
+        for what no rule takes.
         """
-        document = Document(parse_segments(merged))
-        ancestry = Document(parse_segments(with_base))
+        dispatch = _Dispatch.find(path, versions, self.first_test, self.second_test)
+        texts = merge(versions.base, versions.ours, dispatch.theirs)
+        document, ancestry = (Document(parse_segments(text)) for text in texts)
         out: list[str] = []
         joins: list[Join] = []
         refused: list[dict[str, object]] = []
-        index = 0
-        while index < len(document.segments):
-            segment = document.segments[index]
+        for index, segment in enumerate(document.segments):
             if isinstance(segment, Common):
                 out.extend(segment.lines)
-                index += 1
                 continue
             line = document.span(index, "ours")[0]
-            chosen: tuple[str, Joined] | None = None
-            misses: list[tuple[int, str, str]] = []
-            for name, rule in self.rules().items():
-                try:
-                    chosen = (name, rule(document, ancestry, index))
-                    break
-                except Miss as miss:
-                    misses.append((miss.met, name, miss.reason))
-            if chosen is None:
-                met, closest, reason = max(misses, key=lambda miss: miss[0])
-                refused.append(
-                    {
-                        "path": path,
-                        "line": line,
-                        "ours": "".join(segment.ours),
-                        "theirs": "".join(segment.theirs),
-                        "closest_rule": closest,
-                        "conditions_met": met,
-                        "reason": reason,
-                        "rules": {name: why for _, name, why in misses},
-                    }
-                )
-                index += 1
+            try:
+                name, joined = self._apply(document, ancestry, index, dispatch)
+            except _Refused as refusal:
+                refused.append({"path": path, "line": line, **refusal.report})
                 continue
-            name, joined = chosen
-            consumed = document.segments[index : index + joined.segments]
-            conflicts = sum(isinstance(each, Conflict) for each in consumed)
-            joins.append(Join(path, name, line, conflicts))
-            out.extend(joined.lines)
-            index += joined.segments
+            out.extend(joined)
+            joins.append(Join(path, name, line, 1))
         if refused:
             raise _refusal(path, refused)
         text = "".join(out)
+        share = _share(versions.conflicts - len(joins), len(dispatch.matches))
+        for join, conflicts in zip(dispatch.matches, share):
+            try:
+                text = wrap(
+                    text, self.first_test, self.second_test, join, split_lines(versions.theirs)
+                )
+            except (Miss, SyntaxError) as miss:
+                raise _refusal(path, [_dispatch_report(path, join, versions, miss)]) from miss
+            joins.append(Join(path, "dispatch-join", join.ours.first, conflicts))
         if path.endswith(".py"):
             _require_python(path, text)
-        return Resolution(text, tuple(joins))
+        return Resolution(text, tuple(sorted(joins, key=lambda join: join.line)))
 
-    def _dispatch_join(self, document: Document, _: Document, index: int) -> Joined:
-        """``if A: a else: b`` against ``if B: b else: c``, as git cut them into conflicts.
+    def _apply(
+        self, document: Document, ancestry: Document, index: int, dispatch: _Dispatch
+    ) -> tuple[str, tuple[str, ...]]:
+        """Give the first rule that takes a conflict, and what it makes of it."""
+        if not dispatch.python:
+            raise _Refused(document.segments[index], [(0, "none", "the file is not Python")])
+        misses = [dispatch.miss_at(document, index)]
+        for name, rule in self.rules().items():
+            try:
+                return name, rule(document, ancestry, index)
+            except Miss as miss:
+                misses.append((miss.met, name, miss.reason))
+        raise _Refused(document.segments[index], misses)
 
-        Gives ``if A: a elif B: b else: c``. The two statements begin in this conflict and
-        end together; where git put the borders between them does not matter.
+    def _warn_instead_of_error(
+        self, document: Document, ancestry: Document, index: int
+    ) -> tuple[str, ...]:
+        """A RuntimeError for a missing library against a warning: the warning is taken.
+
+        What the release added before the error stays.
         """
-        ours = self._branches(document, index, "ours", self.first_test, 0)
-        theirs = self._branches(document, index, "theirs", self.second_test, 2)
-        if ours.depth != theirs.depth:
-            raise Miss(4, "the two sides are not indented alike")
-        if ours.otherwise != theirs.body:
-            raise Miss(5, "the release's 'else' is not what the pull request guards")
-        rest, segments = _common_end(document, index, ours.last, theirs.last)
-        joined = (
-            ours.head,
-            *ours.body,
-            f"{' ' * theirs.depth}elif {self.second_test}:\n",
-            *theirs.body,
-            theirs.else_line,
-            *theirs.otherwise,
-            *rest,
-        )
-        return Joined(joined, segments)
-
-    def _branches(
-        self, document: Document, index: int, side: str, test: str, met: int
-    ) -> _Branches:
-        tree = document.tree(side)
-        if tree is None:
-            raise Miss(met, f"the side '{side}' is not Python")
-        first = document.span(index, side)[0]
-        found = [
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and node.lineno == first and ast.unparse(node.test) == test
-        ]
-        if not found:
-            raise Miss(met, f"the side '{side}' does not begin with 'if {test}:'")
-        node = found[0]
-        lines = document.lines(side)
-        if not node.orelse:
-            raise Miss(met + 1, f"'if {test}' of the side '{side}' has no 'else'")
-        between = range(node.body[-1].end_lineno or 0, node.orelse[0].lineno)
-        places = [place for place in between if lines[place].strip() == "else:"]
-        if len(places) != 1 or node.body[0].lineno == first:
-            raise Miss(met + 1, f"'if {test}' of the side '{side}' has no plain 'else:'")
-        last = node.end_lineno or 0
-        return _Branches(
-            head=lines[first - 1],
-            body=tuple(lines[first : places[0]]),
-            else_line=lines[places[0]],
-            otherwise=tuple(lines[places[0] + 1 : last]),
-            depth=node.col_offset,
-            last=last,
-        )
-
-    def _warn_instead_of_error(self, document: Document, _: Document, index: int) -> Joined:
-        """A RuntimeError for a missing library against a warning: the warning is taken."""
         ours = self._guard(document, index, "ours", 0)
         if not (len(ours.body) == 1 and _is_raise(ours.body[0], "RuntimeError")):
             raise Miss(2, "the release's branch does more than raise a RuntimeError")
@@ -331,36 +272,46 @@ class Resolver:
             raise Miss(5, "the pull request's branch does more than log a warning")
         segment = document.segments[index]
         assert isinstance(segment, Conflict)  # noqa: S101 - what `resolve` calls rules with
-        return Joined(segment.theirs)
+        first = document.span(index, "ours")[0]
+        before = segment.ours[: ours.lineno - first]
+        whole = _enclosing_conflict(document, ancestry, index)
+        if _code(before) and (whole is None or whole.base is None):
+            raise Miss(5, "the common ancestor of this place is not known")
+        if whole is not None and whole.base and any(line in whole.base for line in _code(before)):
+            raise Miss(5, "the release moves lines of the common ancestor")
+        return (*before, *segment.theirs)
 
     def _guard(self, document: Document, index: int, side: str, met: int) -> ast.If:
         tree = document.tree(side)
         first, last = document.span(index, side)
         if tree is None or last < first:
             raise Miss(met, f"the side '{side}' is empty or not Python")
-        around = [
+        inside = [
             node
             for node in ast.walk(tree)
-            if getattr(node, "lineno", last + 1) <= first and last <= getattr(node, "end_lineno", 0)
-        ]
-        guards = [
-            node
-            for node in around
             if isinstance(node, ast.If)
+            and first <= node.lineno <= last
+            and last <= (node.end_lineno or 0)
             and self.optional_dependency in ast.unparse(node.test)
             and not node.orelse
         ]
-        if not guards:
+        if not inside:
             raise Miss(
                 met, f"the side '{side}' is not one 'if' that asks for {self.optional_dependency}"
             )
+        guard = inside[0]
+        if side == "theirs":
+            lines = document.lines(side)[first - 1 : guard.lineno - 1]
+            if any(line.strip() and not line.strip().startswith("#") for line in lines):
+                raise Miss(met, "the pull request has other code before its 'if'")
         if not any(
-            isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in around
+            name.endswith("__init__") and node.lineno < first and last <= (node.end_lineno or 0)
+            for name, node in functions(tree)
         ):
             raise Miss(met + 1, f"the side '{side}' is not inside an __init__")
-        return guards[-1]
+        return guard
 
-    def _two_additions(self, document: Document, ancestry: Document, index: int) -> Joined:
+    def _two_additions(self, document: Document, ancestry: Document, index: int) -> tuple[str, ...]:
         """Both sides add elements to one list, or imports: ours first, then theirs."""
         segment = document.segments[index]
         assert isinstance(segment, Conflict)  # noqa: S101 - what `resolve` calls rules with
@@ -375,29 +326,128 @@ class Resolver:
         if not (_contains(whole.ours, whole.base) and _contains(whole.theirs, whole.base)):
             raise Miss(3, "one side changes or removes lines of the common ancestor")
         extra = [line for line in segment.theirs if line.strip() and line not in segment.ours]
-        return Joined((*segment.ours, *extra))
+        return (*segment.ours, *extra)
+
+    def _addition_after_change(
+        self, document: Document, ancestry: Document, index: int
+    ) -> tuple[str, ...]:
+        """The release rewrites a place, the pull request only adds statements after it.
+
+        Both are kept when neither touches a name that the other one gives.
+        """
+        whole = _enclosing_conflict(document, ancestry, index)
+        segment = document.segments[index]
+        assert isinstance(segment, Conflict)  # noqa: S101 - what `resolve` calls rules with
+        if whole is None or not whole.base or whole.theirs[: len(whole.base)] != whole.base:
+            raise Miss(0, "the pull request does more than add lines after unchanged ones")
+        if (whole.ours, whole.theirs) != (segment.ours, segment.theirs):
+            raise Miss(1, "git cuts this place in more than one way")
+        added = whole.theirs[len(whole.base) :]
+        extra, changed = _statements(added), _statements(whole.ours)
+        if not extra or not changed:
+            raise Miss(2, "one side is not made of whole statements")
+        if extra[0].col_offset != changed[-1].col_offset:
+            raise Miss(3, "the two sides are not indented alike")
+        # Where the release leaves early, what follows does not miss the additions either.
+        if any(isinstance(node, _LEAVING) for each in extra for node in ast.walk(each)):
+            raise Miss(4, "the pull request leaves the function or the loop")
+        if _names(extra, stored=True) & _names(changed) or _names(changed, stored=True) & _names(
+            extra
+        ):
+            raise Miss(5, "one side uses a name that the other one changes")
+        return (*whole.ours, *added)
 
 
-def _common_end(
-    document: Document, index: int, ours_last: int, theirs_last: int
-) -> tuple[tuple[str, ...], int]:
-    """Find where two statements that begin in one conflict end together.
+@dataclass(frozen=True)
+class _Dispatch:
+    """The choices of a pull request that are joined apart from git's merge.
 
-    Gives the lines that follow them in the last segment, and the number of segments.
+    ``theirs`` is its text without them; ``misses`` says, in the order of the file, why the
+    others could not be matched with one of the release.
     """
-    for end in range(index, len(document.segments)):
-        segment = document.segments[end]
-        starts = document.span(end, "ours")[0], document.span(end, "theirs")[0]
-        ends = document.span(end, "ours")[1], document.span(end, "theirs")[1]
-        if ends == (ours_last, theirs_last):
-            return (), end - index + 1
-        used = ours_last - starts[0] + 1
-        together = used == theirs_last - starts[1] + 1
-        if isinstance(segment, Common) and together and 0 < used < len(segment.lines):
-            return segment.lines[used:], end - index + 1
-        if ends[0] > ours_last or ends[1] > theirs_last:
-            break
-    raise Miss(6, "the two statements do not end at the same place")
+
+    theirs: str
+    second_test: str
+    python: bool = False
+    matches: tuple[Match, ...] = ()
+    misses: tuple[Miss, ...] = ()
+
+    @classmethod
+    def find(cls, path: str, versions: Versions, first_test: str, second_test: str) -> _Dispatch:
+        try:
+            base, ours, theirs = (
+                ast.parse(text) for text in (versions.base, versions.ours, versions.theirs)
+            )
+        except (SyntaxError, ValueError):
+            return cls(versions.theirs, second_test)
+        if not path.endswith(".py"):
+            return cls(versions.theirs, second_test)
+        options = choices(split_lines(versions.ours), ours, first_test)
+        lines = split_lines(versions.theirs)
+        matches: list[Match] = []
+        misses: list[Miss] = []
+        for choice in choices(lines, theirs, second_test):
+            try:
+                found = match(choice, options, theirs=theirs, base=base, ours=ours)
+            except Miss as miss:
+                misses.append(miss)
+                continue
+            if found:
+                matches.append(found)
+            else:
+                misses.append(
+                    Miss(4, f"the release has no 'if {first_test}:' around the same call")
+                )
+        without = "".join(unwrap(lines, [each.theirs for each in matches]))
+        return cls(without, second_test, True, tuple(matches), tuple(misses))
+
+    def miss_at(self, document: Document, index: int) -> tuple[int, str, str]:
+        """Tell why the choice in a conflict could not be joined: (met, rule, reason)."""
+        tree = document.tree("theirs")
+        first, last = document.span(index, "theirs")
+        left = choices(document.lines("theirs"), tree, self.second_test) if tree else []
+        for choice, miss in zip(left, self.misses):
+            if choice.first <= last and first <= choice.last:
+                return miss.met, "dispatch-join", miss.reason
+        reason = f"there is no 'if {self.second_test}:' with an 'else:' of the pull request"
+        return 0, "dispatch-join", reason
+
+
+def _share(total: int, parts: int) -> list[int]:
+    """Divide the conflicts that git left among the choices that resolve them together."""
+    return [max(0, total) // parts + (place < total % parts) for place in range(parts)]
+
+
+class _Refused(Exception):  # noqa: N818 - collected, not raised to a user
+    def __init__(self, segment: Segment, misses: Sequence[tuple[int, str, str]]) -> None:
+        met, closest, reason = max(misses, key=lambda miss: miss[0])
+        self.report: dict[str, object] = {
+            "ours": "".join(_side(segment, "ours")),
+            "theirs": "".join(_side(segment, "theirs")),
+            "closest_rule": closest,
+            "conditions_met": met,
+            "reason": reason,
+            "rules": {name: why for _, name, why in misses},
+        }
+        super().__init__(reason)
+
+
+def _dispatch_report(
+    path: str, join: Match, versions: Versions, miss: Exception
+) -> dict[str, object]:
+    def part(text: str, choice: Choice) -> str:
+        return "".join(split_lines(text)[choice.first - 1 : choice.last])
+
+    return {
+        "path": path,
+        "line": join.ours.first,
+        "ours": part(versions.ours, join.ours),
+        "theirs": part(versions.theirs, join.theirs),
+        "closest_rule": "dispatch-join",
+        "conditions_met": 6,
+        "reason": str(miss),
+        "rules": {"dispatch-join": str(miss)},
+    }
 
 
 def _is_raise(node: ast.stmt, name: str) -> bool:
@@ -424,6 +474,43 @@ def _enclosing_conflict(document: Document, ancestry: Document, index: int) -> C
         if isinstance(segment, Conflict) and start <= first and last <= end:
             return segment
     return None
+
+
+_LEAVING = (ast.Return, ast.Break, ast.Continue, ast.Yield, ast.YieldFrom, ast.Await)
+
+
+def _statements(lines: Sequence[str]) -> list[ast.stmt]:
+    """Read lines that are whole statements of one block; [] when they are not."""
+    code = [line for line in _code(lines) if not line.strip().startswith("#")]
+    if not code:
+        return []
+    depth = len(code[0]) - len(code[0].lstrip(" "))
+    try:
+        body = ast.parse("if True:\n" + "".join(_deeper(lines, depth))).body[0]
+    except SyntaxError:
+        return []
+    assert isinstance(body, ast.If)  # noqa: S101 - written in the line above
+    return body.body
+
+
+def _deeper(lines: Sequence[str], depth: int) -> list[str]:
+    return [" " + line if depth == 0 else line for line in lines]
+
+
+def _names(body: Sequence[ast.stmt], *, stored: bool = False) -> set[str]:
+    """Return the names that statements use; with ``stored`` only those they may change."""
+    found = set()
+    for statement in body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and not (stored and isinstance(node.ctx, ast.Load)):
+                found.add(node.id)
+            elif stored and isinstance(node, (ast.Subscript, ast.Attribute)):
+                root: ast.AST = node
+                while isinstance(root, (ast.Subscript, ast.Attribute)):
+                    root = root.value
+                if isinstance(root, ast.Name) and not isinstance(node.ctx, ast.Load):
+                    found.add(root.id)
+    return found
 
 
 def _contains(lines: Sequence[str], part: Sequence[str]) -> bool:
@@ -490,11 +577,12 @@ def _refusal(path: str, refused: list[dict[str, object]]) -> FleetError:
     first = refused[0]
     return FleetError(
         f"{len(refused)} conflict(s) in {path} have a shape that no rule knows: {places}",
-        expected="a dispatch join, a warning instead of an error, or two additions to one list",
+        expected="a choice joined with the release's, a warning instead of an error, two "
+        "additions to one list or to imports, or an addition after changed lines",
         found=f"the release has:\n{_excerpt(first['ours'])}\nthe pull request has:\n"
         f"{_excerpt(first['theirs'])}",
-        remedy="name a pull request that was rebased onto this ref, or another ref; "
-        "nothing was built",
+        remedy="name a pull request that was rebased onto this ref, or another ref, or resolve it "
+        "by hand and record that in release_resolutions; nothing was built",
         details={"conflicts": refused},
     )
 

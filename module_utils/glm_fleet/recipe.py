@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artifact import Manifest, Store, sha256_file
+from .artifact import MANIFEST, Manifest, Store, sha256_file
 from .errors import FleetError
 from .lock import gather
 from .source import without_secret
 from .wheel import local_version
 
 # Raise it when the same inputs give another release.
-COMPILER = 1
+COMPILER = 2
 RELEASE_SCHEMA = "glm-fleet/release/1"
 DISTRIBUTION = "vllm"
 
@@ -64,6 +64,7 @@ def make_recipe(
         "variant": variant,
         **settings,
         "index_url": without_secret(str(settings.get("index_url") or "")),
+        "index_urls": [without_secret(str(each)) for each in settings.get("index_urls") or []],
         "find_links": [_describe_place(place) for place in find_links],
     }
     public = str(base_wheel["version"]).partition("+")[0]
@@ -93,6 +94,26 @@ def find_published(store: Store, key: str) -> Manifest | None:
         if manifest.provenance.get("inputs_key") == key and store.is_published(manifest):
             return manifest
     return None
+
+
+def retire_releases(root: Path, current: str, keep: int, *, dry: bool) -> list[str]:
+    """Retire all but the ``keep`` releases that were published last; return their ids.
+
+    The one that is current counts and is never retired. ``dry`` only tells.
+    """
+    store = Store(root)
+    folders = {
+        each.id: store.published_path("release", each.id) for each in store.published("release")
+    }
+    by_age = sorted(
+        (each for each in folders if each != current),
+        key=lambda each: ((folders[each] / MANIFEST).stat().st_mtime, each),
+        reverse=True,
+    )
+    doomed = by_age[max(0, keep - 1) :]
+    for identifier in [] if dry else doomed:
+        store.retire("release", identifier)
+    return sorted(doomed)
 
 
 def assemble(

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .errors import FleetError
+from .errors import FleetError, disk_full
 
 # glibc's own locale, so that messages we match on do not depend on the operator's.
 _LOCALE = {"LC_ALL": "C.UTF-8"}
+# git does not always pass on why it could not write.
+_NO_SPACE = ("No space left on device", "Disk quota exceeded", "error: unable to write file")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ def run_program(
             remedy="look for a hung device, disk or network, then run again",
         ) from error
     result = RunResult(done.returncode, done.stdout, done.stderr)
+    lines = result.stderr.splitlines() if result.rc != 0 else []
+    full = [line for line in lines if any(words in line for words in _NO_SPACE)]
+    if full:
+        raise disk_full(f"{name}: {full[0].strip()[:300]}")
     if check and result.rc != 0:
         tail = (result.stderr.strip() or result.stdout.strip())[-2000:]
         raise FleetError(

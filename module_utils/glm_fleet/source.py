@@ -20,15 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FleetError
-from .merge import MARKER_SIZE, Join, Resolver
+from .merge import MARKER_SIZE, Join, Resolver, Versions
+from .resolution import Recorded, Resolution, fitting
 from .runner import Runner, RunResult
 from .verify import Check, Expectations, FileVersions, verify_tree
 
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# What a manifest names where a person resolved a conflict.
+RECORDED = "recorded-resolution"
 _COMMITTER = {
-    "GIT_COMMITTER_NAME": "glm-fleet",
-    "GIT_COMMITTER_EMAIL": "glm-fleet@localhost",
-    "GIT_COMMITTER_DATE": "2000-01-01T00:00:00+0000",
+    f"GIT_{role}_{key}": value
+    for role in ("AUTHOR", "COMMITTER")
+    for key, value in (
+        ("NAME", "glm-fleet"),
+        ("EMAIL", "glm-fleet@localhost"),
+        ("DATE", "2000-01-01T00:00:00+0000"),
+    )
 }
 # The operator's configuration (hooks, signing, merge drivers, rerere) must not decide
 # what a release is made of, and nobody sits there to type a password.
@@ -59,11 +66,16 @@ _OPTIONS = [
 
 @dataclass(frozen=True)
 class PullRequest:
-    """A pull request pinned to ``head`` (full SHA); files under ``drop`` are left out."""
+    """A pull request pinned to ``head`` (full SHA); files under ``drop`` are left out.
+
+    Its commits are picked one by one, or as one commit with ``squash``: the way for a branch
+    into which the main line was merged.
+    """
 
     number: int
     head: str
     drop: tuple[str, ...] = ()
+    squash: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,18 @@ def without_secret(url: str) -> str:
 
 
 class Repository:
-    """A remote repository and its bare cached clone below ``cache``."""
+    """A remote repository and its bare cached clone below ``cache``.
 
-    def __init__(self, url: str, cache: Path, runner: Runner, *, timeout: float = 1800) -> None:
-        self.url = url
-        self.public_url = without_secret(url)
+    ``url`` is what git takes (https, ssh, file, a path); ``mirror`` is asked in its place,
+    and may be a bundle file. The clone belongs to ``url``: what a mirror gives is the same.
+    """
+
+    def __init__(
+        self, url: str, cache: Path, runner: Runner, *, mirror: str = "", timeout: float = 1800
+    ) -> None:
+        self.url = mirror or url
+        self.origin = without_secret(url)
+        self.public_url = without_secret(self.url)
         self.git_dir = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.git"
         self._runner = runner
         self._timeout = timeout
@@ -157,12 +176,10 @@ class Repository:
         remote = self._list_remote(patterns)
         self._compare_heads(pulls, remote)
         if _SHA.fullmatch(ref):
-            return Resolved(self.public_url, ref, ref, ref)
+            return Resolved(self.origin, ref, ref, ref)
         for name in full_refs:
             if name in remote:
-                return Resolved(
-                    self.public_url, ref, name, remote.get(f"{name}^{{}}", remote[name])
-                )
+                return Resolved(self.origin, ref, name, remote.get(f"{name}^{{}}", remote[name]))
         raise FleetError(
             f"The repository {self.public_url} has no ref {ref}",
             expected="a tag, a branch or a full commit SHA",
@@ -183,7 +200,8 @@ class Repository:
             f"The repository {self.public_url} cannot be read",
             expected="a git repository that answers without asking for a password",
             found=without_secret(said[0]).replace("fatal: ", "") if said else f"status {done.rc}",
-            remedy="check release_repository, the network and the credentials of this host",
+            remedy="check release_repository or release_mirror, the network and the credentials "
+            "of this host",
         )
 
     def _compare_heads(self, pulls: Sequence[PullRequest], remote: Mapping[str, str]) -> None:
@@ -311,6 +329,7 @@ class Compiler:
     repository: Repository
     resolver: Resolver
     expectations: Expectations
+    resolutions: tuple[Resolution, ...] = ()
 
     def build(self, resolved: Resolved, pulls: Sequence[PullRequest], *, dest: Path) -> Patched:
         """Patch ``resolved`` and write the changed files below ``dest``.
@@ -328,9 +347,13 @@ class Compiler:
             for pull in pulls:
                 before = self._head(tree)
                 base = self._merge_base(before, pull)
+                recorded = fitting(self.resolutions, resolved.sha, pull.head)
                 commits = self._commits(base, pull)
+                if pull.squash:
+                    commits = [self._squashed(base, pull)]
                 for commit in commits:
-                    joins += self._pick(tree, commit, pull)
+                    joins += self._pick(tree, commit, pull, recorded)
+                _require_used(recorded, joins)
                 dropped += self._drop(tree, before, pull)
                 picked += commits
                 versions += self._versions(base, pull, before, tree)
@@ -342,6 +365,8 @@ class Compiler:
                 before={path: self._text(resolved.sha, path) for path in changed},
                 versions=versions,
                 expectations=self.expectations,
+                merge=self._merge,
+                decided={join.path for join in joins if join.rule == RECORDED},
             )
             failed = [check for check in checks if not check.passed]
             if failed:
@@ -380,12 +405,13 @@ class Compiler:
         git = self.repository.git
         span = f"{base}..{pull.head}"
         merges = git("rev-list", "--merges", span).stdout.split()
-        if merges:
+        if merges and not pull.squash:
             raise FleetError(
                 f"Pull request {pull.number} contains merge commits",
                 expected="a straight series of commits: a merge hides how it was resolved",
                 found=", ".join(merges),
-                remedy="name a pull request that was rebased instead",
+                remedy="set squash: true for it in release_pull_requests to apply all that it "
+                "changes as one commit, or name a pull request that was rebased",
             )
         commits = git("rev-list", "--reverse", "--topo-order", span).stdout.split()
         if not commits:
@@ -397,7 +423,18 @@ class Compiler:
             )
         return commits
 
-    def _pick(self, tree: Path, commit: str, pull: PullRequest) -> list[Join]:
+    def _squashed(self, base: str, pull: PullRequest) -> str:
+        """Make one commit of all that a pull request changes since ``base``."""
+        git = self.repository.git
+        made = git(
+            *("commit-tree", f"{pull.head}^{{tree}}", "-p", base),
+            input_text=f"Pull request {pull.number} at {pull.head}\n",
+        )
+        return made.stdout.strip()
+
+    def _pick(
+        self, tree: Path, commit: str, pull: PullRequest, recorded: Mapping[str, Recorded]
+    ) -> list[Join]:
         git = self.repository.git
         done = git(
             "cherry-pick",
@@ -410,7 +447,6 @@ class Compiler:
         )
         if done.rc == 0:
             return []
-        joins: list[Join] = []
         unmerged = _unmerged(git("ls-files", "-u", "-z", cwd=tree).stdout)
         if not unmerged:
             raise FleetError(
@@ -418,6 +454,8 @@ class Compiler:
                 found=done.stderr.strip()[-500:],
                 remedy="name a rebased pull request",
             )
+        joins: list[Join] = []
+        refused: list[FleetError] = []
         for path, stages in unmerged.items():
             if _is_dropped(path, pull):
                 git("rm", "--quiet", "--force", "--cached", "--", path, cwd=tree)
@@ -426,26 +464,56 @@ class Compiler:
                 else:
                     (tree / path).unlink(missing_ok=True)
                 continue
-            if stages != {1, 2, 3}:
-                raise FleetError(
-                    f"{path} was added, removed or renamed on one side only",
-                    expected="a file that the ancestor, the ref and the pull request have",
-                    found=_describe_stages(stages),
-                    remedy=f"add {path} to drop of pull request {pull.number} if it is not "
-                    "needed, or name a rebased pull request",
-                )
-            # With its default style git cuts a conflict into the smallest hunks, and with
-            # diff3 it shows the ancestor: the rules need both.
-            shapes = {}
-            for style in ("diff3", "merge"):
-                git("checkout", f"--conflict={style}", "--", path, cwd=tree)
-                shapes[style] = _read_text(tree / path, path)
-            resolution = self.resolver.resolve(path, shapes["merge"], shapes["diff3"])
-            (tree / path).write_bytes(resolution.text.encode())
-            git("add", "--", path, cwd=tree)
-            joins += resolution.joins
+            try:
+                if path in recorded:
+                    joins.append(self._apply_recorded(tree, recorded[path]))
+                else:
+                    joins += self._resolve(tree, path, stages, pull)
+            except FleetError as error:
+                refused.append(error)
+        if refused:
+            raise _refuse_all(refused)
         git("-c", "core.editor=true", "cherry-pick", "--continue", cwd=tree)
         return joins
+
+    def _resolve(
+        self, tree: Path, path: str, stages: set[int], pull: PullRequest
+    ) -> tuple[Join, ...]:
+        """Join the conflicts of one file by the rules, and tell git so."""
+        git = self.repository.git
+        if stages != {1, 2, 3}:
+            raise FleetError(
+                f"{path} was added, removed or renamed on one side only",
+                expected="a file that the ancestor, the ref and the pull request have",
+                found=_describe_stages(stages),
+                remedy=f"add {path} to drop of pull request {pull.number} if it is not "
+                "needed, or name a rebased pull request",
+            )
+        texts = [git("cat-file", "blob", f":{stage}:{path}", cwd=tree) for stage in (1, 2, 3)]
+        base, ours, theirs = (_require_text(text.stdout, path) for text in texts)
+        left = _count_conflicts((tree / path).read_bytes())
+        resolution = self.resolver.resolve(path, Versions(base, ours, theirs, left), self._merge)
+        (tree / path).write_bytes(resolution.text.encode())
+        git("add", "--", path, cwd=tree)
+        return resolution.joins
+
+    def _apply_recorded(self, tree: Path, recorded: Recorded) -> Join:
+        """Put the recorded text of one file in the place of its conflicts."""
+        git = self.repository.git
+        path = recorded.path
+        left = _count_conflicts((tree / path).read_bytes())
+        git("checkout", "HEAD", "--", path, cwd=tree)
+        blob = git("rev-parse", f"HEAD:{path}", cwd=tree).stdout.strip()
+        # Plain apply wants every line of context; the blob says that it is the same file.
+        done = git("apply", "--index", "-", cwd=tree, input_text=recorded.patch, check=False)
+        if blob != recorded.blob or done.rc != 0:
+            raise FleetError(
+                f"The recorded resolution of {path} in {recorded.source} does not fit",
+                expected=f"a patch of the text {recorded.blob}",
+                found=f"the text {blob} {done.stderr.strip()[:300]}".strip(),
+                remedy="resolve the conflict again and record it with git diff --full-index",
+            )
+        return Join(path, RECORDED, 1, left)
 
     def _drop(self, tree: Path, before: str, pull: PullRequest) -> list[str]:
         git = self.repository.git
@@ -459,13 +527,8 @@ class Compiler:
                 git("rm", "--quiet", "--", path, cwd=tree)
         if paths:
             git(
-                "-c",
-                "user.name=glm-fleet",
-                "-c",
-                "user.email=glm-fleet@localhost",
                 "commit",
                 "--quiet",
-                "--date=2000-01-01T00:00:00+0000",
                 "--message",
                 f"Drop from pull request {pull.number}: {', '.join(paths)}",
                 cwd=tree,
@@ -494,31 +557,55 @@ class Compiler:
     def _versions_of(
         self, path: str, base: str, pull: PullRequest, before: str, after: str
     ) -> FileVersions:
-        texts = [self._text(commit, path) for commit in (before, base, pull.head)]
-        merged = texts[2]
-        if all(text is not None for text in texts):
-            with tempfile.TemporaryDirectory() as folder:
-                names = []
-                for name, text in zip(("ours", "base", "theirs"), texts):
-                    file = Path(folder, name)
-                    file.write_bytes((text or "").encode())
-                    names.append(str(file))
-                merged = self.repository.git(
+        texts = [self._text(commit, path) for commit in (before, base, pull.head, after)]
+        return FileVersions(path, pull.number, *texts)
+
+    def _merge(self, base: str, ours: str, theirs: str) -> tuple[str, str]:
+        """Merge three texts as git does; give the result in style merge and in style diff3."""
+        shown = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("ours", ours), ("base", base), ("theirs", theirs)):
+                Path(folder, name).write_bytes(text.encode())
+            for style in ((), ("--diff3",)):
+                done = self.repository.git(
                     "merge-file",
                     "-p",
-                    "--diff3",
+                    *style,
                     f"--marker-size={MARKER_SIZE}",
-                    *names,
+                    *(str(Path(folder, name)) for name in ("ours", "base", "theirs")),
                     check=False,
-                ).stdout
-        return FileVersions(
-            path=path,
-            pull=pull.number,
-            before=texts[0],
-            base=texts[1],
-            head=texts[2],
-            after=self._text(after, path),
-            merged=merged,
+                )
+                # The status is the number of conflicts; from 128 on it is an error.
+                if not 0 <= done.rc < 128:
+                    raise FleetError("git cannot merge a file", found=done.stderr.strip()[-300:])
+                shown.append(done.stdout)
+        return shown[0], shown[1]
+
+
+def _refuse_all(refused: Sequence[FleetError]) -> FleetError:
+    """Make one report of all files that no rule takes."""
+    if len(refused) == 1:
+        return refused[0]
+    conflicts = [each for error in refused for each in error.details.get("conflicts", [])]
+    return FleetError(
+        f"{len(refused)} files conflict in ways that no rule knows: "
+        + "; ".join(error.message for error in refused),
+        expected=refused[0].expected,
+        found=refused[0].found,
+        remedy=refused[0].remedy,
+        details={"conflicts": conflicts},
+    )
+
+
+def _require_used(recorded: Mapping[str, Recorded], joins: Sequence[Join]) -> None:
+    used = {join.path for join in joins if join.rule == RECORDED}
+    unused = [each for path, each in recorded.items() if path not in used]
+    if unused:
+        raise FleetError(
+            "A recorded resolution is for a file that does not conflict",
+            expected="a conflict in every file of it",
+            found=", ".join(f"{each.path} in {each.source}" for each in unused),
+            remedy="remove these files from the recorded resolution",
         )
 
 
@@ -540,16 +627,20 @@ def _describe_stages(stages: set[int]) -> str:
     return "only in " + " and ".join(names[stage] for stage in sorted(stages))
 
 
-def _read_text(file: Path, path: str) -> str:
-    try:
-        return file.read_bytes().decode()
-    except UnicodeDecodeError as error:
+def _count_conflicts(text: bytes) -> int:
+    return text.count(b"\n" + b"=" * MARKER_SIZE + b"\n")
+
+
+def _require_text(text: str, path: str) -> str:
+    # The runner replaces what is not UTF-8.
+    if "\ufffd" in text or "\0" in text:
         raise FleetError(
             f"{path} conflicts and is not text",
             expected="UTF-8",
-            found=str(error),
+            found="other bytes",
             remedy="drop it from the pull request or name a rebased one",
-        ) from error
+        )
+    return text
 
 
 def _export(tree: Path, changed: Sequence[str], dest: Path) -> None:

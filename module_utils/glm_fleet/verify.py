@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Union
 
+from .dispatch import functions, split_lines
 from .errors import FleetError
-from .merge import Conflict, parse_segments, split_lines
+from .merge import Conflict, Merge, parse_segments
 
 # An `if`, a `raise RuntimeError(`, its message over some lines, and a `)`.
 _ERROR_LINES = 8
@@ -41,8 +42,7 @@ class FileVersions:
     """One file of one pull request; None where a version does not have it.
 
     ``before`` and ``after`` are the release without and with the pull request, ``base``
-    and ``head`` the pull request's own beginning and end. ``merged`` is the plain
-    three-way merge of them, with markers where it conflicts.
+    and ``head`` the pull request's own beginning and end.
     """
 
     path: str
@@ -51,7 +51,6 @@ class FileVersions:
     base: str | None
     head: str | None
     after: str | None
-    merged: str | None
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,16 @@ def verify_tree(
     before: Mapping[str, str | None],
     versions: Sequence[FileVersions],
     expectations: Expectations,
+    merge: Merge,
+    decided: Collection[str] = (),
 ) -> list[Check]:
     """Run every check on the result in ``tree``.
 
-    ``changed`` are the paths that differ from the ref and ``before`` their text there.
+    ``changed`` are the paths that differ from the ref and ``before`` their text there;
+    ``merge`` is git's three-way merge of (base, before, head). In the conflicts of the files
+    in ``decided`` a person may have given up lines of the release, but not made up others.
     """
+    plain = [_without_joins(file, expectations) for file in versions]
     python = {
         path: (tree / path).read_bytes().decode(errors="replace")
         for path in changed
@@ -97,8 +101,8 @@ def verify_tree(
         _check("every_changed_file_compiles", _not_python(python)),
         _check("no_undefined_names", _undefined_names(python, before)),
         _check("vllm_imports_exist", _missing_imports(tree, python, before, expectations)),
-        _check("every_added_line_present", _missing_lines(versions, expectations)),
-        _check("nothing_else_changed", _foreign_changes(versions, changed, expectations)),
+        _check("every_added_line_present", _missing_lines(plain, expectations)),
+        _check("nothing_else_changed", _foreign_changes(plain, changed, merge, decided)),
     ]
     if expectations.backend:
         checks += _backend_checks(tree, before, expectations)
@@ -115,8 +119,7 @@ def _backend_checks(
         except (OSError, SyntaxError, ValueError) as error:
             return [_check("backend_files_readable", [f"{path}: {error}"])]
     registry, priorities, indexer = trees.values()
-    had_first = expect.first_test in (before.get(expect.indexer) or "")
-    dispatch = _Dispatch(indexer, expect, needs_first=had_first)
+    dispatch = _Dispatch(indexer, expect, before.get(expect.indexer) or "")
     return [
         _check("backend_registered", _not_registered(tree, registry, expect)),
         _check("backend_in_cuda_priorities", _not_in_priorities(priorities, expect)),
@@ -328,9 +331,81 @@ def _plain(line: str, expect: Expectations) -> str:
     return f"if {expect.second_test}:" if stripped == f"elif {expect.second_test}:" else stripped
 
 
-def _missing_lines(versions: Sequence[FileVersions], expect: Expectations) -> list[str]:
+@dataclass(frozen=True)
+class _Plain:
+    """A file whose three-way choices were taken out of head and result, so that what is
+    left must be git's plain merge. ``problems`` says where a choice is not the same.
+    """
+
+    file: FileVersions
+    problems: tuple[str, ...] = ()
+
+
+def _without_joins(file: FileVersions, expect: Expectations) -> _Plain:
+    """Take the pull request's choice out of every ``if A / elif B / else`` of the result.
+
+    The branch ``else`` must be that of the pull request, line by line.
+    """
+    if file.base is None or not file.head or not file.after or not file.path.endswith(".py"):
+        return _Plain(file)
+    try:
+        theirs = _tests_on(file.head, expect.second_test)
+        result = _tests_on(file.after, expect.second_test)
+    except (SyntaxError, ValueError):
+        return _Plain(file)
+    if [where for where, _ in theirs] != [where for where, _ in result]:
+        return _Plain(file, (f"not every 'if {expect.second_test}' is where it was",))
+    head, after = split_lines(file.head), split_lines(file.after)
     problems = []
-    for file in versions:
+    for (where, wanted), (_, found) in reversed(list(zip(theirs, result))):
+        if not after[found.lineno - 1].lstrip().startswith("elif "):
+            continue
+        if not (wanted.orelse and found.orelse):
+            return _Plain(file, (f"{where}: an 'else' is lost at line {found.lineno}",))
+        ends = [_divide(head, wanted), _divide(after, found)]
+        last = [node.end_lineno or 0 for node in (wanted, found)]
+        fallback = [
+            [line.strip() for line in lines[end:stop] if line.strip()]
+            for lines, end, stop in zip((head, after), ends, last)
+        ]
+        if fallback[0] != fallback[1] or _shape(wanted.orelse) != _shape(found.orelse):
+            problems.append(f"{where}: line {ends[1]}: another 'else' than the pull request's")
+        after[found.lineno - 1] = after[found.lineno - 1].split("elif ")[0] + "else:\n"
+        del after[ends[1] - 1 : last[1]]
+        surplus = wanted.body[0].col_offset - wanted.col_offset
+        body = [
+            line[surplus:] if line.strip() else line for line in head[wanted.lineno : ends[0] - 1]
+        ]
+        head[wanted.lineno - 1 : last[0]] = body
+    plain = replace(file, head="".join(head), after="".join(after))
+    return _Plain(plain, tuple(problems))
+
+
+def _tests_on(text: str, test: str) -> list[tuple[str, ast.If]]:
+    """Return (function, node) of every ``if`` or ``elif`` on ``test`` with an ``else``."""
+    found: dict[int, tuple[str, ast.If]] = {}
+    for name, function in functions(ast.parse(text)):
+        for node in ast.walk(function):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == test:
+                found[node.lineno] = (name, node)
+    return [found[line] for line in sorted(found)]
+
+
+def _divide(lines: Sequence[str], node: ast.If) -> int:
+    """Return the line (from 1) of the ``else:`` of a choice."""
+    for place in range(node.body[-1].end_lineno or 0, node.orelse[0].lineno):
+        if lines[place].strip() == "else:":
+            return place + 1
+    return node.orelse[0].lineno
+
+
+def _shape(body: Sequence[ast.stmt]) -> list[str]:
+    return [ast.dump(node) for node in body]
+
+
+def _missing_lines(plain: Sequence[_Plain], expect: Expectations) -> list[str]:
+    problems = []
+    for file in (each.file for each in plain):
         if file.head is None:
             if file.after is not None:
                 problems.append(f"{file.path}: the pull request removes it")
@@ -353,11 +428,14 @@ def _missing_lines(versions: Sequence[FileVersions], expect: Expectations) -> li
 
 
 def _foreign_changes(
-    versions: Sequence[FileVersions], changed: Sequence[str], expect: Expectations
+    plain: Sequence[_Plain], changed: Sequence[str], merge: Merge, decided: Collection[str]
 ) -> list[str]:
+    versions = [each.file for each in plain]
     known = {file.path for file in versions if file.head != file.base}
     problems = [f"{path}: the pull request does not touch it" for path in {*changed} - known]
-    for file in versions:
+    for each in plain:
+        file = each.file
+        problems += [f"{file.path}: {problem}" for problem in each.problems]
         if file.path not in changed and file.before == file.after and file.head != file.base:
             problems.append(f"{file.path}: the pull request changes it, the result does not")
         if file.head is None or file.after is None:
@@ -365,17 +443,18 @@ def _foreign_changes(
         if file.before is None and file.base is None:
             if file.after != file.head:
                 problems.append(f"{file.path}: differs from the pull request's new file")
-        elif file.merged is None or file.before is None:
+        elif file.before is None or file.base is None:
             problems.append(f"{file.path}: only one side has it")
         else:
+            merged = merge(file.base, file.before, file.head)[1]
             problems += [
                 f"{file.path}: {problem}"
-                for problem in _beyond_the_joins(file.merged, file.after, expect)
+                for problem in _beyond_the_joins(merged, file.after, file.path in decided)
             ]
     return sorted(problems)
 
 
-def _beyond_the_joins(merged: str, after: str, expect: Expectations) -> list[str]:
+def _beyond_the_joins(merged: str, after: str, decided: bool) -> list[str]:
     """Compare the result with the plain merge: only its conflicts may look different.
 
     In the place of a conflict every line must come from one of its sides, and no line of
@@ -395,30 +474,34 @@ def _beyond_the_joins(merged: str, after: str, expect: Expectations) -> list[str
         start = _find(result, lines, position, at_end=last, exact=not gap)
         if start is None:
             near = _first_difference(result, lines, position)
-            return [*problems, f"changed outside the conflicts, near: {near}"]
-        problems += _wrong_in_place(result[position:start], gap, expect)
+            return [*problems, f"changed outside the conflicts, near {near}"]
+        problems += _wrong_in_place(result[position:start], gap, decided)
         position = start + len(lines)
         gap = []
     if gap:
-        problems += _wrong_in_place(result[position:], gap, expect)
+        problems += _wrong_in_place(result[position:], gap, decided)
     elif position != len(result):
         problems.append(f"lines after the end: {result[position].strip()}")
     return problems
 
 
-def _wrong_in_place(lines: list[str], gap: list[Conflict], expect: Expectations) -> list[str]:
-    have = Counter(_plain(line, expect) for line in lines if line.strip())
+def _wrong_in_place(lines: list[str], gap: list[Conflict], decided: bool) -> list[str]:
+    have = Counter(line.strip() for line in lines if line.strip())
     ours, theirs, base = (
         Counter(
-            _plain(line, expect)
+            line.strip()
             for conflict in gap
             for line in getattr(conflict, side) or ()
             if line.strip()
         )
         for side in ("ours", "theirs", "base")
     )
-    problems = [f"a line of neither side: {line}" for line in have if line not in ours + theirs]
+    # What the pull request only kept counts for the release, which may have removed it.
+    foreign = have - (ours + (theirs - base))
+    problems = [f"a line that neither side has here: {line}" for line in foreign]
     lost = ours - have - base
+    if decided:
+        return problems
     # The one thing that a warning may replace is the error about the same library.
     if any(line.startswith("logger.warning") for line in theirs - base) and any(
         line.startswith("raise RuntimeError") for line in ours
@@ -443,11 +526,17 @@ def _find(
 
 
 def _first_difference(result: list[str], lines: list[str], position: int) -> str:
-    for offset, line in enumerate(lines):
-        here = result[position + offset] if position + offset < len(result) else ""
-        if here != line:
-            return (here or line).strip() or "(a blank line)"
-    return "the end of the file"
+    """Name the first place where ``result`` leaves ``lines``, which begin somewhere in it."""
+    matcher = SequenceMatcher(None, lines, result[position:], autojunk=False)
+    begun = False
+    for tag, first, last, start, end in matcher.get_opcodes():
+        if tag == "equal":
+            begun = True
+        elif begun or tag != "insert":
+            there = result[position + start : position + end] or lines[first:last]
+            said = next((line.strip() for line in there if line.strip()), "(a blank line)")
+            return f"line {position + start + 1}: {said}"
+    return f"line {position + 1}"
 
 
 def _not_registered(tree: Path, registry: ast.Module, expect: Expectations) -> list[str]:
@@ -519,23 +608,31 @@ _Branch = tuple[Union[ast.expr, None], list[ast.stmt]]
 class _Dispatch:
     """The choice between platforms in the indexer: tests in order and what each calls."""
 
-    def __init__(self, indexer: ast.Module, expect: Expectations, *, needs_first: bool) -> None:
+    def __init__(self, indexer: ast.Module, expect: Expectations, before: str) -> None:
         self._expect = expect
-        self._needs_first = needs_first
-        self._function = next(
-            (
-                node
-                for node in ast.walk(indexer)
-                if isinstance(node, _FunctionNode) and node.name == expect.indexer_function
-            ),
-            None,
-        )
+        self._function = self._find(indexer)
+        self._before = self._find(ast.parse(before))
         self._fallbacks = {
             each.asname or each.name
             for node in ast.walk(indexer)
             if isinstance(node, ast.ImportFrom) and node.module == expect.fallback_module
             for each in node.names
         }
+
+    def _find(self, indexer: ast.Module) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+        named = (node for name, node in functions(indexer) if name == self._expect.indexer_function)
+        return next(named, None)
+
+    def _needs_first(self, part: str) -> bool:
+        """Tell whether the release chooses its other platform in this part."""
+        return any(
+            test is not None and ast.unparse(test) == self._expect.first_test
+            for node in (self._before.body if self._before else [])
+            if isinstance(node, ast.If) and ast.unparse(node.test) == part
+            for chain in _chains(node.body)
+            for test, body in chain
+            if "mqa_logits" in ast.unparse(ast.Module(body, []))
+        )
 
     def problems(self, part: str, *, paged: bool) -> list[str]:
         """Tell what is wrong with the dispatch inside ``if <part>:``."""
@@ -561,7 +658,7 @@ class _Dispatch:
             return [f"{len(chains)} dispatches on {expect.second_test} inside 'if {part}'"]
         chain = chains[0]
         tests = [ast.unparse(test) if test is not None else "else" for test, _ in chain]
-        wanted = [expect.first_test] if self._needs_first else []
+        wanted = [expect.first_test] if self._needs_first(part) else []
         wanted += [expect.second_test, "else"]
         line = getattr(chain[0][0], "lineno", 0)
         if tests != wanted:

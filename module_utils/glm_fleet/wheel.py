@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .artifact import sha256_file
 from .errors import FleetError
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -87,14 +88,14 @@ def local_version(base: str, variant: str, pulls: Sequence[tuple[int, str]]) -> 
     return f"{public}+{'.'.join(parts)}"
 
 
-def read_wheel(path: Path) -> WheelFile:
-    """Hash a wheel and read its metadata. Raises `FleetError` when it is not a wheel."""
+def read_wheel(path: Path, sha256: str = "") -> WheelFile:
+    """Hash a wheel, unless its hash is known, and read its metadata.
+
+    Raises `FleetError` when it is not a wheel.
+    """
     match = _FILE_NAME.fullmatch(path.name)
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+        sha256 = sha256 or sha256_file(path)
         with zipfile.ZipFile(path) as archive:
             metadata = archive.read(f"{_dist_info(archive)}/METADATA").decode()
     except (OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
@@ -118,7 +119,7 @@ def read_wheel(path: Path) -> WheelFile:
         name=values.get("Name", ""),
         version=values.get("Version", ""),
         tags=match["tags"],
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         requires=tuple(value for key, value in headers if key == "Requires-Dist"),
     )
 

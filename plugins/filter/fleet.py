@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "module_utils"))
 
 from glm_fleet import serving
 from glm_fleet.errors import FleetError
+from glm_fleet.variant import choose_variant
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
@@ -42,6 +43,28 @@ def artifact_of(hostvars: HostVars, kind: str, source: str) -> dict[str, Any]:
     return dict(found) if found.get("manifest") else {}
 
 
+def drivers(hostvars: HostVars, hosts: Sequence[str]) -> dict[str, str]:
+    """Give the NVIDIA driver of every host that preflight looked at in this run."""
+    found = {}
+    for host in hosts:
+        node = hostvars[host].get("__preflight_record", {}).get("node", {})
+        driver = node.get("gpu", {}).get("driver_version")
+        if driver:
+            found[host] = str(driver)
+    return found
+
+
+def cuda_variant(
+    variants: Sequence[Mapping[str, Any]], drivers: Mapping[str, str], stated: str
+) -> dict[str, Any]:
+    """Choose the CUDA build that every driver runs: {variant, reason, problem}."""
+    try:
+        return {**choose_variant(variants, drivers, stated), "problem": ""}
+    except FleetError as error:
+        # Not an error of the expression: the role says it in one place, in one sentence.
+        return {"variant": {}, "reason": "", "problem": str(error)}
+
+
 def serve_command(settings: Mapping[str, Any]) -> str:
     """Give the arguments of vLLM, quoted for a systemd unit."""
     try:
@@ -65,5 +88,13 @@ class FilterModule:
         """Return the filters by name."""
         return {
             each.__name__: each
-            for each in (lacking, addresses, artifact_of, serve_command, environment_file)
+            for each in (
+                lacking,
+                addresses,
+                artifact_of,
+                drivers,
+                cuda_variant,
+                serve_command,
+                environment_file,
+            )
         }

@@ -3,9 +3,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 from glm_fleet.errors import FleetError
-from glm_fleet.merge import MARKER_SIZE, Common, Conflict, Resolver, parse_segments
+from glm_fleet.merge import (
+    MARKER_SIZE,
+    Resolution,
+    Resolver,
+    Versions,
+)
+from glm_fleet.runner import run_program
 
 START, BASE, MIDDLE, END = (char * MARKER_SIZE for char in "<|=>")
 
@@ -15,110 +24,125 @@ def conflict(ours: str, theirs: str, base: str | None = None) -> str:
     return f"{START} ours\n{ours}{middle}{MIDDLE}\n{theirs}{END} theirs\n"
 
 
-OURS_HEAD = """\
+def merge(base: str, ours: str, theirs: str) -> tuple[str, str]:
+    """Merge as the compiler does, with git itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [str(Path(folder, name)) for name in ("ours", "base", "theirs")]
+        for name, text in zip(names, (ours, base, theirs)):
+            Path(name).write_text(text)
+        size = f"--marker-size={MARKER_SIZE}"
+        merged = [
+            run_program(["git", "merge-file", "-p", *style, size, *names], check=False).stdout
+            for style in ([], ["--diff3"])
+        ]
+    return merged[0], merged[1]
+
+
+def resolution(base: str, ours: str, theirs: str, conflicts: int = 1) -> Resolution:
+    return Resolver().resolve("x.py", Versions(base, ours, theirs, conflicts), merge)
+
+
+def resolve(base: str, ours: str, theirs: str) -> str:
+    return resolution(base, ours, theirs).text
+
+
+def function(block: str, name: str = "f") -> str:
+    return f"def {name}(q, chunk):\n    q = q.view()\n{block}    return logits.shape\n\n\n"
+
+
+PLAIN = """\
+    logits = mqa_logits(
+        q,
+        chunk.start,
+    )
+"""
+XPU = """\
     if current_platform.is_xpu():
         logits = xpu_mqa_logits(q)
     else:
-"""
-BODY = """\
         logits = mqa_logits(
             q,
+            chunk.start,
         )
 """
-TAIL = """\
+TRITON = """\
+    if use_deep_gemm:
+        logits = mqa_logits(
+            q,
+            chunk.start,
+        )
     else:
+        # Slower, and everywhere.
         logits = triton_mqa_logits(q)
 """
-FOUR_HUNKS = (
-    "def f(q):\n"
-    + conflict(OURS_HEAD, "    if use_deep_gemm:\n")
-    + BODY
-    + conflict("", TAIL)
-    + "    return logits\n"
-)
-JOINED = f"""\
-def f(q):
+JOINED = """\
     if current_platform.is_xpu():
         logits = xpu_mqa_logits(q)
     elif use_deep_gemm:
-{BODY}    else:
+        logits = mqa_logits(
+            q,
+            chunk.start,
+        )
+    else:
+        # Slower, and everywhere.
         logits = triton_mqa_logits(q)
-    return logits
 """
 
 
-def resolve(text: str, with_base: str | None = None) -> str:
-    return Resolver().resolve("x.py", text, with_base or text).text
-
-
-def test_segments_keep_every_line() -> None:
-    segments = parse_segments("a\n" + conflict("b\n", "c\n", "d\n") + "e")
-    assert segments == [
-        Common(("a\n",)),
-        Conflict(("b\n",), ("c\n",), ("d\n",)),
-        Common(("e",)),
+def test_two_dispatches_become_three_way() -> None:
+    base, ours, theirs, joined = (
+        function(block) + function(block, "g") for block in (PLAIN, XPU, TRITON, JOINED)
+    )
+    result = resolution(base, ours, theirs, 5)
+    assert result.text == joined
+    assert [(join.rule, join.conflicts) for join in result.joins] == [
+        ("dispatch-join", 3),
+        ("dispatch-join", 2),
     ]
 
 
-def test_short_markers_are_text() -> None:
-    text = "Title\n=======\n<<<<<<< not a conflict\n"
-    assert parse_segments(text) == [Common(tuple(text.splitlines(keepends=True)))]
-
-
-def test_unfinished_conflict_is_refused() -> None:
-    with pytest.raises(FleetError, match="no end marker"):
-        parse_segments(f"{START} ours\na\n")
-
-
-def test_two_dispatches_become_three_way() -> None:
-    twice = FOUR_HUNKS + FOUR_HUNKS.replace("def f", "def g")
-    resolution = Resolver().resolve("x.py", twice, twice)
-    assert resolution.text == JOINED + JOINED.replace("def f", "def g")
-    assert [(join.rule, join.conflicts) for join in resolution.joins] == [("dispatch-join", 2)] * 2
-
-
-def test_dispatch_is_joined_wherever_git_cuts() -> None:
-    one_hunk = (
-        "def f(q):\n"
-        + conflict(OURS_HEAD + BODY, "    if use_deep_gemm:\n" + BODY + TAIL)
-        + "    return logits\n"
+def test_a_choice_that_the_release_moved_is_joined_where_it_is() -> None:
+    deeper = "".join(f"    {line}\n" for line in XPU.splitlines())
+    moved = function(
+        "    start = chunk.start\n    if q is None:\n        logits = empty()\n    else:\n"
+        + deeper.replace("chunk.start", "start")
     )
-    # git may take the last line of the two calls for common.
-    last = "        logits = triton_mqa_logits(q)\n"
-    ours, theirs = (
-        OURS_HEAD + BODY.replace("            q,\n        )\n", ""),
-        "    if use_deep_gemm:\n" + BODY + TAIL.replace("triton_mqa_logits(q)", "t("),
+    wanted = "".join(f"    {line}\n" for line in JOINED.splitlines())
+    joined = resolve(function(PLAIN), moved, function(TRITON))
+    assert wanted.replace("chunk.start", "start") in joined
+
+
+def test_a_name_that_is_bound_twice_stands_for_nothing() -> None:
+    ours = function(
+        "    start = chunk.start\n    start = 0\n" + XPU.replace("chunk.start", "start")
     )
-    shared_end = "            q,\n        )\n"
-    odd_cut = "def f(q):\n" + conflict(ours, theirs) + shared_end + "    return logits\n"
-    assert resolve(one_hunk) == JOINED
-    assert resolve(odd_cut) == JOINED.replace(last, f"        logits = t(\n{shared_end}")
+    with pytest.raises(FleetError, match="not what the pull request guards"):
+        resolve(function(PLAIN), ours, function(TRITON))
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "reason"),
+    ("side", "old", "new", "reason"),
     [
-        ("if use_deep_gemm:", "if use_deep_gemm and x:", "does not begin with 'if use_deep_gemm"),
-        ("if current_platform.is_xpu():", "if current_platform.is_rocm():", "is_xpu"),
-        ("logits = mqa_logits(", "other = 1\n    logits = mqa_logits(", "has no plain|not Python"),
+        ("theirs", "if use_deep_gemm:", "if use_deep_gemm and x:", "no 'if use_deep_gemm:'"),
+        ("ours", "is_xpu()", "is_rocm()", "has no 'if current_platform.is_xpu"),
+        ("ours", "chunk.start", "chunk.end", "not what the pull request guards"),
+        ("base", "chunk.start", "chunk.end", "not what the pull request guards|base had"),
     ],
 )
-def test_other_shapes_are_refused_with_both_sides(old: str, new: str, reason: str) -> None:
+def test_other_shapes_are_refused_with_both_sides(
+    side: str, old: str, new: str, reason: str
+) -> None:
+    texts = {"base": function(PLAIN), "ours": function(XPU), "theirs": function(TRITON)}
+    texts[side] = texts[side].replace(old, new)
     with pytest.raises(FleetError, match=reason) as caught:
-        resolve(FOUR_HUNKS.replace(old, new))
+        resolve(texts["base"], texts["ours"], texts["theirs"])
     conflicts = caught.value.details["conflicts"]
     assert conflicts[0]["path"] == "x.py"
-    assert conflicts[0]["line"] == 2
-    assert "is_" in conflicts[0]["ours"]
+    assert conflicts[0]["line"] == 3
+    assert "current_platform" in conflicts[0]["ours"]
     assert conflicts[0]["closest_rule"]
     assert "rebased" in caught.value.remedy
-
-
-def test_the_guarded_call_must_be_the_same_on_both_sides() -> None:
-    ours = OURS_HEAD + "        logits = new_name(q)\n"
-    theirs = "    if use_deep_gemm:\n        logits = old_name(q)\n" + TAIL
-    with pytest.raises(FleetError, match="not what the pull request guards"):
-        resolve("def f(q):\n" + conflict(ours, theirs) + "    return logits\n")
+    assert "release_resolutions" in caught.value.remedy
 
 
 GUARD = """\
@@ -129,54 +153,97 @@ class Indexer:
 
         self.b = 2
 """
-ERROR = """\
+OLD = """\
         if current_platform.is_cuda() and not has_deep_gemm():
             raise RuntimeError(
-                "DeepGEMM is needed in "
-                "this environment."
+                "DeepGEMM is needed."
 """
+ERROR = OLD.replace('needed."', 'needed in "\n                "this environment."')
 WARNING = """\
+        # It goes on without.
         if current_platform.is_cuda() and not is_deep_gemm_supported():
             logger.warning_once(
                 "DeepGEMM not supported; using Triton fallback."
 """
 
 
+def guard(base: str, ours: str, theirs: str) -> str:
+    return resolve(GUARD.format(base), GUARD.format(ours), GUARD.format(theirs))
+
+
 def test_error_becomes_the_warning() -> None:
-    assert resolve(GUARD.format(conflict(ERROR, WARNING))) == GUARD.format(WARNING)
+    assert guard(OLD, ERROR, WARNING) == GUARD.format(WARNING)
+
+
+def test_what_the_release_adds_before_the_error_stays() -> None:
+    added = "        self.rank = 0\n"
+    assert guard(OLD, added + ERROR, WARNING) == GUARD.format(added + WARNING)
 
 
 def test_another_error_is_not_replaced() -> None:
-    text = GUARD.format(conflict(ERROR.replace("has_deep_gemm", "has_cuda"), WARNING))
     with pytest.raises(FleetError) as caught:
-        resolve(text)
+        guard(OLD, ERROR.replace("has_deep_gemm", "has_cuda"), WARNING)
     rules = caught.value.details["conflicts"][0]["rules"]
     assert "asks for deep_gemm" in rules["warn-instead-of-error"]
 
 
+def test_code_beside_the_warning_is_not_taken() -> None:
+    with pytest.raises(FleetError, match="other code before its 'if'"):
+        guard(OLD, ERROR, "        self.c = 1\n" + WARNING)
+
+
 def test_an_error_outside_init_is_not_replaced() -> None:
-    text = GUARD.replace("__init__", "forward").format(conflict(ERROR, WARNING))
+    text = GUARD.replace("__init__", "forward")
     with pytest.raises(FleetError, match="not inside an __init__"):
-        resolve(text)
+        resolve(*(text.format(part) for part in (OLD, ERROR, WARNING)))
+
+
+LIST = "x = [\n    a,\n{}    z,\n]\n"
 
 
 def test_two_additions_to_one_list() -> None:
-    text = "x = [\n    a,\n{}    z,\n]\n"
-    ours, theirs = "    b,\n    c,\n", "    b,\n    d,\n"
-    joined = resolve(text.format(conflict(ours, theirs)), text.format(conflict(ours, theirs, "")))
-    assert joined == text.format("    b,\n    c,\n    d,\n")
+    texts = (LIST.format(part) for part in ("", "    b,\n    c,\n", "    b,\n    d,\n"))
+    assert resolve(*texts) == LIST.format("    b,\n    c,\n    d,\n")
 
 
 def test_two_additions_of_imports() -> None:
     ours, theirs = "from a import b\n", "from c import d\n"
-    joined = resolve(conflict(ours, theirs), conflict(ours, theirs, ""))
-    assert joined == ours + theirs
+    text = "import os\n{}import sys\n"
+    joined = resolve(*(text.format(part) for part in ("", ours, theirs)))
+    assert joined == text.format(ours + theirs)
+
+
+def test_two_additions_of_imported_names() -> None:
+    text = "from a import (\n    b,\n{}    z,\n)\n"
+    joined = resolve(*(text.format(part) for part in ("", "    c,\n", "    d,\n")))
+    assert joined == text.format("    c,\n    d,\n")
 
 
 def test_a_change_on_both_sides_is_not_an_addition() -> None:
-    text = "x = [\n    a,\n{}    z,\n]\n"
-    ours, theirs = "    b(1),\n", "    b(2),\n"
     with pytest.raises(FleetError, match="changes or removes"):
-        resolve(
-            text.format(conflict(ours, theirs)), text.format(conflict(ours, theirs, "    b(0),\n"))
-        )
+        resolve(*(LIST.format(f"    b({number}),\n") for number in (0, 1, 2)))
+
+
+BODY = "def f(a, skip):\n    b = a\n{}    return b\n"
+FILL = "    a[0] = -1\n"
+CHANGED = "    # Cleared before.\n    if not skip:\n        a[0] = -1\n"
+ADDED = "    fast = supported()\n    if not fast:\n        assert b\n"
+
+
+def test_statements_after_a_changed_one_are_kept() -> None:
+    joined = resolve(*(BODY.format(part) for part in (FILL, CHANGED, FILL + ADDED)))
+    assert joined == BODY.format(CHANGED + ADDED)
+
+
+@pytest.mark.parametrize(
+    ("added", "reason"),
+    [
+        ("    skip = 1\n", "uses a name"),
+        ("    b = a[0]\n", "uses a name"),
+        ("    return 1\n", "leaves"),
+        ("    while b:\n", "a shape that no rule knows"),
+    ],
+)
+def test_statements_that_depend_on_the_change_are_refused(added: str, reason: str) -> None:
+    with pytest.raises(FleetError, match=reason):
+        resolve(*(BODY.format(part) for part in (FILL, CHANGED, FILL + added)))

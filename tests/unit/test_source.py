@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from glm_fleet.errors import FleetError
 from glm_fleet.merge import Resolver
+from glm_fleet.resolution import read_resolution
 from glm_fleet.runner import run_program
 from glm_fleet.source import Compiler, Patched, PullRequest, Repository, without_secret
 from glm_fleet.verify import Expectations
@@ -18,6 +19,7 @@ EXPECT = Expectations()
 KERNELS = "vllm/v1/attention/ops/mqa_logits_triton.py"
 BACKEND = "vllm/v1/attention/backends/mla/triton_mla_sparse.py"
 STUB = "csrc/fp4/entry.cu"
+PULL_REF = "refs/pull/38476/head"
 
 INDEXER = '''\
 """The indexer."""
@@ -282,6 +284,187 @@ def test_several_commits(upstream: Upstream, tmp_path: Path) -> None:
     patched = build(upstream, tmp_path, more)
     assert len(patched.commits) == 2
     assert "docs/more.md" in patched.changed
+
+
+def merged_branch(upstream: Upstream) -> PullRequest:
+    """Merge main into the pull request, which resolves its conflicts there."""
+    upstream.git("checkout", "--quiet", "--detach", upstream.head)
+    upstream.git("merge", "--quiet", "--strategy=ours", "--no-edit", "main")
+    upstream.git("checkout", "--quiet", "main", "--", EXPECT.indexer)
+    text = (upstream.work / EXPECT.indexer).read_text()
+    head = upstream.commit(
+        {EXPECT.indexer: with_pull_request(text).replace("k.view()", "k.copy()")}
+    )
+    upstream.git("push", "--quiet", "--force", str(upstream.path), "HEAD:refs/pull/38476/head")
+    return PullRequest(38476, head, ("csrc",))
+
+
+def test_merge_commits_need_a_word(upstream: Upstream, tmp_path: Path) -> None:
+    pull = merged_branch(upstream)
+    with pytest.raises(FleetError, match="contains merge commits") as caught:
+        build(upstream, tmp_path, pull)
+    assert "squash: true" in caught.value.remedy
+
+
+def test_a_squashed_pull_request_is_one_commit(upstream: Upstream, tmp_path: Path) -> None:
+    more = upstream.pull({"docs/more.md": "more\n"}, start=upstream.head)
+    first = build(upstream, tmp_path / "a", replace(more, squash=True))
+    assert len(first.commits) == 1
+    assert "docs/more.md" in first.changed
+    assert build(upstream, tmp_path / "b", replace(more, squash=True)).commit == first.commit
+
+
+def test_mirror_and_bundle(upstream: Upstream, tmp_path: Path) -> None:
+    bundle = tmp_path / "vllm.bundle"
+    git(upstream.path, "bundle", "create", "--quiet", str(bundle), "main", "v1", PULL_REF)
+    pulls = [PullRequest(38476, upstream.head, ("csrc",))]
+    commits = set()
+    for number, mirror in enumerate((f"file://{upstream.path}", str(upstream.path), str(bundle))):
+        repo = Repository("https://x.invalid/x", tmp_path / str(number), run_program, mirror=mirror)
+        resolved = repo.resolve("v1", pulls)
+        assert resolved.url == "https://x.invalid/x"
+        repo.fetch(resolved, pulls)
+        made = Compiler(repo, Resolver(), EXPECT).build(resolved, pulls, dest=tmp_path / "patch")
+        commits.add(made.commit)
+    assert len(commits) == 1
+
+
+def test_a_bundle_without_the_pull_request(upstream: Upstream, tmp_path: Path) -> None:
+    bundle = tmp_path / "vllm.bundle"
+    git(upstream.path, "bundle", "create", "--quiet", str(bundle), "main")
+    repo = Repository(str(upstream.path), tmp_path, run_program, mirror=str(bundle))
+    with pytest.raises(FleetError, match="has no pull request 38476"):
+        repo.resolve("main", [PullRequest(38476, upstream.head)])
+
+
+def test_a_bundle_that_needs_other_commits(upstream: Upstream, tmp_path: Path) -> None:
+    bundle = tmp_path / "vllm.bundle"
+    git(upstream.path, "bundle", "create", "--quiet", str(bundle), "main~1..main")
+    repo = Repository(str(upstream.path), tmp_path / "c", run_program, mirror=str(bundle))
+    with pytest.raises(FleetError, match="cannot be read") as caught:
+        repo.fetch(repo.resolve("main", []), [])
+    assert "fatal" not in str(caught.value)
+
+
+UNKNOWN = PULL_FILES[EXPECT.indexer].replace("if use_deep_gemm:", "if use_deep_gemm and q:")
+
+
+def record(upstream: Upstream, tmp_path: Path, pull: PullRequest, text: str) -> Path:
+    """Record ``text`` as a person's resolution of the indexer."""
+    upstream.git("checkout", "--quiet", "--detach", "main")
+    (upstream.work / EXPECT.indexer).write_text(text)
+    patch = upstream.git("diff", "--full-index", "main", "--", EXPECT.indexer)
+    upstream.git("checkout", "--quiet", "--force", "main")
+    file = tmp_path / "resolution.patch"
+    file.write_text(f"Ref: {upstream.main}\nHead: {pull.head}\n\n{patch}\n")
+    return file
+
+
+def resolved_by_hand(text: str) -> str:
+    main = MAIN_FILES[EXPECT.indexer]
+    for name in ("mqa_logits", "paged_mqa_logits"):
+        joined = XPU.replace("        else:\n", "        elif use_deep_gemm:\n") + (
+            "\n        else:\n            logits = @NAME@_triton(q, k)"
+        )
+        text = text.replace(TRITON.replace("@NAME@", name), joined.replace("@NAME@", name))
+    assert text != main
+    return text
+
+
+def build_recorded(upstream: Upstream, tmp_path: Path, pull: PullRequest, file: Path) -> Patched:
+    repo = repository(upstream, tmp_path)
+    resolved = repo.resolve("main", [pull])
+    repo.fetch(resolved, [pull])
+    compiler = Compiler(repo, Resolver(), EXPECT, (read_resolution(file),))
+    return compiler.build(resolved, [pull], dest=tmp_path / "patch")
+
+
+@pytest.fixture
+def odd(upstream: Upstream) -> PullRequest:
+    """A pull request with a conflict that no rule takes: a line both sides changed."""
+    text = PULL_FILES[EXPECT.indexer].replace("self.ready = True", "self.ready = False")
+    main = MAIN_FILES[EXPECT.indexer].replace("self.ready = True", "self.ready = 1")
+    upstream.git("checkout", "--quiet", "main")
+    upstream.main = upstream.commit({EXPECT.indexer: main})
+    upstream.git("push", "--quiet", str(upstream.path), "main")
+    return upstream.pull({**PULL_FILES, EXPECT.indexer: text}, start="main~2")
+
+
+def test_a_recorded_resolution_is_taken(
+    upstream: Upstream, tmp_path: Path, odd: PullRequest
+) -> None:
+    with pytest.raises(FleetError, match="no rule knows"):
+        build(upstream, tmp_path, odd)
+    text = resolved_by_hand(PULL_FILES[EXPECT.indexer]).replace("ready = True", "ready = False")
+    file = record(upstream, tmp_path, odd, text)
+    patched = build_recorded(upstream, tmp_path, odd, file)
+    assert [join.rule for join in patched.joins] == ["recorded-resolution"]
+    assert (tmp_path / "patch" / EXPECT.indexer).read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "check"),
+    [
+        ("ready = False", "ready = 5", "nothing_else_changed"),
+        ("elif use_deep_gemm", "elif not use_deep_gemm", "prefill_dispatch"),
+        ("k = k.view()", "k = k.copy()", "nothing_else_changed"),
+    ],
+)
+def test_a_wrong_recorded_resolution_is_caught(
+    upstream: Upstream, tmp_path: Path, odd: PullRequest, old: str, new: str, check: str
+) -> None:
+    text = resolved_by_hand(PULL_FILES[EXPECT.indexer]).replace("ready = True", "ready = False")
+    file = record(upstream, tmp_path, odd, text.replace(old, new))
+    with pytest.raises(FleetError, match=check):
+        build_recorded(upstream, tmp_path, odd, file)
+
+
+def test_a_resolution_for_another_head_is_not_taken(
+    upstream: Upstream, tmp_path: Path, odd: PullRequest
+) -> None:
+    text = resolved_by_hand(PULL_FILES[EXPECT.indexer])
+    file = record(upstream, tmp_path, PullRequest(1, "0" * 40), text)
+    with pytest.raises(FleetError, match="no rule knows"):
+        build_recorded(upstream, tmp_path, odd, file)
+
+
+def test_a_resolution_of_another_text_does_not_fit(
+    upstream: Upstream, tmp_path: Path, odd: PullRequest
+) -> None:
+    file = record(upstream, tmp_path, odd, resolved_by_hand(PULL_FILES[EXPECT.indexer]))
+    blob = file.read_text().split("index ")[1][:40]
+    file.write_text(file.read_text().replace(blob, "1" * 40))
+    with pytest.raises(FleetError, match="does not fit"):
+        build_recorded(upstream, tmp_path, odd, file)
+
+
+def test_a_resolution_that_is_not_needed(upstream: Upstream, tmp_path: Path) -> None:
+    pull = PullRequest(38476, upstream.head, ("csrc",))
+    text = resolved_by_hand(PULL_FILES[EXPECT.indexer])
+    file = record(upstream, tmp_path, pull, text)
+    file.write_text(file.read_text().replace(EXPECT.indexer, EXPECT.registry))
+    with pytest.raises(FleetError, match="does not conflict"):
+        build_recorded(upstream, tmp_path, pull, file)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "diff --git a/x b/x\n", "Ref: 1\nHead: 2\ndiff --git a/x b/x\n"]
+)
+def test_what_is_not_a_resolution(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.patch").write_text(text)
+    with pytest.raises(FleetError, match="not a recorded resolution"):
+        read_resolution(tmp_path / "x.patch")
+
+
+def test_all_conflicting_files_are_in_one_report(upstream: Upstream, tmp_path: Path) -> None:
+    upstream.git("checkout", "--quiet", "main")
+    upstream.commit({"docs/backends.md": "three\n"})
+    upstream.git("push", "--quiet", str(upstream.path), "main")
+    pull = upstream.pull({**PULL_FILES, EXPECT.indexer: UNKNOWN}, start="main~2")
+    with pytest.raises(FleetError, match="2 files conflict") as caught:
+        build(upstream, tmp_path, pull)
+    paths = {each["path"] for each in caught.value.details["conflicts"]}
+    assert paths == {EXPECT.indexer, "docs/backends.md"}
 
 
 def test_unknown_conflict_leaves_nothing(upstream: Upstream, tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from glm_fleet.merge import MARKER_SIZE
-from glm_fleet.runner import run_program
 from glm_fleet.verify import Expectations, FileVersions, verify_tree
+from test_merge import merge
 from test_source import (
     BACKEND,
     BASE_FILES,
@@ -62,25 +61,14 @@ def outcome(folder: Path, result: dict[str, str], expect: Expectations = EXPECT)
         if path == STUB:
             continue
         texts = [source.get(path) for source in (before, BASE_FILES, head)]
-        merged = texts[2]
-        if all(text is not None for text in texts):
-            names = []
-            for name, text in zip("obt", texts):
-                (folder / name).write_text(text or "")
-                names.append(str(folder / name))
-            size = f"--marker-size={MARKER_SIZE}"
-            merged = run_program(
-                ["git", "merge-file", "-p", "--diff3", size, *names], check=False
-            ).stdout
-        versions.append(
-            FileVersions(path, 1, texts[0], texts[1], texts[2], result.get(path), merged)
-        )
+        versions.append(FileVersions(path, 1, texts[0], texts[1], texts[2], result.get(path)))
     checks = verify_tree(
         folder,
         changed=changed,
         before={path: before.get(path) for path in changed},
         versions=versions,
         expectations=expect,
+        merge=merge,
     )
     return {check.name: check.detail for check in checks if not check.passed}
 
@@ -220,6 +208,30 @@ MUTATIONS: dict[str, tuple[Callable[[dict[str, str]], None], str]] = {
     ),
     "a hunk inside another function": (move_to_init, "no_undefined_names"),
     "a kernel's line inside another kernel": (move_in_kernel, "nothing_else_changed"),
+    "another call in the fallback": (
+        edit(IX, "mqa_logits_triton(q, k)", "mqa_logits_triton(k, q)"),
+        "nothing_else_changed",
+    ),
+    "the call of DeepGEMM changed": (
+        edit(IX, "clean=False", "clean=True"),
+        "nothing_else_changed",
+    ),
+    "a fallback in no branch": (
+        edit(
+            IX,
+            "        num_rows = logits.shape[0]\n",
+            "        logits = mqa_logits_triton(q, k)\n        num_rows = logits.shape[0]\n",
+        ),
+        "nothing_else_changed",
+    ),
+    "a line that the release changed is back": (
+        edit(
+            IX,
+            '                "DeepGEMM not',
+            '                "DeepGEMM to be installed"\n                "DeepGEMM not',
+        ),
+        "nothing_else_changed",
+    ),
     "the docs left out": (
         edit("docs/backends.md", "two\n", ""),
         "every_added_line_present",

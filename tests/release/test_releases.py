@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pull request on vLLM's real releases: what git makes of it, and what the compiler."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from glm_fleet.errors import FleetError
+from glm_fleet.merge import Join, Resolver
+from glm_fleet.resolution import read_resolution
+from glm_fleet.runner import run_program
+from glm_fleet.source import Compiler, Patched, PullRequest, Repository
+from glm_fleet.verify import Expectations
+
+from lab.standin import find_block, indent_of, replace_once, shift
+
+from .conftest import RELEASES, Upstream, say
+from .standin import (
+    DECODE_FALLBACK,
+    INDEXER,
+    PREFILL_FALLBACK,
+    STUB,
+    WARNING,
+    with_imports,
+    with_test,
+)
+
+pytestmark = pytest.mark.release
+
+CUDA = "vllm/platforms/cuda.py"
+BACKEND = "vllm/v1/attention/backends/mla/indexer.py"
+DISPATCH = {"dispatch-join": 2}
+LATER = {**DISPATCH, "warn-instead-of-error": 1}
+MOVED = {**LATER, "addition-after-change": 1, "two-additions": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What git leaves (file -> conflicts), and the rules that resolve it; None: refused."""
+
+    conflicts: dict[str, int]
+    rules: dict[str, int] | None
+
+
+TABLE = {
+    "0.20.2": Row({}, {}),
+    "0.21.0": Row({}, {}),
+    "0.22.0": Row({INDEXER: 4}, DISPATCH),
+    "0.22.1": Row({INDEXER: 4}, DISPATCH),
+    "0.23.0": Row({INDEXER: 4}, DISPATCH),
+    "0.24.0": Row({INDEXER: 5}, LATER),
+    "0.25.1": Row({INDEXER: 5, CUDA: 1}, MOVED),
+    "0.26.0": Row({INDEXER: 5, CUDA: 1}, MOVED),
+    "0.27.1": Row({INDEXER: 5, CUDA: 1}, MOVED),
+    "0.28.0": Row({INDEXER: 5, CUDA: 1, BACKEND: 2}, None),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the compiler said of one release."""
+
+    patched: Patched | None
+    error: FleetError | None
+    folder: Path
+
+    def text(self, path: str) -> str:
+        return (self.folder / path).read_text()
+
+
+def compile_release(
+    upstream: Upstream, folder: Path, version: str, *resolutions: Path
+) -> tuple[Patched, Path]:
+    repository = Repository(f"file://{upstream.path}", folder / "cache", run_program)
+    pulls = [PullRequest(38476, upstream.head, ("csrc",))]
+    resolved = repository.resolve(f"v{version}", pulls)
+    repository.fetch(resolved, pulls)
+    recorded = tuple(read_resolution(file) for file in resolutions)
+    compiler = Compiler(repository, Resolver(), Expectations(), recorded)
+    dest = folder / f"patch-{version}"
+    return compiler.build(resolved, pulls, dest=dest), dest
+
+
+@pytest.fixture(scope="session")
+def outcomes(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("compiler")
+    found = {}
+    for version in RELEASES:
+        dest = folder / f"patch-{version}"
+        try:
+            found[version] = Outcome(compile_release(upstream, folder, version)[0], None, dest)
+        except FleetError as error:
+            found[version] = Outcome(None, error, dest)
+    return found
+
+
+def conflicts_of_git(upstream: Upstream, version: str) -> dict[str, int]:
+    """Count the conflicts that git itself leaves, file by file."""
+    merged = upstream.git(
+        "merge-tree", "--write-tree", "--name-only", f"v{version}", upstream.head, check=False
+    )
+    tree, *names = merged.split("\n\n")[0].splitlines()
+    return {
+        name: upstream.git("cat-file", "blob", f"{tree}:{name}").count("\n<<<<<<< ")
+        for name in names
+    }
+
+
+def rules(joins: tuple[Join, ...]) -> dict[str, int]:
+    return dict(Counter(join.rule for join in joins))
+
+
+def test_the_table(upstream: Upstream, outcomes: dict[str, Outcome]) -> None:
+    lines = [f"{'onto':8}{'conflicts':11}{'in':58}outcome"]
+    found = {}
+    for version in sorted(RELEASES):
+        conflicts = conflicts_of_git(upstream, version)
+        patched = outcomes[version].patched
+        found[version] = Row(conflicts, rules(patched.joins) if patched else None)
+        files = ", ".join(Path(name).name for name in conflicts) or "none"
+        how = (
+            ", ".join(f"{count}x {rule}" for rule, count in rules(patched.joins).items())
+            if patched
+            else ""
+        )
+        outcome = f"built: {how or 'applies cleanly'}" if patched else "refused, with a report"
+        lines.append(f"{version:8}{sum(conflicts.values()):<11}{files:58}{outcome}")
+    say("\n" + "\n".join(lines))
+    assert found == TABLE
+
+
+@pytest.mark.parametrize(
+    "version", [version for version, row in TABLE.items() if row.rules is not None]
+)
+def test_every_check_passed(outcomes: dict[str, Outcome], version: str) -> None:
+    patched = outcomes[version].patched
+    assert patched is not None, outcomes[version].error
+    assert len(patched.checks) == 12
+    assert all(check.passed for check in patched.checks)
+    assert patched.dropped == (STUB,)
+    counted = sum(join.conflicts for join in patched.joins)
+    assert counted == sum(TABLE[version].conflicts.values())
+
+
+@pytest.mark.parametrize(
+    "version", ["0.22.0", "0.22.1", "0.23.0", "0.24.0", "0.25.1", "0.26.0", "0.27.1"]
+)
+def test_both_parts_choose_between_three(outcomes: dict[str, Outcome], version: str) -> None:
+    """Read the result without the compiler's own means."""
+    text = outcomes[version].text(INDEXER)
+    calls = re.findall(
+        r"(if|elif) (current_platform\.is_xpu\(\)|use_deep_gemm):|\blogits = ([\w.]+)\(", text
+    )
+    words = [test or call.rpartition(".")[2] for _, test, call in calls]
+    chain = [
+        "current_platform.is_xpu()",
+        "xpu_fp8_{}mqa_logits",
+        "use_deep_gemm",
+        "fp8_fp4_{}mqa_logits",
+        "fp8_{}mqa_logits_triton",
+    ]
+    for name in ("", "paged_"):
+        wanted = [word.format(name) for word in chain]
+        assert any(words[at : at + 5] == wanted for at in range(len(words)))
+    ast.parse(text)
+
+
+def test_the_refusal_says_what_to_do(outcomes: dict[str, Outcome]) -> None:
+    error = outcomes["0.28.0"].error
+    assert error is not None
+    conflicts = error.details["conflicts"]
+    assert {each["path"] for each in conflicts} == {INDEXER, BACKEND}
+    for each in conflicts:
+        assert each["line"] > 0
+        assert each["ours"] or each["theirs"]
+        assert each["closest_rule"]
+        assert each["reason"]
+    assert "rebased" in error.remedy
+    assert "release_resolutions" in error.remedy
+    assert not outcomes["0.28.0"].folder.exists()
+
+
+def by_hand(text: str) -> str:
+    """Resolve the indexer of 0.28.0 as a person would."""
+    for name, fallback in (("", PREFILL_FALLBACK), ("paged_", DECODE_FALLBACK)):
+        lines = text.splitlines(keepends=True)
+        first, last = find_block(lines, f"logits = fp8_fp4_{name}mqa_logits(")
+        columns = indent_of(lines[first]) - 4
+        lines[last:last] = [
+            f"{' ' * columns}else:\n",
+            *shift(fallback.splitlines(keepends=True), columns + 4),
+        ]
+        lines[first - 1] = f"{' ' * columns}elif use_deep_gemm:\n"
+        text = "".join(lines)
+    start = text.index("        if current_platform.is_cuda() and not has_deep_gemm()")
+    end = text.index("            )\n", start) + len("            )\n")
+    text = text[:start] + WARNING + text[end:]
+    anchor = "        topk_indices_buffer[: hidden_states.shape[0]] = -1\n"
+    return with_test(with_imports(text), anchor)
+
+
+def backend_by_hand(text: str) -> str:
+    # Two more places of this release ask has_deep_gemm, so its import stays.
+    anchor = "    has_deep_gemm,\n"
+    text = replace_once(text, anchor, f"{anchor}    is_deep_gemm_supported,\n")
+    anchor = (
+        "            if current_platform.is_cuda() and has_deep_gemm():\n                metadata"
+    )
+    return replace_once(text, anchor, anchor.replace("has_deep_gemm", "is_deep_gemm_supported"))
+
+
+def record(upstream: Upstream, file: Path, wrong: tuple[str, str] = ("", "")) -> None:
+    """Write what a person decided for 0.28.0, with one mistake if ``wrong`` names it."""
+    tree = file.with_suffix(".tree")
+    upstream.git("worktree", "add", "--quiet", "--detach", str(tree), "v0.28.0")
+    try:
+        for path, edit in ((INDEXER, by_hand), (BACKEND, backend_by_hand)):
+            text = edit((tree / path).read_text())
+            if wrong[0] and wrong[0] in text:
+                text = replace_once(text, *wrong)
+            (tree / path).write_text(text)
+        patch = run_program(["git", "diff", "--full-index"], cwd=str(tree)).stdout
+    finally:
+        upstream.git("worktree", "remove", "--force", str(tree))
+    ref = upstream.git("rev-parse", "v0.28.0")
+    file.write_text(f"Ref: {ref}\nHead: {upstream.head}\n\n{patch}")
+
+
+def test_a_recorded_resolution_is_the_way_out(upstream: Upstream, tmp_path: Path) -> None:
+    record(upstream, tmp_path / "0.28.0.patch")
+    patched, _ = compile_release(upstream, tmp_path, "0.28.0", tmp_path / "0.28.0.patch")
+    assert rules(patched.joins) == {"recorded-resolution": 2, "two-additions": 1}
+    assert all(check.passed for check in patched.checks)
+
+
+def test_a_wrong_recorded_resolution_is_caught(upstream: Upstream, tmp_path: Path) -> None:
+    mistake = ("indices=decode_metadata.indices", "indices=None")
+    record(upstream, tmp_path / "0.28.0.patch", mistake)
+    with pytest.raises(FleetError, match="nothing_else_changed") as caught:
+        compile_release(upstream, tmp_path, "0.28.0", tmp_path / "0.28.0.patch")
+    assert "indices" in str(caught.value)
