@@ -146,7 +146,7 @@ def main() -> None:
             "python_version": {"type": "str", "required": True},
             "platform": {"type": "str", "required": True},
             "exclude_newer": {"type": "str", "default": ""},
-            "index_url": {"type": "str", "default": ""},
+            "index_url": {"type": "str", "default": "", "no_log": True},
             "index_urls": {"type": "list", "elements": "str", "default": []},
             "find_links": {"type": "list", "elements": "str", "default": []},
             "expected": {"type": "dict", "default": {}},
