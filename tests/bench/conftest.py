@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the figures go: reports/bench.json, one entry per name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+REPORT = Path(__file__).resolve().parents[2] / "reports/bench.json"
+
+
+class Record(Protocol):
+    """Keep one figure."""
+
+    def __call__(
+        self, name: str, value: float, *, goal: float, unit: str, context: str
+    ) -> None: ...
+
+
+@pytest.fixture
+def record() -> Record:
+    """Write a figure of which less is better, and print it; misses are for the reader."""
+
+    def write(name: str, value: float, *, goal: float, unit: str, context: str) -> None:
+        entries = json.loads(REPORT.read_text()) if REPORT.is_file() else []
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
+        entry = {
+            "name": name,
+            "value": round(value, 3),
+            "goal": goal,
+            "better": "lower",
+            "unit": unit,
+            "context": f"{context}; {load}",
+        }
+        kept = [each for each in entries if each["name"] != name]
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text(json.dumps([*kept, entry], indent=1) + "\n")
+        print(f"\n{name}: {value:.3f} {unit} (goal {goal:g}; {entry['context']})")
+
+    return write
