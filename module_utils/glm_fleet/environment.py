@@ -98,20 +98,32 @@ def build(
 
 
 _SMOKE = """
-import importlib.metadata, json, sys
+import importlib.metadata, importlib.util, json, sys
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 backend = AttentionBackendEnum[sys.argv[1]].get_class()
 import torch
-print(json.dumps({
+seen = {
     "vllm": importlib.metadata.version("vllm"),
     "torch": torch.__version__,
     "backend": f"{backend.__module__}.{backend.__name__}",
-}))
+}
+if torch.version.cuda:
+    if importlib.util.find_spec("vllm._C"):
+        import vllm._C
+    if not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} is built for CUDA {torch.version.cuda} "
+                 "and sees no GPU: the driver is older than that, or does not answer")
+    seen["cuda"] = torch.version.cuda
+    seen["capability"] = ".".join(str(part) for part in torch.cuda.get_device_capability(0))
+print(json.dumps(seen))
 """
 
 
 def smoke_check(runner: Runner, home: Path, backend: str) -> dict[str, str]:
-    """Import what the release is made for: {vllm, torch, backend} as the interpreter sees them."""
+    """Import what the release is made for, as the interpreter of the environment sees it.
+
+    Returns vllm, torch and backend; of a CUDA build also cuda and the capability of GPU 0.
+    """
     answer = runner(
         [str(home / "bin" / "python"), "-c", _SMOKE, backend],
         env={"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},

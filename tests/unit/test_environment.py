@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from glm_fleet import environment
 from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult
+from glm_fleet.runner import RunResult, run_program
 
 SEEN = {"vllm": "0.23.0+pr1", "torch": "2.11.0", "backend": "a.B"}
 
@@ -83,3 +84,55 @@ def test_an_artifact_without_recipe_or_installer_is_refused(artifact: Path, tmp_
     (artifact / "release.json").write_text("{}")
     with pytest.raises(FleetError, match="no recipe"):
         environment.build(Uv(), artifact, home, compile_bytecode=False)
+
+
+FAKE_TORCH = """
+__version__ = "2.11.0"
+class version:
+    cuda = {cuda!r}
+class cuda:
+    is_available = staticmethod(lambda: {available})
+    get_device_capability = staticmethod(lambda index: (8, 0))
+"""
+
+
+def smoke(folder: Path, cuda: str | None, available: bool, core: str = "") -> dict[str, str]:
+    """Run the real smoke check against packages that only pretend."""
+    registry = folder / "vllm/v1/attention/backends/registry.py"
+    registry.parent.mkdir(parents=True)
+    for package in (registry.parent, *list(registry.parents)[1:4]):
+        (package / "__init__.py").write_text("")
+    registry.write_text(
+        "class Backend:\n    get_class = classmethod(lambda each: each)\n"
+        "AttentionBackendEnum = {'TRITON_MLA_SPARSE': Backend}\n"
+    )
+    (folder / "vllm/_C.py").write_text(core)
+    (folder / "torch.py").write_text(FAKE_TORCH.format(cuda=cuda, available=available))
+    (folder / "vllm-1.dist-info").mkdir()
+    (folder / "vllm-1.dist-info/METADATA").write_text("Name: vllm\nVersion: 1\n")
+
+    def runner(argv: Sequence[str], **options: Any) -> RunResult:
+        options["env"] = {**options["env"], "PYTHONPATH": str(folder)}
+        return run_program([sys.executable, *argv[1:]], **options)
+
+    return environment.smoke_check(runner, folder, "TRITON_MLA_SPARSE")
+
+
+def test_the_smoke_check_sees_gpu_and_kernels(tmp_path: Path) -> None:
+    seen = smoke(tmp_path, "13.0", True)
+    assert (seen["vllm"], seen["cuda"], seen["capability"]) == ("1", "13.0", "8.0")
+
+
+def test_a_build_without_cuda_needs_no_gpu(tmp_path: Path) -> None:
+    assert "cuda" not in smoke(tmp_path, None, False, core="raise ImportError")
+
+
+@pytest.mark.parametrize(
+    ("available", "core", "message"),
+    [(False, "", "sees no GPU"), (True, "raise ImportError('libcudart.so.13')", "libcudart")],
+)
+def test_a_build_that_does_not_fit_the_driver(
+    tmp_path: Path, available: bool, core: str, message: str
+) -> None:
+    with pytest.raises(FleetError, match=message):
+        smoke(tmp_path, "13.0", available, core)
