@@ -21,6 +21,7 @@ from .settings import (
     HOSTS,
     MAX_NODES,
     SSH,
+    SUFFIX,
     USER,
     Host,
     LabError,
@@ -132,7 +133,8 @@ def boot(host: Host) -> None:
         "--resolv-conf=off",
         "--timezone=off",
         "--console=pipe",
-        f"--machine={host.name}",
+        f"--machine={host.name}{SUFFIX}",
+        f"--hostname={host.name}",
         f"--directory={host.root}",
         f"--network-namespace-path={network.NETNS_FOLDER / host.netns}",
     ]

@@ -4,24 +4,31 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = Path("/var/cache/glm-fleet-lab")
-STATE = Path("/var/lib/glm-fleet-lab")
+
+# GLM_FLEET_LAB=1 to 9 is another lab beside the first: own hosts, network and upstreams, the
+# same cache. One inventory a checkout, so each needs a checkout of its own.
+NUMBER = int(os.environ.get("GLM_FLEET_LAB", "0") or "0")
+SUFFIX = str(NUMBER) if NUMBER else ""
+
+STATE = Path(f"/var/lib/glm-fleet-lab{SUFFIX}")
 HOSTS = STATE / "hosts"
 UPSTREAMS = STATE / "upstreams"
 SSH = STATE / "ssh"
 LOCK = Path("/run/lock/glm-fleet-lab.lock")
 INVENTORY = REPOSITORY / "inventory" / "lab" / "hosts.yml"
 
-BRIDGE = "glmlab0"
-NETWORK = ipaddress.ip_network("10.77.0.0/24")
-BRIDGE_ADDRESS = "10.77.0.1"
-NETNS_PREFIX = "glmlab-"
-VETH_PREFIX = "glmv-"
-CGROUP = "glm-fleet-lab"
+BRIDGE = f"glmlab{NUMBER}"
+NETWORK = ipaddress.ip_network(f"10.77.{NUMBER}.0/24")
+BRIDGE_ADDRESS = str(NETWORK[1])
+NETNS_PREFIX = f"glmlab{SUFFIX}-"
+VETH_PREFIX = f"glmv{SUFFIX}-"
+CGROUP = f"glm-fleet-lab{SUFFIX}"
 
 GIT_PORT = 9418
 HUB_PORT = 8500

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .settings import LOCK, LabError
+from .settings import LOCK, SUFFIX, LabError
 
 # Every long-lived process of the lab carries this in its environment, so that it can be found
 # and told apart without trusting a recorded pid.
-MARKER = "GLM_FLEET_LAB_PROCESS"
+MARKER = f"GLM_FLEET_LAB{SUFFIX}_PROCESS"
 
 _started = time.monotonic()
 _print_lock = threading.Lock()

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lab.settings import BRIDGE, NETNS_PREFIX, STATE, VETH_PREFIX
+
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = ROOT / "inventory/lab"
 _RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)
@@ -195,11 +197,12 @@ def lab_remains() -> list[str]:
     remains = [
         line.split()[1]
         for line in Path("/proc/self/mounts").read_text().splitlines()
-        if "/var/lib/glm-fleet-lab" in line or "glmlab" in line
+        if f"{STATE}/" in line or NETNS_PREFIX in line
     ]
     for command in (["ip", "netns"], ["ip", "-brief", "link"]):
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        remains += [line for line in output.splitlines() if "glmlab" in line]
+        names = (NETNS_PREFIX, VETH_PREFIX, f"{BRIDGE} ")
+        remains += [line for line in output.splitlines() if any(name in line for name in names)]
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
@@ -208,7 +211,7 @@ def lab_remains() -> list[str]:
         except OSError:
             continue
         line = b" ".join(words).decode(errors="replace")
-        if "systemd-nspawn" in line or "glm-fleet-lab" in line:
+        if f"{STATE}/" in line:
             remains.append(f"pid {process.name}: {line[:100]}")
     return remains
 
