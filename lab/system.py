@@ -200,7 +200,7 @@ def exclusive() -> Iterator[None]:
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Hold the lock of the cache, which all labs of this machine share; waits for whoever has it."""
+    """Hold the lock of the cache, which all labs here share; waits for whoever has it."""
     CACHE_LOCK.parent.mkdir(parents=True, exist_ok=True)
     with CACHE_LOCK.open("a", encoding="ascii") as handle:
         try:
