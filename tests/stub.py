@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server that streams tokens as vLLM's does, at a pace of one's choice.
 
-``python -m tests.stub`` prints its port and serves until its input is closed.
+Run as a program it prints its port and serves until its input is closed; with a port, it
+serves there until it is ended.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Stub:
         self._free = threading.Semaphore(self.slots)
         self._gathered = threading.Barrier(self.together)
         self._lock = threading.Lock()
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._socket = socket.create_server(("127.0.0.1", self.port), backlog=128)
         self.port = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -114,6 +115,10 @@ class Stub:
                 f"vllm:num_requests_running {self.running}\n"
                 f"vllm:generation_tokens_total {self.tokens}\n"
             ).encode()
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + text)
+            return
+        if first.startswith(b"GET"):
+            text = json.dumps({"data": [{"id": "glm-5.2", "max_model_len": 4096}]}).encode()
             connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + text)
             return
         asked = json.loads(body)
@@ -164,6 +169,8 @@ def serving(**settings: Any) -> Iterator[Stub]:
 
 
 if __name__ == "__main__":
-    with serving() as stub:
-        print(stub.port, flush=True)
+    with serving(port=int((sys.argv[1:] or ["0"])[0])) as server:
+        print(server.port, flush=True)
+        if sys.argv[1:]:
+            threading.Event().wait()
         sys.stdin.read()
