@@ -1,0 +1,189 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Thin module over glm_fleet.bench."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_bench
+version_added: "0.1.0"
+short_description: Measure how fast a server generates, for one stream and for many at once
+description:
+  - Sends streaming completions with fixed prompts and lengths to a server that speaks the
+    OpenAI protocol, N at once, after a warm-up of the same N that does not count.
+  - Puts load on the server and changes nothing. What else the server does goes on, is
+    measured with it, and is said in C(other_traffic).
+  - Runs where the server is, or on a gateway in front of it. Standard library only. Through
+    the action plugin of its name each level is one call, and its figures are shown.
+author: glm-fleet contributors (@glm-fleet)
+attributes:
+  check_mode:
+    description: Sends nothing and is skipped.
+    support: full
+  diff_mode:
+    description: Changes nothing, so there is nothing to show.
+    support: none
+options:
+  address:
+    description: Address of the server. One that is bound to every address means this host.
+    type: str
+    default: 127.0.0.1
+  port:
+    description: Port of the server.
+    type: int
+    required: true
+  tls:
+    description: Whether the server speaks TLS.
+    type: bool
+    default: false
+  validate_certs:
+    description: Whether the server's certificate has to be valid for O(address).
+    type: bool
+    default: true
+  model:
+    description: Model to ask for.
+    type: str
+    required: true
+  api_key:
+    description: Key that the server wants from its clients.
+    type: str
+    default: ""
+  streams:
+    description: Levels of the load, in requests at once for each of O(nodes).
+    type: list
+    elements: int
+    default: [1, 2, 4, 8, 16, 32]
+  nodes:
+    description: How many nodes stand behind the server.
+    type: int
+    default: 1
+  rounds:
+    description: How often each level is measured.
+    type: int
+    default: 3
+  prompt_tokens:
+    description: Length of each prompt, in tokens.
+    type: int
+    default: 512
+  output_tokens:
+    description: Length of each answer, in tokens; 8 or more.
+    type: int
+    default: 256
+  warmup_tokens:
+    description: Length of each answer of the warm-up, in tokens; 8 or more.
+    type: int
+    default: 32
+  seed:
+    description: The same seed gives the same prompts. No run finds those of another in a cache.
+    type: int
+    default: 0
+  silence_timeout:
+    description: Seconds that a stream may say nothing.
+    type: float
+    default: 300
+  metrics:
+    description: Servers whose C(/metrics) tell other traffic, each with C(address) and C(port),
+      as M(haproxy_info) returns them.
+    type: list
+    elements: dict
+    default: []
+"""
+
+EXAMPLES = r"""
+- name: Measure the server on this host
+  vllm_bench:
+    port: 8000
+    model: glm-5.2
+    metrics:
+      - {address: 127.0.0.1, port: 8000}
+"""
+
+RETURN = r"""
+levels:
+  description:
+    - For each level C(streams) (in all), C(per_node), C(nodes), C(requests),
+      C(decode_per_stream) (median) and C(decode_together) in tokens per second after the
+      first token, C(output_rate) (all tokens over the whole time, prefill included),
+      C(all_at_once) (whether the server ran all of them at once), C(ttft_ms) and C(itl_ms)
+      (each median, p95, p99, in milliseconds; the latter between two events that carry
+      tokens), C(answered_by) (requests by node, where a gateway says it), C(other_traffic)
+      (in words; empty if there was none).
+  returned: success
+  type: list
+  elements: dict
+running:
+  description: C(release) and C(model) that were started on this host; empty on a gateway.
+  returned: success
+  type: dict
+"""
+
+import uuid
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet import bench
+from ansible.module_utils.glm_fleet.attest import read_record
+from ansible.module_utils.glm_fleet.errors import FleetError
+
+
+def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
+    server = bench.Server(
+        address=params["address"],
+        port=params["port"],
+        model=params["model"],
+        api_key=params["api_key"],
+        tls=params["tls"],
+        verify=params["validate_certs"],
+    )
+    load = bench.Load(
+        prompt_tokens=params["prompt_tokens"],
+        output_tokens=params["output_tokens"],
+        warmup_tokens=params["warmup_tokens"],
+        rounds=params["rounds"],
+        seed=params["seed"],
+        silence_s=params["silence_timeout"],
+    )
+    endpoints = [(str(each["address"]), int(each["port"])) for each in params["metrics"]]
+    before = bench.read_counters(endpoints)
+    level = bench.measure(server, load, per_node * params["nodes"], salt=salt)
+    after = bench.read_counters(endpoints)
+    others = bench.other_traffic(before, after, load, level["requests"]) if endpoints else ""
+    return {**level, "per_node": per_node, "nodes": params["nodes"], "other_traffic": others}
+
+
+def main() -> None:
+    """Measure level by level."""
+    module = AnsibleModule(
+        argument_spec={
+            "address": {"type": "str", "default": "127.0.0.1"},
+            "port": {"type": "int", "required": True},
+            "tls": {"type": "bool", "default": False},
+            "validate_certs": {"type": "bool", "default": True},
+            "model": {"type": "str", "required": True},
+            "api_key": {"type": "str", "default": "", "no_log": True},
+            "streams": {"type": "list", "elements": "int", "default": [1, 2, 4, 8, 16, 32]},
+            "nodes": {"type": "int", "default": 1},
+            "rounds": {"type": "int", "default": 3},
+            "prompt_tokens": {"type": "int", "default": 512},
+            "output_tokens": {"type": "int", "default": 256},
+            "warmup_tokens": {"type": "int", "default": 32},
+            "seed": {"type": "int", "default": 0},
+            "silence_timeout": {"type": "float", "default": 300.0},
+            "metrics": {"type": "list", "elements": "dict", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    if module.check_mode:
+        module.exit_json(changed=False, skipped=True, msg="check mode puts no load on a server")
+    salt = uuid.uuid4().hex
+    try:
+        bench.check_load(params)
+        levels = [_level(params, each, salt) for each in params["streams"]]
+    except FleetError as error:
+        module.fail_json(**error.as_fail())
+    module.exit_json(changed=False, levels=levels, running=read_record())
+
+
+if __name__ == "__main__":
+    main()

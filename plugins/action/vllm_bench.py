@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the benchmark level by level and shows each one's figures: see library/vllm_bench.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+_display = Display()
+
+
+class ActionModule(ActionBase):
+    """One call of the module for each level."""
+
+    def run(
+        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the module's result, the levels of all calls together."""
+        super().run(tmp, task_vars)
+        host = (task_vars or {}).get("inventory_hostname", "")
+        levels: list[dict[str, Any]] = []
+        result: dict[str, Any] = {"changed": False}
+        for streams in self._task.args.get("streams", [1, 2, 4, 8, 16, 32]):
+            result = self._execute_module(
+                module_name="vllm_bench",
+                module_args={**self._task.args, "streams": [streams]},
+                task_vars=task_vars,
+            )
+            if result.get("failed") or result.get("skipped"):
+                # Kept apart: the role goes on and `failed` is lost.
+                return {**result, "levels": levels, "problem": result.get("msg", "")}
+            level = result["levels"][0]
+            levels.append(level)
+            _display.display(
+                f"  {host}: {level['streams']} at once: {level['decode_per_stream']:.1f} tok/s "
+                f"each, {level['decode_together']:.1f} together"
+            )
+        return {**result, "levels": levels}

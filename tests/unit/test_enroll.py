@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom enrolment trusts, and how it names what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet.enroll import (
+    Enrolment,
+    HostKey,
+    KnownHosts,
+    Row,
+    Target,
+    public_key,
+    read_target,
+    render_enrolment,
+    sentence,
+)
+from glm_fleet.errors import FleetError
+from glm_fleet.runner import RunResult, run_program
+
+_SPEC = importlib.util.spec_from_file_location(
+    "enroll_action", Path(__file__).resolve().parents[2] / "plugins/action/enroll.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+plugin = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(plugin)
+
+LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGVucm9sbWVudHRlc3QgZW5yb2xtZW50dGVzdCAx me@here"
+SSH_G = """user ops
+hostname 192.0.2.11
+port 22
+identitiesonly no
+identityfile ~/.ssh/id_ed25519
+globalknownhostsfile /etc/ssh/ssh_known_hosts
+userknownhostsfile ~/.ssh/known_hosts ~/.ssh/known_hosts2
+proxyjump none
+"""
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[HostKey]:
+    """Three host keys: two of one type, one of another."""
+    folder = tmp_path_factory.mktemp("keys")
+    found = []
+    for number, kind in enumerate(("ed25519", "ed25519", "ecdsa")):
+        path = folder / str(number)
+        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", path], check=True)
+        found.append(HostKey(*path.with_suffix(".pub").read_text().split()[:2]))
+    return found
+
+
+class Host:
+    """A host that answers as it is told; ``said`` is what the log-in shell was asked."""
+
+    def __init__(self, key: HostKey, **settings: Any) -> None:
+        self.key = key
+        self.takes_key = settings.get("takes_key", True)
+        self.password = settings.get("password", "")
+        self.ignores_key = settings.get("ignores_key", False)
+        self.answer = settings.get("answer", "0 \n0 3.11.2\n")
+        self.asked_for: list[list[str]] = []
+        self.passwords: list[str] = []
+        self.said: list[tuple[str, str]] = []
+        self.open = 0
+
+    def connect(self, target: Target, kinds: Sequence[str]) -> HostSession:
+        self.asked_for.append(list(kinds))
+        self.open += 1
+        return HostSession(self)
+
+
+class HostSession:
+    latency_s = 0.0042
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.host_key = host.key
+
+    def login_with_key(self) -> bool:
+        return bool(self.host.takes_key)
+
+    def login_with_password(self, password: str) -> bool:
+        self.host.passwords.append(password)
+        return bool(password == self.host.password)
+
+    def run(self, command: str, input_text: str = "") -> RunResult:
+        self.host.said.append((command, input_text))
+        if "authorized_keys" in command:
+            self.host.takes_key = not self.host.ignores_key
+            return RunResult(0, "", "")
+        return RunResult(0, self.host.answer, "")
+
+    def close(self) -> None:
+        self.host.open -= 1
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    return Target(
+        name="gpu01",
+        address="192.0.2.11",
+        port=22,
+        user="ops",
+        lookup="192.0.2.11",
+        known_hosts=(tmp_path / "ssh/known_hosts", tmp_path / "global"),
+    )
+
+
+@pytest.fixture
+def go(target: Target) -> Callable[..., Row]:
+    def enroll(host: Host, changed: Target = target, **settings: Any) -> Row:
+        row = Enrolment(host.connect, KnownHosts(run_program), **settings).enroll(changed, LINE)
+        assert host.open == 0, "a connection was left open"
+        return row
+
+    return enroll
+
+
+def test_a_new_host_is_pinned_once(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    first = go(Host(keys[0]))
+    assert (first.host_key, first.login, first.sudo, first.python) == (
+        "pinned", "key", "yes", "3.11.2",
+    )  # fmt: skip
+    assert (first.problem, first.changed, first.latency_ms) == ("", True, 4.2)
+    (path, _) = target.known_hosts
+    assert path.read_text() == f"192.0.2.11 {keys[0].kind} {keys[0].blob}\n"
+    second = go(Host(keys[0]))
+    assert (second.host_key, second.changed) == ("known", False)
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_what_is_in_known_hosts_stays(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    path = target.known_hosts[0]
+    path.parent.mkdir()
+    path.write_text("# mine\nother ssh-ed25519 AAAA")  # without an end of line
+    path.chmod(0o640)
+    go(Host(keys[0]))
+    assert path.read_text().splitlines()[:2] == ["# mine", "other ssh-ed25519 AAAA"]
+    assert len(path.read_text().splitlines()) == 3
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_fingerprint_is_the_one_of_ssh_keygen(keys: list[HostKey], tmp_path: Path) -> None:
+    path = tmp_path / "key.pub"
+    path.write_text(f"{keys[0].kind} {keys[0].blob}\n")
+    shown = run_program(["ssh-keygen", "-lf", str(path)]).stdout
+    assert shown.split()[1] == keys[0].fingerprint
+
+
+@pytest.mark.parametrize("found", [1, 2])
+def test_a_changed_key_is_refused_before_a_word_is_said(
+    go: Callable[..., Row], target: Target, keys: list[HostKey], found: int
+) -> None:
+    go(Host(keys[0]))
+    before = target.known_hosts[0].read_text()
+    host = Host(keys[found], takes_key=False, password="secret")
+    row = go(host, password="secret")
+    assert row.problem.startswith("its host key has changed")
+    assert keys[0].fingerprint in row.problem
+    assert keys[found].fingerprint in row.problem
+    assert (host.passwords, host.said) == ([], [])
+    assert host.asked_for == [[keys[0].kind]]
+    assert target.known_hosts[0].read_text() == before
+
+
+def test_hashed_names_ports_and_global_files_are_known(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    own, shared = target.known_hosts
+    own.parent.mkdir()
+    own.write_text(f"192.0.2.11 {keys[0].kind} {keys[0].blob}\n")
+    run_program(["ssh-keygen", "-H", "-f", str(own)])
+    assert "192.0.2.11" not in own.read_text()
+    assert go(Host(keys[0])).host_key == "known"
+    shared.write_text(f"[192.0.2.11]:2222 {keys[1].kind} {keys[1].blob}\n")
+    moved = replace(target, port=2222, lookup="[192.0.2.11]:2222")
+    assert go(Host(keys[1]), moved).host_key == "known"
+
+
+def test_a_revoked_key_is_refused(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    target.known_hosts[1].write_text(f"@revoked * {keys[0].kind} {keys[0].blob}\n")
+    assert go(Host(keys[0])).problem == "its host key is revoked"
+
+
+def test_the_fingerprint_of_the_inventory_decides(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    stated = replace(target, fingerprint=keys[1].fingerprint)
+    row = go(Host(keys[0]), stated)
+    assert f"expected {keys[1].fingerprint}, found {keys[0].fingerprint}" in row.problem
+    assert not target.known_hosts[0].exists()
+    assert go(Host(keys[1]), stated).problem == ""
+
+
+def test_check_mode_pins_nothing_and_sends_no_password(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    host = Host(keys[0], takes_key=False, password="secret")
+    row = go(host, password="secret", check=True)
+    assert (row.host_key, row.login, row.changed, row.problem) == (
+        "new", "key to be installed", True, "",
+    )  # fmt: skip
+    assert (host.passwords, host.said) == ([], [])
+    assert not target.known_hosts[0].exists()
+
+
+def test_the_key_is_installed_with_the_password(
+    go: Callable[..., Row], keys: list[HostKey]
+) -> None:
+    host = Host(keys[0], takes_key=False, password="secret")
+    row = go(host, password="secret")
+    assert (row.login, row.problem) == ("key installed", "")
+    assert host.passwords == ["secret"]
+    assert not any("secret" in command for command, _ in host.said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "password", "words"),
+    [
+        ({}, "", "it takes none of your keys for the user ops"),
+        ({"password": "right"}, "wrong", "the password of ops is wrong there"),
+        ({"password": "right", "ignores_key": True}, "right", "it still takes no key"),
+    ],
+)
+def test_a_host_that_lets_nobody_in_is_named(
+    go: Callable[..., Row],
+    keys: list[HostKey],
+    settings: dict[str, Any],
+    password: str,
+    words: str,
+) -> None:
+    row = go(Host(keys[0], takes_key=False, **settings), password=password)
+    assert row.problem.startswith(words)
+    assert row.remedy
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("1 sudo: a password is required\n0 3.11.2\n", "ops may not use sudo.*password is requir"),
+        ("127 sh: sudo: not found\n0 3.11.2\n", "ops may not use sudo.*not found"),
+        ("0 \n0 3.6.9\n", r"is no Python 3.9 or newer \(3.6.9\)"),
+        ("0 \n127 sh: python3: not found\n", r"is no Python 3.9.*python3: not found"),
+        ("", "ops may not use sudo.*no answer"),
+    ],
+)
+def test_a_host_that_cannot_do_the_work_is_named(
+    go: Callable[..., Row], keys: list[HostKey], answer: str, words: str
+) -> None:
+    row = go(Host(keys[0], answer=answer))
+    assert re.search(words, row.problem), row.problem
+
+
+def test_the_password_of_sudo_goes_in_by_the_input(
+    go: Callable[..., Row], target: Target, keys: list[HostKey]
+) -> None:
+    host = Host(keys[0])
+    assert go(host, replace(target, become_password="secret")).problem == ""
+    ((command, words),) = host.said
+    assert "sudo -k -S" in command
+    assert "secret" not in command
+    assert words == "secret\n"
+
+
+def test_the_check_is_a_script_that_any_shell_runs(keys: list[HostKey], target: Target) -> None:
+    host = Host(keys[0])
+    interpreter = replace(target, interpreter=sys.executable)
+    Enrolment(host.connect, KnownHosts(run_program)).enroll(interpreter, LINE)
+    ((command, _),) = host.said
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)  # noqa: S602
+    lines = answer.stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[1] == "0 {}.{}.{}".format(*sys.version_info[:3])
+
+
+def test_a_key_is_added_once_and_nothing_else_is_lost(
+    go: Callable[..., Row], keys: list[HostKey], tmp_path: Path
+) -> None:
+    host = Host(keys[0], takes_key=False, password="secret")
+    go(host, password="secret")
+    command = next(command for command, _ in host.said if "authorized_keys" in command)
+    home = tmp_path / "home"
+    home.mkdir()
+    for _ in range(2):
+        environment = {**os.environ, "HOME": str(home)}
+        subprocess.run(command, shell=True, check=True, env=environment)  # noqa: S602
+    path = home / ".ssh/authorized_keys"
+    assert path.read_text() == LINE + "\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("ssh-rsa BBBB other")  # without an end of line
+    subprocess.run(command, shell=True, check=True, env=environment)  # noqa: S602
+    assert path.read_text() == f"ssh-rsa BBBB other\n{LINE}\n"
+
+
+def runner_of(text: str, seen: list[list[str]]) -> Any:
+    def run(argv: Sequence[str], **_: Any) -> RunResult:
+        seen.append(list(argv))
+        return RunResult(0, text, "")
+
+    return run
+
+
+def test_a_host_is_reached_as_ssh_would_reach_it() -> None:
+    seen: list[list[str]] = []
+    found = read_target(
+        "gpu01", "192.0.2.11", ["-p", "22"], runner_of(SSH_G, seen), identities=[Path("/k")]
+    )
+    assert seen == [["ssh", "-G", "-p", "22", "192.0.2.11"]]
+    assert (found.user, found.lookup, found.proxy) == ("ops", "192.0.2.11", "")
+    assert found.known_hosts[0] == Path("~/.ssh/known_hosts").expanduser()
+    assert found.known_hosts[2] == Path("/etc/ssh/ssh_known_hosts")
+    assert found.identities == (Path("/k"), Path("~/.ssh/id_ed25519").expanduser())
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "lookup", "proxy"),
+    [
+        ("port 22", "port 2222", "[192.0.2.11]:2222", ""),
+        ("port 22", "port 2222\nhostkeyalias gpu-one", "gpu-one", ""),
+        ("proxyjump none", "proxyjump me@jump", "192.0.2.11", "ssh -W [192.0.2.11]:22 me@jump"),
+        (
+            "proxyjump none",
+            "proxycommand nc -X connect %h %p",
+            "192.0.2.11",
+            "nc -X connect 192.0.2.11 22",
+        ),
+    ],
+)
+def test_ports_aliases_and_jump_hosts_are_followed(
+    was: str, is_now: str, lookup: str, proxy: str
+) -> None:
+    found = read_target("gpu01", "192.0.2.11", [], runner_of(SSH_G.replace(was, is_now), []))
+    assert (found.lookup, found.proxy) == (lookup, proxy)
+
+
+def test_ssh_that_keeps_no_host_keys_is_refused() -> None:
+    text = SSH_G.replace("~/.ssh/known_hosts ~/.ssh/known_hosts2", "/dev/null")
+    with pytest.raises(FleetError, match="host key of gpu01 cannot be kept"):
+        read_target("gpu01", "192.0.2.11", [], runner_of(text, []))
+
+
+def test_the_public_key_is_found_beside_the_private_one(target: Target, tmp_path: Path) -> None:
+    private = tmp_path / "id"
+    assert public_key(target, None, run_program) == ""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
+    public = private.with_suffix(".pub")
+    mine = replace(target, identities=(tmp_path / "none", private))
+    expected = public.read_text().strip()
+    assert public_key(mine, None, run_program) == expected
+    public.unlink()
+    assert public_key(mine, None, run_program).split()[:2] == expected.split()[:2]
+    with pytest.raises(FleetError, match="is none"):
+        public_key(mine, private, run_program)
+    with pytest.raises(FleetError, match="cannot be read"):
+        public_key(mine, public, run_program)
+
+
+def test_the_table_says_who_cannot_be_used_and_why() -> None:
+    good = Row("gpu01", "ops@192.0.2.11", 1.5, "SHA256:a", "known", "key", "yes", "3.11.2")
+    bad = Row("gpu02", "ops@192.0.2.12", problem="it is off", remedy="switch it on")
+    lines = render_enrolment([good, bad], 160)
+    assert lines[2].text.split() == [
+        "gpu01", "ops@192.0.2.11", "1.5", "known", "SHA256:a", "key", "yes", "3.11.2",
+    ]  # fmt: skip
+    assert [line.tone for line in lines[2:]] == ["good", "bad", "bad"]
+    assert lines[-1].text == "gpu02 cannot be used: it is off. What to do: switch it on."
+    assert sentence([good, bad]) == "Enrolment: 1 of 2 hosts cannot be used: gpu02."
+    assert sentence([good]) == ""
+
+
+@contextmanager
+def listener(words: bytes | None) -> Iterator[int]:
+    """Something that is no SSH server: it says ``words`` and hangs up; None says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            try:
+                connection, _ = sock.accept()
+            except OSError:
+                return
+            held.append(connection)
+            if words is not None:
+                connection.sendall(words)
+                connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield sock.getsockname()[1]
+    for each in held:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (None, "it does not answer within 0.5 s"),
+        (b"220 mail ready\r\n", "SSH with it breaks off"),
+    ],
+)
+def test_what_is_no_ssh_server_is_named(target: Target, words: bytes | None, problem: str) -> None:
+    with listener(words) as port, pytest.raises(FleetError) as caught:
+        plugin.Connection(replace(target, address="127.0.0.1", port=port), [], 0.5)
+    assert caught.value.message == problem
+
+
+def test_a_port_where_nobody_listens_is_named(target: Target) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    with pytest.raises(FleetError, match=f"refuses connections to port {port}"):
+        plugin.Connection(replace(target, address="127.0.0.1", port=port), [], 5)
