@@ -95,11 +95,14 @@ def bar(progress: Progress) -> str:
         return progress.what
     full = int(progress.share * _BAR)
     left = progress.seconds_left
-    return (
-        f"[{'#' * full}{'.' * (_BAR - full)}] {progress.share:4.0%} "
-        f"{human_bytes(progress.done)}/{human_bytes(progress.total)} {human_bytes(progress.rate)}/s "
-        f"{'' if left is None else duration(left)} {progress.what}"
-    )
+    words = [
+        f"[{'#' * full}{'.' * (_BAR - full)}] {progress.share:4.0%}",
+        f"{human_bytes(progress.done)}/{human_bytes(progress.total)}",
+        f"{human_bytes(progress.rate)}/s",
+        *([] if left is None else [duration(left)]),
+        progress.what,
+    ]
+    return " ".join(words)
 
 
 class Meter:
