@@ -7,6 +7,7 @@ artifact root (``/srv/glm-fleet/artifacts`` on a node)::
 
     <kind>/<id>/manifest.json         published: complete and verified
     .staging/<kind>/<id>/             on its way; a file has its name here when it is complete
+    .staging/<kind>/<id>.parts/       the beginnings of files that are being fetched
     .staging/<kind>/<id>.proven       what has been hashed already
     .staging/<kind>/<id>.plan.json    the manifest of what is on its way
     .staging/<kind>/<id>.damaged      published, but a full pass found damage in it
@@ -17,13 +18,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -152,9 +154,9 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Read ``manifest.json`` of a published artifact."""
-    path = folder / MANIFEST
+    path = folder / name
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -451,6 +453,10 @@ class Store:
         """Where an artifact is gathered, by its id or by a working name before it has one."""
         return self.root / ".staging" / kind / name
 
+    def work_path(self, kind: str, identifier: str) -> Path:
+        """Where the parts of files are gathered that are not complete yet."""
+        return self.root / ".staging" / kind / f"{identifier}.parts"
+
     def proven(self, kind: str, name: str) -> Proven:
         """The memory of what was hashed in a staging folder."""
         return Proven(self.staging_path(kind, name).with_name(f"{name}.proven"))
@@ -549,22 +555,32 @@ class Store:
             self.proven(manifest.kind, manifest.id).record(staging, entry.path, digest)
         return digest
 
-    def missing(self, manifest: Manifest, advance: Advance | None = None) -> list[FileEntry]:
-        """The files that still have to come to this host, largest first; [] when published."""
+    def missing(
+        self,
+        manifest: Manifest,
+        *,
+        names: Collection[str] | None = None,
+        advance: Advance | None = None,
+    ) -> list[FileEntry]:
+        """The files that still have to come to this host, largest first; [] when published.
+
+        ``names`` asks for these files only.
+        """
         if self.is_published(manifest):
             return []
         folder = self.published_path(manifest.kind, manifest.id)
         if not folder.is_dir():
             folder = self.staging_path(manifest.kind, manifest.id)
-        sizes = {entry.path: _status(folder / entry.path) for entry in manifest.files}
+        asked = [each for each in manifest.files if names is None or each.path in names]
+        sizes = {entry.path: _status(folder / entry.path) for entry in asked}
         there = [
             entry.path
-            for entry in manifest.files
+            for entry in asked
             if (status := sizes[entry.path]) and status.st_size == entry.size
         ]
         proven = self.proven(manifest.kind, manifest.id)
         hashes = hash_files(folder, there, proven=proven, advance=advance)
-        wanted = [each for each in manifest.files if hashes.get(each.path) != each.sha256]
+        wanted = [each for each in asked if hashes.get(each.path) != each.sha256]
         return sorted(wanted, key=lambda entry: (-entry.size, entry.path))
 
     def stage(self, manifest: Manifest) -> Path:
@@ -688,6 +704,7 @@ class Store:
         final = self.published_path(manifest.kind, manifest.id)
         if final.is_dir() and not staging.exists() and not self.is_published(manifest):
             staging.parent.mkdir(parents=True, exist_ok=True)
+            self.plan(manifest)
             final.rename(staging)
             (staging / MANIFEST).unlink(missing_ok=True)
 
@@ -696,6 +713,7 @@ class Store:
         self.proven(kind, identifier).drop()
         self._plan_path(kind, identifier).unlink(missing_ok=True)
         self._damaged(kind, identifier).unlink(missing_ok=True)
+        shutil.rmtree(self.work_path(kind, identifier), ignore_errors=True)
 
     def _plan_path(self, kind: str, identifier: str) -> Path:
         return self.root / ".staging" / kind / f"{identifier}.plan.json"
@@ -713,7 +731,6 @@ class Retired:
 
     artifacts: list[dict[str, Any]]
     folders: list[str]
-    protected: list[str]
 
     @property
     def bytes(self) -> int:
@@ -728,7 +745,7 @@ def retire_old(
     keep: int,
     protected: Collection[str],
     coming: Collection[str] = (),
-    companions: Iterable[Path] = (),
+    companions: Sequence[Path] = (),
     dry: bool,
     now: float | None = None,
 ) -> Retired:
@@ -754,20 +771,24 @@ def retire_old(
             going = retirable(store.ages(kind), keep=keep, protected=safe, coming=coming)
             artifacts += [{"kind": kind, "id": each, "bytes": sizes[each]} for each in going]
             leftovers = store.stale(kind, coming, time.time() if now is None else now)
-            staying = {*sizes, *safe, *coming} - set(going)
             if kind == "release":
-                leftovers += _without_release(companions, staying)
+                leftovers += [
+                    path
+                    for folder, each in itertools.product(companions, going)
+                    if (path := folder / each).is_dir()
+                ]
             doomed += leftovers
             if dry:
                 continue
-            for each in going:
-                store.retire(kind, each)
+            # The artifact goes last: killed in between, the next run finds all of it again.
             for path in leftovers:
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-    return Retired(artifacts, [str(path) for path in doomed], sorted({*protected}))
+            for each in going:
+                store.retire(kind, each)
+    return Retired(artifacts, [str(path) for path in doomed])
 
 
 def protected_by(links: Iterable[Path], previous: Path) -> set[str]:
@@ -788,15 +809,6 @@ def protected_by(links: Iterable[Path], previous: Path) -> set[str]:
             remedy="repair or remove that file",
         ) from error
     return found | {str(before[key]) for key in KINDS if before.get(key)}
-
-
-def _without_release(folders: Iterable[Path], staying: Collection[str]) -> list[Path]:
-    return [
-        path
-        for folder in folders
-        for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
-        if path.is_dir() and _ID.fullmatch(path.name) and path.name not in staying
-    ]
 
 
 def _last_change(path: Path) -> float:
