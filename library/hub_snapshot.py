@@ -313,7 +313,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return {"changed": changed, **_result(store, source, known)}
     _use_environment(module)
     path = Path(params["progress_file"]) if params["progress_file"] else None
-    with ProgressFile(path, Meter("waiting for an earlier run")) as meter, store.lock("model"):
+    meter = Meter("starting")
+
+    def waiting() -> None:
+        meter.what = "waiting for an earlier run that is still at work on this host"
+
+    with ProgressFile(path, meter), store.lock("model", waiting):
         # Whoever had the lock may have fetched it.
         manifest = find_published(store, source)
         if manifest:

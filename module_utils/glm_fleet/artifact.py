@@ -279,8 +279,10 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a lock for as long as the block lasts, waiting for whoever has it.
+
+    ``waiting`` is called when somebody has it.
 
     A controller that dies leaves its module at work on the node. The next run waits for
     that one instead of pulling the folder from under it. The kernel drops the lock with
@@ -288,7 +290,12 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                waiting()
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
@@ -461,9 +468,11 @@ class Store:
         """The memory of what was hashed in a staging folder."""
         return Proven(self.staging_path(kind, name).with_name(f"{name}.proven"))
 
-    def lock(self, kind: str) -> contextlib.AbstractContextManager[None]:
+    def lock(
+        self, kind: str, waiting: Callable[[], None] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """The lock of everyone who changes artifacts of a kind on this host."""
-        return exclusive(self.root / ".staging" / f"{kind}.lock")
+        return exclusive(self.root / ".staging" / f"{kind}.lock", waiting)
 
     @contextlib.contextmanager
     def try_lock(self, kind: str) -> Iterator[bool]:
