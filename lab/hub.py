@@ -102,7 +102,7 @@ class Store:
     def resolve(self, folder: Path, revision: str, faults: dict[str, Any]) -> str:
         """The commit that a branch or commit id means."""
         refs: dict[str, str] = json.loads((folder / "refs.json").read_text())
-        commit = {**refs, **faults.get("refs", {})}.get(revision, revision)
+        commit = str({**refs, **faults.get("refs", {})}.get(revision, revision))
         if commit in faults.get("gone", []):
             raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
         if re.fullmatch("[0-9a-f]{40}", commit) and (folder / "revisions" / commit).is_dir():

@@ -224,6 +224,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.artifact import (
     KINDS,
+    PREVIOUS,
     Damage,
     Manifest,
     Store,
@@ -429,7 +430,7 @@ def main() -> None:
             "links": {"type": "dict", "default": {}},
             "deep": {"type": "bool", "default": False},
             "keep": {"type": "int", "default": 2},
-            "previous": {"type": "path", "default": "/etc/glm-fleet/previous.json"},
+            "previous": {"type": "path", "default": PREVIOUS},
             "protect": {"type": "list", "elements": "str", "default": []},
             "coming": {"type": "list", "elements": "str", "default": []},
             "companions": {"type": "list", "elements": "path", "default": []},

@@ -36,6 +36,8 @@ from .errors import FleetError
 MANIFEST = "manifest.json"
 SCHEMA = "glm-fleet/artifact/1"
 KINDS = ("release", "model")
+# Names the release and the model that a roll-back returns to: {"release": id, "model": id}.
+PREVIOUS = "/etc/glm-fleet/previous.json"
 
 # Told how many bytes were read, from any thread.
 Advance = Callable[[int], None]
