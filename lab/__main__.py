@@ -28,6 +28,7 @@ from .settings import (
     fleet,
 )
 from .system import (
+    building,
     exclusive,
     mounts_below,
     processes,
@@ -97,14 +98,14 @@ def up(arguments: argparse.Namespace) -> None:
     with exclusive():
         check_system(arguments.nodes)
         wanted = fleet(arguments.nodes)
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        with building(), ThreadPoolExecutor(max_workers=2) as pool:
             # Downloads and the root file system wait on different things.
             sources = pool.submit(source.build)
             root, debs = rootfs.build()
             model.build()
-            network.ensure_bridge()
-            hosts.ensure(wanted, root)
             git = sources.result()
+        network.ensure_bridge()
+        hosts.ensure(wanted, root)
         upstreams.ensure(debs, git)
         say("upstreams answer: " + ", ".join(server.url for server in upstreams.servers()))
         inventory.write(wanted, upstreams.inventory_vars(git))
@@ -123,8 +124,9 @@ def down(arguments: argparse.Namespace) -> None:
             run(["ssh", "-O", "exit", "-S", control, "lab"], check=False)
         removed += hosts.remove_all()
         removed += network.remove_all()
-        rootfs.remove_leftovers()
-        source.remove_leftovers()
+        with building():
+            rootfs.remove_leftovers()
+            source.remove_leftovers()
         for folder in (STATE, *([CACHE] if arguments.purge else [])):
             if folder.is_dir():
                 shutil.rmtree(folder)

@@ -46,35 +46,72 @@ _PHASES: tuple[tuple[str, str], ...] = (
     (_READY.pattern, "ready"),
 )
 
-# Crashes that people reported or we saw, with the way out.
-_SIGNATURES: tuple[tuple[str, str], ...] = (
-    (
+
+@dataclass(frozen=True)
+class Signature:
+    """A crash that people reported or we saw: how it looks, the way out, and whether a lower
+    mode of CUDA graphs is that way."""
+
+    pattern: str
+    remedy: str
+    graphs: bool = False
+
+
+_SIGNATURES = (
+    Signature(
         r"an illegal instruction was encountered",
         "CUDA graphs of this mode do not work here: set serving_cuda_graphs to piecewise, "
         "then to eager",
+        graphs=True,
     ),
-    (
+    Signature(
         r"operation not permitted when stream is capturing",
-        "CUDA graph capture fails on this driver: set serving_cuda_graphs to piecewise",
+        "CUDA graph capture fails on this driver: set serving_cuda_graphs to piecewise, "
+        "then to eager",
+        graphs=True,
     ),
-    (
+    Signature(
         r"CUDA error.*802|system not yet initialized",
         "the fabric manager is missing or of another version than the driver: install and start "
         "the nvidia-fabricmanager package of the driver's version",
     ),
-    (
+    Signature(
         r"out of memory|OutOfMemoryError",
         "the GPUs are too full: lower serving_gpu_memory_utilization or serving_max_model_len",
     ),
-    (
+    Signature(
         r"No available memory for the cache blocks",
         "nothing is left for the KV cache: lower serving_max_model_len",
     ),
-    (
+    Signature(
+        r"is larger than the maximum number of tokens that can be stored in KV cache",
+        "the context does not fit into the KV cache: lower serving_max_model_len",
+    ),
+    Signature(
+        r"No package metadata was found for vllm",
+        "the wheel of this release is not called vllm: build the release again",
+    ),
+    Signature(
+        r"Timed out waiting for engine|did not start in time|Engine core proc .* timed out",
+        "the engine took longer than VLLM_ENGINE_READY_TIMEOUT_S: raise it in "
+        "serving_environment, or find out why the weights load slowly",
+    ),
+    Signature(
+        r"vllm serve: error: |unrecognized arguments",
+        "this release of vLLM does not know a flag: look at serving_extra_arguments",
+    ),
+    Signature(
+        r"(Xid .*: 74|SXid.* 24007|NCCL error|ncclUnhandledCudaError)",
+        "the GPUs lost each other: look at `nvidia-smi nvlink -s` and the driver's version",
+    ),
+    Signature(
+        r"start gate: ", "an earlier engine still holds the GPUs: see the line of the start gate"
+    ),
+    # The frame around every crash of a start: only when nothing better is known.
+    Signature(
         r"Engine core initialization failed",
         "the engine died while it started: the first error above it in the journal says why",
     ),
-    (r"start gate: ", "an earlier engine still holds the GPUs: see the line of the start gate"),
 )
 
 
@@ -197,13 +234,24 @@ def phase(lines: Sequence[str]) -> str:
     return "waiting for the first sign"
 
 
+def _known_crash(lines: Sequence[str]) -> tuple[Signature, str] | None:
+    for signature in _SIGNATURES:
+        for line in lines:
+            if re.search(signature.pattern, line):
+                return signature, line
+    return None
+
+
 def diagnose(lines: Sequence[str]) -> str:
     """Name the known crash that the journal shows, with its remedy; '' if none is known."""
-    for pattern, remedy in _SIGNATURES:
-        for line in lines:
-            if re.search(pattern, line):
-                return f"{line.strip()[-160:]}: {remedy}"
-    return ""
+    known = _known_crash(lines)
+    return f"{known[1].strip()[-160:]}: {known[0].remedy}" if known else ""
+
+
+def lower_graphs_help(lines: Sequence[str]) -> bool:
+    """Tell whether the journal shows a crash that a lower mode of CUDA graphs avoids."""
+    known = _known_crash(lines)
+    return known is not None and known[0].graphs
 
 
 def relevant_lines(lines: Sequence[str], most: int = 12) -> list[str]:
@@ -461,7 +509,7 @@ def attest(
     ``evidence_path``, for later checks of the same start.
 
     Shape: {passed, checks: [{name, passed, detail}], release_id, model_id, invocation_id,
-    started_at, unit, canary, metrics, diagnosis, journal}.
+    started_at, unit, canary, metrics, diagnosis, step_down, journal}.
     """
     running = read_running(runner, wanted.unit, record_path)
     unit, record = running["unit"], running["record"]
@@ -522,6 +570,7 @@ def attest(
         "canary": canary,
         "metrics": metrics,
         "diagnosis": "" if passed else diagnose(lines),
+        "step_down": not passed and lower_graphs_help(lines),
         "journal": [] if passed else relevant_lines(lines),
     }
 
@@ -604,5 +653,9 @@ def failed_start(watched: Mapping[str, Any], lines: Sequence[str], reason: str) 
         expected="the server to be ready",
         found=f"{reason}; last seen: {watched.get('phase', '')}",
         remedy=known or "read `journalctl -u glm-serving` on the node",
-        details={"journal": relevant_lines(lines), "diagnosis": known},
+        details={
+            "journal": relevant_lines(lines),
+            "diagnosis": known,
+            "step_down": lower_graphs_help(lines),
+        },
     )
