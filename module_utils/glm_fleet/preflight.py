@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .errors import FleetError
+from .progress import human_bytes
 
 ERROR = "error"
 WARNING = "warning"
@@ -279,15 +280,6 @@ def version(text: str) -> tuple[int, ...]:
     """Return the leading numbers of a dotted version, for comparison."""
     match = re.match(r"\d+(?:\.\d+)*", text)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
-
-
-def human_bytes(count: float) -> str:
-    """Return a size as disks are sold: ``475.0 GB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def _system(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
