@@ -645,12 +645,15 @@ class Agent:
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Take what the controller brings, and say how far this node is.
 
-        ``run`` names the controller, whose word keeps the agent alive; ``torrents`` gives
-        torrents by bundle (Base64); ``have`` names those it knows; ``wait`` is how many
-        seconds it waits for news; ``leave`` says that it is done with this agent.
+        ``run`` names the controller, whose word keeps the agent alive, for ``lease`` seconds
+        more than usual; ``torrents`` gives torrents by bundle (Base64); ``have`` names those
+        it knows; ``arrived`` maps files it pushed to their paths; ``wait`` is how many seconds
+        it waits for news; ``leave`` says that it is done with this agent.
         """
-        run = str(request["run"])
         with self._news:
+            if "run" not in request:
+                return self._state(())
+            run = str(request["run"])
             for name, text in request.get("torrents", {}).items():
                 travel = self._travels.get(name)
                 if travel and not travel.torrent:
@@ -661,7 +664,9 @@ class Agent:
                 self._left = True
                 self._wake.set()
                 return self._state(())
-            self._leases[run] = self._clock() + LEASE_S + float(request.get("wait", 0))
+            self._leases[run] = self._clock() + LEASE_S + float(request.get("lease", 0))
+            for number, path in request.get("arrived", {}).items():
+                self._take_in(number, path)
             have = set(request.get("have", ()))
             before = self._standing()
             deadline = time.monotonic() + float(request.get("wait", 0))
@@ -671,6 +676,18 @@ class Agent:
                     break
                 self._news.wait(left)
             return self._state(self._made() - have)
+
+    def _take_in(self, number: str, path: str) -> None:
+        """Give a file that was pushed its place; the next look around verifies it."""
+        staging = self._store.staging_path(self._manifest.kind, self._manifest.id)
+        known = {entry.path for entry in self._manifest.files}
+        source = staging.with_name(f"{staging.name}.incoming") / str(int(number))
+        if self._published or path not in known or not source.is_file():
+            return
+        (staging / path).parent.mkdir(parents=True, exist_ok=True)
+        source.replace(staging / path)
+        self._scanned_at = -_SCAN_S
+        self._wake.set()
 
     def _made(self) -> set[str]:
         return {name for name, travel in self._travels.items() if travel.torrent}
@@ -684,6 +701,8 @@ class Agent:
         travels = self._travels.values()
         lacking = [each for each in travels if not each.held]
         return {
+            "artifact": self._manifest.id,
+            "leases": len(self._leases),
             "standing": self._standing(),
             "failure": self._failure.as_fail() if self._failure else {},
             "notes": self._notes,
@@ -762,6 +781,50 @@ def ask(request: Mapping[str, Any], folder: Path = RUN_FOLDER) -> dict[str, Any]
     return answer
 
 
+def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str]:
+    """Return the command that starts the agent as a unit of its own, fenced in."""
+    properties = {
+        "Description": "glm-fleet: take and give an artifact while it is distributed",
+        "StandardInput": f"file:{job_file}",
+        "Nice": "5",
+        "LimitNOFILE": "65536",
+        "RuntimeMaxSec": "7d",
+        "TimeoutStopSec": "20",
+        "ProtectSystem": "strict",
+        "ReadWritePaths": f"{root} {job_file.parent}",
+        "PrivateDevices": "yes",
+        "PrivateTmp": "yes",
+        "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER",
+        "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+    }
+    return [
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        f"--unit={UNIT}",
+        f"--setenv=PYTHONPATH={path}",
+        *(f"--property={name}={value}" for name, value in properties.items()),
+        python,
+        "-B",
+        "-m",
+        "glm_fleet.swarm",
+        "agent",
+        str(job_file.parent),
+    ]
+
+
+def failure_of(folder: Path) -> FleetError | None:
+    """Return what an agent died of, if it said so."""
+    try:
+        said = json.loads((folder / "failure.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return FleetError(
+        said["message"], expected=said["expected"], found=said["found"], remedy=said["remedy"]
+    )
+
+
 def run_agent(job: Job, folder: Path) -> int:
     """Run until nobody needs it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -790,7 +853,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         json.dump(ask(json.load(sys.stdin), folder), sys.stdout)
     except FleetError as error:
         if words[:1] == ["agent"]:
-            (folder / "failure.json").write_text(json.dumps(error.as_fail()))
+            said = {**error.as_fail(), "message": error.message}
+            (folder / "failure.json").write_text(json.dumps(said))
         json.dump({"standing": "gone", "failure": error.as_fail()}, sys.stdout)
         return 1
     return 0
