@@ -12,8 +12,11 @@ A JSON file named by --faults makes it misbehave; it is read at every request:
     {"down": true}                         every connection is closed without an answer
     {"rate_bytes_per_second": 100000}      slow downloads, per connection
     {"cut_after_bytes": 5000, "cut_times": 1}   so many downloads end early
-    {"too_many_requests": 3}               so many requests are answered with 429
+    {"too_many_requests": 3, "retry_after": 60}   so many requests are answered with 429
     {"corrupt": "model-00001-of-00004.safetensors"}   one byte of that file is wrong
+    {"gated": ["hf_right"]}                only these tokens may read
+    {"refs": {"main": "<commit>"}}         branches have moved
+    {"gone": ["<commit>"]}                 these commits are no longer there
 """
 
 from __future__ import annotations
@@ -39,7 +42,11 @@ FAULTS = frozenset(
         "cut_after_bytes",
         "cut_times",
         "too_many_requests",
+        "retry_after",
         "corrupt",
+        "gated",
+        "refs",
+        "gone",
     ]
 )
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
@@ -71,13 +78,17 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def open(self, repository: str, authorization: str | None) -> Path:
+    def open(
+        self, repository: str, authorization: str | None, gated: list[str] | None = None
+    ) -> Path:
         """The folder of a repository that the caller may read."""
         folder = self.root / repository
         if ".." in repository or not (folder / "refs.json").is_file():
             raise HubError(HTTPStatus.NOT_FOUND, "RepoNotFound", "Repository not found")
         settings_file = folder / "repo.json"
         settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+        if gated is not None:
+            settings = {"gated": True, "tokens": gated}
         if settings.get("gated"):
             token = (authorization or "").removeprefix("Bearer ")
             if not token:
@@ -88,10 +99,12 @@ class Store:
                 raise HubError(HTTPStatus.FORBIDDEN, "GatedRepo", text)
         return folder
 
-    def resolve(self, folder: Path, revision: str) -> str:
+    def resolve(self, folder: Path, revision: str, faults: dict[str, Any]) -> str:
         """The commit that a branch or commit id means."""
         refs: dict[str, str] = json.loads((folder / "refs.json").read_text())
-        commit = refs.get(revision, revision)
+        commit = str({**refs, **faults.get("refs", {})}.get(revision, revision))
+        if commit in faults.get("gone", []):
+            raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
         if re.fullmatch("[0-9a-f]{40}", commit) and (folder / "revisions" / commit).is_dir():
             return commit
         raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -190,8 +203,9 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if match is not None:
                 repository, *rest = match.groups()
-                folder = self.server.store.open(repository, self.headers.get("Authorization"))
-                commit = self.server.store.resolve(folder, rest[0] if rest else "main")
+                authorization = self.headers.get("Authorization")
+                folder = self.server.store.open(repository, authorization, faults.get("gated"))
+                commit = self.server.store.resolve(folder, rest[0] if rest else "main", faults)
                 name = rest[1] if len(rest) > 1 else None
                 function(
                     {
@@ -215,7 +229,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", error.code)
         self.send_header("X-Error-Message", str(error))
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
-            self.send_header("Retry-After", "1")
+            pause = self.server.faults.get().get("retry_after", 1)
+            self.send_header("Retry-After", str(pause))
         self.send_body(body, "application/json")
 
     def send_body(self, body: bytes, kind: str) -> None:
@@ -311,6 +326,7 @@ class Handler(BaseHTTPRequestHandler):
         size = entry["size"]
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         start, end = self.byte_range(size)
+        self.log_message("%s %s bytes %d-%d", self.command, name, start, end)
         partial = (start, end) != (0, size)
         self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
         self.send_header("X-Repo-Commit", commit)

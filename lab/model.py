@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small random Qwen2 model, made on the spot, in two revisions.
+"""A small random Qwen2 model, made on the spot, in two revisions, and shards of noise.
 
 The weights are noise, yet greedy output is readable: only tokens that are words have a row in
 lm_head, and the end token has none, so an answer always runs to its length limit.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import statistics
 import struct
 import tempfile
@@ -16,7 +17,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from .settings import CACHE, MODEL_REPOSITORY
+from .settings import CACHE, MODEL_REPOSITORY, SHARDS_REPOSITORY
 from .system import say
 
 HIDDEN = 256
@@ -29,6 +30,8 @@ VOCABULARY = 1024
 SHARDS = 4
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SEEDS = ("tiny-glm first", "tiny-glm second")  # the last one is main
+NOISE_SHARDS = 12
+NOISE_SHARD_BYTES = 24 * 1024 * 1024
 
 
 WORDS = tuple(
@@ -295,6 +298,30 @@ def write_repository(folder: Path) -> list[str]:
     return revisions
 
 
+def write_shards(folder: Path) -> str:
+    """Write a repository of noise with the shape of a big model; returns its commit."""
+    names = [
+        f"model-{number:05d}-of-{NOISE_SHARDS:05d}.safetensors"
+        for number in range(1, NOISE_SHARDS + 1)
+    ]
+    index = {"metadata": {}, "weight_map": {f"noise.{name}": name for name in names}}
+    small = {
+        "config.json": b"{}\n",
+        "README.md": b"# shards\n\nNoise in twelve shards, to be moved and not to be served.\n",
+        "model.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode(),
+    }
+    revision = commit_id({**small, **{name: name.encode() for name in names}})
+    target = folder / "revisions" / revision
+    target.mkdir(parents=True)
+    for name, content in small.items():
+        (target / name).write_bytes(content)
+    for name in names:
+        noise_source = random.Random(name)  # noqa: S311 (the same bytes each time are wanted)
+        (target / name).write_bytes(noise_source.randbytes(NOISE_SHARD_BYTES))
+    (folder / "refs.json").write_text(json.dumps({"main": revision}) + "\n")
+    return revision
+
+
 def key() -> str:
     """Changes with this module, so that a changed recipe is built anew."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
@@ -310,8 +337,9 @@ def build() -> Path:
         work = Path(tempfile.mkdtemp(prefix=".build-hub-", dir=CACHE))
         work.chmod(0o755)
         write_repository(work / MODEL_REPOSITORY)
+        write_shards(work / SHARDS_REPOSITORY)
         work.rename(HUB_FOLDER)
-        say(f"model {MODEL_REPOSITORY} is written")
+        say(f"models {MODEL_REPOSITORY} and {SHARDS_REPOSITORY} are written")
     return HUB_FOLDER
 
 

@@ -42,6 +42,7 @@ PULL_REQUEST = 38476
 VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0+cpu"
 MODEL_REPOSITORY = "lab/tiny-glm"
+SHARDS_REPOSITORY = "lab/shards"
 
 
 class LabError(Exception):

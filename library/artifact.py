@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""Artifacts on one host: made, planned, fetched, published, activated, retired."""
+"""Artifacts on one host: made, planned, fetched, published, activated, verified, retired."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ options:
       - V(staged) opens the staging folder of O(manifest) for the user who connects.
       - V(fetched) fetches the missing files from O(sources) and publishes.
       - V(active) points O(link) at the published artifact O(id).
+      - V(verified) looks at the artifacts that O(links) lead to and names every file that is
+        missing, truncated, changed, foreign, or open to changes by others.
+      - V(retired) removes what is above O(keep) of each kind, the oldest first, and what was left
+        behind on its way here more than a day ago.
       - V(absent) retires the artifact O(id).
     type: str
-    choices: [published, planned, staged, fetched, active, absent]
+    choices: [published, planned, staged, fetched, active, verified, retired, absent]
     required: true
   root:
     description: Folder of all artifacts of this host.
     type: path
     required: true
   kind:
-    description: Kind of the artifact.
+    description: Kind of the artifact. Both kinds if not given, for V(verified) and V(retired).
     type: str
     choices: [release, model]
-    required: true
   manifest:
     description: The manifest of the artifact, as the producer made it.
     type: dict
@@ -68,6 +71,46 @@ options:
   target:
     description: What O(link) points at. The published artifact itself if not given.
     type: path
+  links:
+    description: Symbolic links to what is active, by kind. Their last part is the id.
+    type: dict
+    default: {}
+  deep:
+    description:
+      - Read and hash every byte for O(state=verified). An artifact that is damaged then counts as
+        not published, so that the next run fetches the damaged files again.
+    type: bool
+    default: false
+  keep:
+    description: How many artifacts of a kind stay, with those that are protected or coming.
+    type: int
+    default: 2
+  previous:
+    description: JSON file with the ids (release, model) that a roll-back needs, if it exists.
+    type: path
+    default: /etc/glm-fleet/previous.json
+  protect:
+    description: Ids that stay in any case, beside those of O(links) and O(previous).
+    type: list
+    elements: str
+    default: []
+  coming:
+    description: Ids that are being brought here now. They count as if they were here.
+    type: list
+    elements: str
+    default: []
+  companions:
+    description: Folders whose subfolder of the id goes with a retired release.
+    type: list
+    elements: path
+    default: []
+  time_limit:
+    description: Seconds after which the action plugin gives up.
+    type: int
+    default: 172800
+  progress_file:
+    description: File that says how far it has come, for the action plugin.
+    type: path
   owner:
     description:
       - User who may write into the staging folder, for O(state=staged). The user who became root
@@ -92,12 +135,60 @@ EXAMPLES = r"""
     kind: model
     id: tiny-0123456789ab
     link: /srv/glm-fleet/model
+
+- name: Read every byte of what is active
+  artifact:
+    state: verified
+    deep: true
+    root: /srv/glm-fleet/artifacts
+    links:
+      release: /opt/glm-fleet/current
+      model: /srv/glm-fleet/model
+
+- name: Keep two of each kind
+  artifact:
+    state: retired
+    root: /srv/glm-fleet/artifacts
+    keep: 2
+    links:
+      release: /opt/glm-fleet/current
+      model: /srv/glm-fleet/model
+    companions: [/opt/glm-fleet/releases, /var/cache/glm-fleet]
 """
 
 RETURN = r"""
+verified:
+  description: One entry for each of O(links) that leads somewhere.
+  returned: for V(verified)
+  type: list
+  elements: dict
+  contains:
+    kind: {description: Kind., type: str}
+    id: {description: Id., type: str}
+    bytes: {description: Bytes that were hashed., type: int}
+    damage: {description: What is wrong, with path, reason and found., type: list, elements: dict}
+retired:
+  description: Artifacts that were removed, or would be, with kind, id and bytes.
+  returned: for V(retired)
+  type: list
+  elements: dict
+folders:
+  description: Other folders and files that were removed, or would be.
+  returned: for V(retired)
+  type: list
+  elements: str
+freed_bytes:
+  description: Size of the retired artifacts in bytes.
+  returned: for V(retired)
+  type: int
+protected:
+  description: Ids that are active here or that a roll-back needs.
+  returned: for V(retired)
+  type: list
+  elements: str
 artifact:
   description: The artifact as it is (or would be) on this host.
-  returned: for all states but V(absent)
+  returned: for V(published), V(planned), V(staged), V(fetched) and V(active)
   type: dict
   contains:
     kind: {description: Kind., type: str}
@@ -132,14 +223,20 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.artifact import (
+    KINDS,
+    PREVIOUS,
+    Damage,
     Manifest,
     Store,
     activate,
     load_manifest,
     make_manifest,
     parse_manifest,
+    protected_by,
+    retire_old,
 )
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.progress import Meter, ProgressFile
 from ansible.module_utils.glm_fleet.transport import fetch_missing
 
 
@@ -193,11 +290,76 @@ def _open_staging(
     return {"changed": False, **plan}
 
 
+def _verify(
+    store: Store, kind: str, identifier: str, deep: bool, meter: Meter
+) -> tuple[dict[str, Any], Manifest | None]:
+    folder = store.published_path(kind, identifier)
+    result = {"kind": kind, "id": identifier, "bytes": 0}
+    try:
+        manifest = load_manifest(folder)
+    except FleetError as error:
+        damage = [Damage("manifest.json", "missing", error.found)]
+        return {**result, "damage": [vars(each) for each in damage]}, None
+    meter.what, meter.total = f"verifying the {kind}", manifest.bytes if deep else 0
+    meter.start(0)
+    damage = store.verify(manifest, deep=deep, advance=meter.add)
+    result["bytes"] = manifest.bytes if deep else 0
+    return {**result, "damage": [vars(each) for each in damage]}, manifest
+
+
+def _verify_active(store: Store, module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    results = []
+    distrusted = False
+    path = Path(params["progress_file"]) if params["progress_file"] else None
+    if params["deep"]:
+        # The service on this host comes first.
+        os.nice(10)
+    with ProgressFile(path, Meter("verifying")) as meter:
+        for kind in [params["kind"]] if params["kind"] else KINDS:
+            link = Path(params["links"].get(kind, ""))
+            if not link.is_symlink():
+                continue
+            result, manifest = _verify(store, kind, link.readlink().name, params["deep"], meter)
+            results.append(result)
+            if manifest and params["deep"] and result["damage"] and not module.check_mode:
+                distrusted |= store.distrust(manifest)
+    return {"changed": distrusted, "verified": results}
+
+
+def _retire(store: Store, module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    protected = protected_by(map(Path, params["links"].values()), Path(params["previous"]))
+    kinds = [params["kind"]] if params["kind"] else KINDS
+    retired = retire_old(
+        store,
+        kinds,
+        keep=params["keep"],
+        protected={*protected, *params["protect"]},
+        coming=[each for each in params["coming"] if each],
+        companions=[Path(each) for each in params["companions"]],
+        dry=module.check_mode,
+    )
+    gone = [f"{each['kind']}/{each['id']}" for each in retired.artifacts] + retired.folders
+    return {
+        "changed": bool(gone),
+        "retired": retired.artifacts,
+        "folders": retired.folders,
+        "freed_bytes": retired.bytes,
+        "protected": sorted(protected),
+        "diff": {"before": "".join(f"{each}\n" for each in gone), "after": ""},
+    }
+
+
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Do what the parameters ask for and return the module's result."""
     params = module.params
     store = Store(Path(params["root"]))
     state = params["state"]
+    if state == "verified":
+        return _verify_active(store, module)
+    if state == "retired":
+        return _retire(store, module)
     if state == "absent":
         path = store.published_path(params["kind"], params["id"])
         changed = path.is_dir() if module.check_mode else store.retire(params["kind"], params["id"])
@@ -230,7 +392,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if changed and not module.check_mode:
         if state == "fetched":
             fetch_missing(store, manifest, params["sources"], params["token"] or "")
-        store.publish(manifest)
+        path = Path(params["progress_file"]) if params["progress_file"] else None
+        with ProgressFile(path, Meter(f"verifying the {manifest.kind}", manifest.bytes)) as meter:
+            store.publish(manifest, meter.add)
     return {"changed": changed, **plan}
 
 
@@ -241,10 +405,19 @@ def main() -> None:
             "state": {
                 "type": "str",
                 "required": True,
-                "choices": ["published", "planned", "staged", "fetched", "active", "absent"],
+                "choices": [
+                    "published",
+                    "planned",
+                    "staged",
+                    "fetched",
+                    "active",
+                    "verified",
+                    "retired",
+                    "absent",
+                ],
             },
             "root": {"type": "path", "required": True},
-            "kind": {"type": "str", "required": True, "choices": ["release", "model"]},
+            "kind": {"type": "str", "choices": ["release", "model"]},
             "manifest": {"type": "dict"},
             "id": {"type": "str"},
             "source": {"type": "path"},
@@ -254,11 +427,24 @@ def main() -> None:
             "token": {"type": "str", "no_log": True},
             "link": {"type": "path"},
             "target": {"type": "path"},
+            "links": {"type": "dict", "default": {}},
+            "deep": {"type": "bool", "default": False},
+            "keep": {"type": "int", "default": 2},
+            "previous": {"type": "path", "default": PREVIOUS},
+            "protect": {"type": "list", "elements": "str", "default": []},
+            "coming": {"type": "list", "elements": "str", "default": []},
+            "companions": {"type": "list", "elements": "path", "default": []},
+            "time_limit": {"type": "int", "default": 172_800},
+            "progress_file": {"type": "path"},
             "owner": {"type": "str"},
         },
         required_if=[
-            ("state", "active", ["id", "link"]),
-            ("state", "absent", ["id"]),
+            ("state", "published", ["kind"]),
+            ("state", "planned", ["kind"]),
+            ("state", "staged", ["kind"]),
+            ("state", "fetched", ["kind"]),
+            ("state", "active", ["kind", "id", "link"]),
+            ("state", "absent", ["kind", "id"]),
         ],
         required_together=[("source", "slug")],
         supports_check_mode=True,
@@ -266,13 +452,17 @@ def main() -> None:
     # What is published is for other users to read, however strict the host's umask is.
     os.umask(0o022)
     store = Store(Path(module.params["root"]))
-    writes = not module.check_mode and module.params["state"] != "planned"
+    # Retiring takes the lock by itself, and leaves alone what others are at work on.
+    reads = module.params["state"] in ("planned", "verified", "retired")
+    writes = not module.check_mode and not reads
     try:
         with store.lock(module.params["kind"]) if writes else contextlib.nullcontext():
             result = run(module)
         module.exit_json(**result)
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ options:
       - Name of the variable in which each host keeps what was gathered, a mapping of
         C(message) (why there are no facts, or empty), C(groups), C(node) (of M(node_info))
         and C(expect) (a list of C(gpu_node) and C(expect)).
-      - For O(kind=health) also C(attestation) (of M(vllm_probe)) and C(gateway) (of
-        M(haproxy_info)).
+      - For O(kind=health) also C(attestation) (of M(vllm_probe)), C(artifacts) (C(verified)
+        of M(artifact)) and C(gateway) (of M(haproxy_info)).
     type: str
     required: true
   dest:

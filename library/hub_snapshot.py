@@ -1,29 +1,34 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""A model from the hub, at one commit, as a verified artifact."""
+"""A model from the hub or from a folder, at one commit, as a verified artifact."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: hub_snapshot
 version_added: "0.1.0"
-short_description: Fetch a model repository at one commit and publish it as an artifact
+short_description: Fetch or adopt a model at one commit and publish it as an artifact
 description:
-  - Downloads with the client of huggingface_hub, which has to be importable on the host,
-    and goes on where an earlier run stopped.
+  - Fetches with the client of huggingface_hub, which has to be importable on the host, and
+    goes on where an earlier run stopped, also within a file.
   - Compares every file with the SHA-256 (or git object id) of the hub after it lies on the
     disk, fetches a corrupt file once more, and publishes only what is proven.
   - A model that is published already costs no network at all.
+  - An action plugin of this name shows the progress while it runs.
 author: glm-fleet contributors (@glm-fleet)
 attributes:
   check_mode:
-    description: Tells whether the model would be fetched. Nothing is downloaded.
+    description: Tells whether the model would be fetched. The hub is not asked.
     support: full
 options:
   state:
-    description: V(present) fetches what is missing, V(planned) only looks on this host.
+    description:
+      - V(found) only looks on this host for the published model.
+      - V(planned) gives the whole manifest before the large files are there. Resolves the
+        revision, records its commit on this host and fetches the small files.
+      - V(present) fetches what is missing. Publishes, unless O(files) is given.
     type: str
-    choices: [present, planned]
+    choices: [found, planned, present]
     default: present
   repository:
     description: Name of the repository on the hub, as C(owner/name).
@@ -39,6 +44,16 @@ options:
     description: URL of the hub.
     type: str
     default: https://huggingface.co
+  mirrors:
+    description:
+      - URLs that are tried in this order while O(endpoint) cannot be reached. They get the token
+        too.
+    type: list
+    elements: str
+    default: []
+  proxy:
+    description: URL of a proxy for the hub. C(no_proxy) of the environment is respected.
+    type: str
   token:
     description: Access token. C(HF_TOKEN) of the environment is used if not given.
     type: str
@@ -52,6 +67,25 @@ options:
     type: list
     elements: str
     default: []
+  files:
+    description:
+      - Paths to fetch, for a host that fetches a part. Each lies in the staging folder under its
+        name when it is complete and proven. Nothing is published.
+    type: list
+    elements: str
+  manifest:
+    description: The manifest that O(state=planned) gave on another host, instead of a plan here.
+    type: dict
+  folder:
+    description:
+      - Folder on this host with the files of the model. They are verified and linked or copied
+        instead of fetched; what is not right is fetched if the hub can be reached.
+      - Where the hub cannot be reached, C(manifest.json) in the folder decides, or the records
+        (C(.cache)) that C(hf download --local-dir) leaves there.
+    type: path
+  folder_manifest:
+    description: Manifest of the model in O(folder) on this host. The hub is not asked then.
+    type: path
   root:
     description: Folder of all artifacts of this host.
     type: path
@@ -64,6 +98,19 @@ options:
     description: Number of files fetched at the same time.
     type: int
     default: 8
+  patience:
+    description:
+      - Seconds without progress for which a hub that does not answer, or that asks to wait, is
+        asked again.
+    type: int
+    default: 300
+  time_limit:
+    description: Seconds after which the action plugin gives up. Running again continues.
+    type: int
+    default: 172800
+  progress_file:
+    description: File that says how far it has come, for the action plugin.
+    type: path
 """
 
 EXAMPLES = r"""
@@ -71,6 +118,13 @@ EXAMPLES = r"""
   hub_snapshot:
     repository: cyankiwi/GLM-5.2-AWQ-INT4
     revision: 0123456789abcdef0123456789abcdef01234567
+    root: /srv/glm-fleet/artifacts
+
+- name: Take them from a disk
+  hub_snapshot:
+    repository: cyankiwi/GLM-5.2-AWQ-INT4
+    revision: 0123456789abcdef0123456789abcdef01234567
+    folder: /mnt/disk/GLM-5.2-AWQ-INT4
     root: /srv/glm-fleet/artifacts
 """
 
@@ -80,7 +134,7 @@ published:
   returned: always
   type: bool
 artifact:
-  description: The artifact. Empty when it is not published.
+  description: The artifact. Empty when nothing is known of it yet.
   returned: always
   type: dict
   contains:
@@ -89,203 +143,241 @@ artifact:
     path: {description: Published path., type: str}
     bytes: {description: Size of all files in bytes., type: int}
     manifest: {description: The manifest., type: dict}
+missing:
+  description: Files that this host lacks, with path, size in bytes and sha256.
+  returned: always
+  type: list
+  elements: dict
+missing_bytes:
+  description: Size of the missing files in bytes.
+  returned: always
+  type: int
+staging:
+  description: Folder where the missing files belong. Empty when the artifact is not known.
+  returned: always
+  type: str
 commit:
-  description: Commit id that the revision stands for. Empty when the hub was not asked.
+  description: Commit id that the revision stands for. Empty when it is not known yet.
   returned: always
   type: str
 """
 
 import os
-import shutil
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import Manifest, Store
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.artifact import Manifest, Store, parse_manifest
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.hub import (
-    find_corrupt,
-    is_commit,
-    missing_space,
-    model_slug,
-    same_model,
-    select_files,
+    Fetcher,
+    HubClient,
+    Patience,
+    Source,
+    UnreachableError,
+    adopt,
+    check_endpoint,
+    damaged_folder,
+    find_published,
+    folder_manifest,
+    known_plan,
+    pin,
+    pinned,
 )
+from ansible.module_utils.glm_fleet.progress import Meter, ProgressFile
 
 
-def _published(store: Store, params: dict[str, Any]) -> Manifest | None:
-    wanted = {key: params[key] for key in ("repository", "revision", "include", "exclude")}
-    found = [
-        each
-        for each in store.published("model")
-        if same_model(each.provenance, **wanted) and store.is_published(each)
-    ]
-    return found[-1] if found else None
-
-
-def _result(store: Store, manifest: Manifest | None, commit: str = "") -> dict[str, Any]:
-    described: dict[str, Any] = {}
-    if manifest:
-        described = {
+def _result(store: Store, source: Source, manifest: Manifest | None) -> dict[str, Any]:
+    if not manifest:
+        return {
+            "published": False,
+            "artifact": {},
+            "missing": [],
+            "missing_bytes": 0,
+            "staging": "",
+            "commit": pinned(store, source),
+        }
+    missing = store.missing(manifest)
+    return {
+        "published": store.is_published(manifest),
+        "artifact": {
             "kind": manifest.kind,
             "id": manifest.id,
             "path": str(store.published_path(manifest.kind, manifest.id)),
             "bytes": manifest.bytes,
             "manifest": manifest.as_dict(),
+        },
+        "missing": [vars(entry) for entry in missing],
+        "missing_bytes": sum(entry.size for entry in missing),
+        "staging": str(store.staging_path(manifest.kind, manifest.id)),
+        "commit": str(manifest.provenance["revision"]),
+    }
+
+
+def _use_environment(module: AnsibleModule) -> None:
+    """Set what the client takes from its environment; a command line would show it."""
+    os.environ.update(
+        {
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
         }
-    return {"published": manifest is not None, "artifact": described, "commit": commit}
+    )
+    proxy = module.params["proxy"]
+    if proxy:
+        password = urllib.parse.urlsplit(proxy).password
+        if password:
+            module.no_log_values.update({password, urllib.parse.unquote(password)})
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            os.environ[name] = proxy
 
 
-def _explain(error: Exception, params: dict[str, Any]) -> FleetError:
-    """Turn an error of the client into one sentence with a way out."""
-    from huggingface_hub import errors
-
-    repository, endpoint = params["repository"], params["endpoint"]
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    # The order matters: a gated repository is also "not found" to the client.
-    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-        return FleetError(
-            f"The hub does not let us read {repository}",
-            expected=f"access to {repository} on {endpoint}",
-            found=f"HTTP {status or 'error'}: gated or private",
-            remedy="accept its terms on the hub and give a token with access as model_token",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FleetError(
-            "The revision is not on the hub",
-            expected=f"{params['revision']} in {repository}",
-            found="the repository exists, the revision does not",
-            remedy="correct model_revision; an owner who rewrote the history removes commits",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FleetError(
-            "The model repository is not on the hub",
-            expected=f"{repository} on {endpoint}",
-            found="no such repository, or a private one and no token",
-            remedy="correct model_repository, or give model_token",
-        )
-    if status == 429:
-        return FleetError(
-            "The hub refuses more requests for now",
-            expected="an answer",
-            found="HTTP 429: quota used up",
-            remedy="wait, or give a token; running again continues where this stopped",
-        )
-    return FleetError(
-        f"The hub at {endpoint} did not deliver {repository}",
-        expected="an answer of the hub",
-        found=f"{type(error).__name__}: {error}",
-        remedy="check network, proxy and disk of the fetcher; running again continues",
+def _fetcher(
+    module: AnsibleModule, store: Store, source: Source, meter: Meter, *, once: bool = False
+) -> Fetcher:
+    params = module.params
+    return Fetcher(
+        store=store,
+        source=source,
+        client=HubClient(params["token"] or os.environ.get("HF_TOKEN") or ""),
+        patience=Patience(0 if once else params["patience"]),
+        meter=meter,
+        workers=params["workers"],
+        reserve=params["reserve_bytes"],
     )
 
 
-def _fetch(store: Store, params: dict[str, Any]) -> tuple[Manifest, str]:
-    try:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as missing:
-        raise FleetError(
-            "The client of the hub is missing on this host",
-            expected="huggingface_hub importable",
-            found=str(missing),
-            remedy="run playbooks/model.yml, which brings it",
-        ) from missing
-    token = params["token"] or os.environ.get("HF_TOKEN") or False
-    client = {"endpoint": params["endpoint"], "token": token}
-    # The client's transport has had several names; its errors share this base.
-    transport_error = HfHubHTTPError.__bases__[0]
-    try:
-        info = HfApi(**client).model_info(
-            params["repository"], revision=params["revision"], files_metadata=True
-        )
-        commit = str(info.sha)
-        files = select_files(info.siblings, params["include"], params["exclude"])
-        slug = model_slug(params["repository"], commit)
-        folder = store.staging_path("model", f"{slug}.fetch")
-        folder.mkdir(parents=True, exist_ok=True)
-        have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        wanted = sum(file.size for file in files) - have
-        short = missing_space(shutil.disk_usage(folder).free, wanted, params["reserve_bytes"])
-        if short:
-            raise short
-        proven = store.proven("model", folder.name)
-        corrupt: dict[str, str] = {}
-        for _ in range(2):
-            snapshot_download(
-                params["repository"],
-                revision=commit,
-                local_dir=folder,
-                allow_patterns=params["include"] or None,
-                ignore_patterns=params["exclude"] or None,
-                max_workers=params["workers"],
-                **client,
+def _plan(module: AnsibleModule, store: Store, source: Source, meter: Meter) -> Manifest:
+    """Return the manifest of what is wanted: given, known, told by the hub or by the folder."""
+    params = module.params
+    if params["manifest"]:
+        return parse_manifest(params["manifest"])
+    folder = Path(params["folder"]) if params["folder"] else None
+    if folder is None:
+        return known_plan(store, source) or _fetcher(module, store, source, meter).plan()
+    given = Path(params["folder_manifest"]) if params["folder_manifest"] else None
+    if given is None:
+        try:
+            return (
+                known_plan(store, source)
+                or _fetcher(module, store, source, meter, once=True).plan()
             )
-            corrupt = find_corrupt(folder, files, proven)
-            if not corrupt:
-                break
-            for name in corrupt:
-                # Without its metadata the client takes the file for one never fetched.
-                (folder / name).unlink(missing_ok=True)
-                record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
-                record.unlink(missing_ok=True)
-                proven.forget(name)
-    except (transport_error, OSError) as error:
-        raise _explain(error, params) from error
-    if corrupt:
+        except UnreachableError as unreachable:
+            module.warn(
+                f"The hub was not asked ({unreachable.found}): what came with the folder decides."
+            )
+    manifest = folder_manifest(folder, source, given, meter)
+    pin(store, source, str(manifest.provenance["revision"]))
+    store.plan(manifest)
+    return manifest
+
+
+def _bring(
+    module: AnsibleModule, store: Store, source: Source, manifest: Manifest, meter: Meter
+) -> None:
+    params = module.params
+    if params["folder"]:
+        folder = Path(params["folder"])
+        damage = adopt(store, manifest, folder, meter)
+        if damage and not manifest.provenance["endpoint"]:
+            raise damaged_folder(folder, damage)
+        if not damage:
+            return
+    _fetcher(module, store, source, meter).fetch(manifest, params["files"])
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Do what the parameters ask for and return the module's result."""
+    params = module.params
+    endpoints = [check_endpoint(each) for each in (params["endpoint"], *params["mirrors"])]
+    source = Source(
+        repository=params["repository"],
+        revision=params["revision"],
+        endpoints=tuple(endpoints),
+        include=tuple(params["include"]),
+        exclude=tuple(params["exclude"]),
+    )
+    if params["folder"] and not Path(params["folder"]).is_dir():
         raise FleetError(
-            "The hub sends files that are not what its own metadata says",
-            expected="the SHA-256 of the hub's metadata",
-            found="; ".join(f"{name}: {reason}" for name, reason in corrupt.items()),
-            remedy="try again later or another endpoint; a proxy may change what passes",
+            "The folder with the model is not there",
+            expected=f"the folder {params['folder']} on the fetcher",
+            found="no such folder",
+            remedy="mount the disk or correct model_folder",
         )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    provenance = {
-        "repository": params["repository"],
-        "revision": commit,
-        "requested": params["revision"],
-        "endpoint": params["endpoint"],
-        "include": params["include"],
-        "exclude": params["exclude"],
-    }
-    return store.adopt(folder, kind="model", slug=slug, provenance=provenance), commit
+    store = Store(Path(params["root"]))
+    published = find_published(store, source)
+    if published or params["state"] == "found" or module.check_mode:
+        known = published or known_plan(store, source)
+        changed = not published and params["state"] == "present"
+        return {"changed": changed, **_result(store, source, known)}
+    _use_environment(module)
+    path = Path(params["progress_file"]) if params["progress_file"] else None
+    meter = Meter("starting")
+
+    def waiting() -> None:
+        meter.what = "waiting for an earlier run that is still at work on this host"
+
+    with ProgressFile(path, meter), store.lock("model", waiting):
+        # Whoever had the lock may have fetched it.
+        manifest = find_published(store, source)
+        if manifest:
+            return {"changed": params["state"] == "present", **_result(store, source, manifest)}
+        manifest = _plan(module, store, source, meter)
+        if params["state"] == "planned":
+            return {"changed": False, **_result(store, source, manifest)}
+        before = len(store.missing(manifest, names=params["files"]))
+        if before:
+            _bring(module, store, source, manifest, meter)
+        if params["files"] is None:
+            meter.what = "publishing"
+            store.publish(manifest)
+        return {
+            "changed": before > 0 or params["files"] is None,
+            **_result(store, source, manifest),
+        }
 
 
 def main() -> None:
     """Wire the hub core and the client to Ansible."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "planned"], "default": "present"},
+            "state": {
+                "type": "str",
+                "choices": ["found", "planned", "present"],
+                "default": "present",
+            },
             "repository": {"type": "str", "required": True},
             "revision": {"type": "str", "required": True},
             "endpoint": {"type": "str", "default": "https://huggingface.co"},
+            "mirrors": {"type": "list", "elements": "str", "default": []},
+            "proxy": {"type": "str", "no_log": True},
             "token": {"type": "str", "no_log": True},
             "include": {"type": "list", "elements": "str", "default": []},
             "exclude": {"type": "list", "elements": "str", "default": []},
+            "files": {"type": "list", "elements": "str"},
+            "manifest": {"type": "dict"},
+            "folder": {"type": "path"},
+            "folder_manifest": {"type": "path"},
             "root": {"type": "path", "required": True},
             "reserve_bytes": {"type": "int", "default": 5_000_000_000},
             "workers": {"type": "int", "default": 8},
+            "patience": {"type": "int", "default": 300},
+            "time_limit": {"type": "int", "default": 172_800},
+            "progress_file": {"type": "path"},
         },
+        mutually_exclusive=[("files", "folder"), ("manifest", "folder")],
+        required_by={"folder_manifest": "folder"},
         supports_check_mode=True,
     )
     # What is made here is for other users to read, however strict the host's umask is.
     os.umask(0o022)
-    params = module.params
-    store = Store(Path(params["root"]))
     try:
-        manifest = _published(store, params)
-        if manifest or params["state"] == "planned":
-            module.exit_json(changed=False, **_result(store, manifest))
-        if module.check_mode:
-            commit = params["revision"] if is_commit(params["revision"]) else ""
-            module.exit_json(changed=True, **_result(store, None, commit))
-        with store.lock("model"):
-            # Whoever had the lock may have fetched it.
-            manifest, commit = _published(store, params), ""
-            if not manifest:
-                manifest, commit = _fetch(store, params)
-        module.exit_json(changed=True, **_result(store, manifest, commit))
+        module.exit_json(**run(module))
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

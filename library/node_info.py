@@ -52,6 +52,10 @@ options:
     description: Folder of the environments of releases. Not looked at if empty.
     type: str
     default: ""
+  previous:
+    description: JSON file that names the release and the model of before.
+    type: str
+    default: /etc/glm-fleet/previous.json
   artifact_root:
     description: The folder with published artifacts; empty to skip them.
     type: str
@@ -155,9 +159,15 @@ node:
       elements: dict
       returned: always
     artifacts:
-      description: Published artifacts as kind, id, bytes and provenance.
+      description: Published artifacts as kind, id, bytes, published_at (seconds since 1970) and
+        provenance.
       type: list
       elements: dict
+      returned: always
+    protected:
+      description: Ids that are active or that a roll-back needs. Null when it cannot be told.
+      type: list
+      elements: str
       returned: always
     staging_bytes:
       description: Bytes on disk of artifacts on their way, by kind.
@@ -184,6 +194,7 @@ node:
 """
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.artifact import PREVIOUS
 from ansible.module_utils.glm_fleet.node import Host, NodeQuery, read_node
 from ansible.module_utils.glm_fleet.runner import run_program
 
@@ -200,6 +211,7 @@ def main() -> None:
             "links": {"type": "dict", "default": {}},
             "unit": {"type": "str", "default": "glm-serving.service"},
             "artifact_root": {"type": "str", "default": ""},
+            "previous": {"type": "str", "default": PREVIOUS},
             "environment_root": {"type": "str", "default": ""},
             "provenance_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "controller_epoch": {"type": "float"},

@@ -5,9 +5,12 @@ Everything that a node runs lives the same life: produced once, distributed, ver
 published by an atomic rename, activated by a symbolic link, retired. Layout below an
 artifact root (``/srv/glm-fleet/artifacts`` on a node)::
 
-    <kind>/<id>/manifest.json     published: complete and verified
-    .staging/<kind>/<id>/         on its way; nobody reads it
-    .staging/<kind>/<id>.proven   what has been hashed already
+    <kind>/<id>/manifest.json         published: complete and verified
+    .staging/<kind>/<id>/             on its way; a file has its name here when it is complete
+    .staging/<kind>/<id>.parts/       the beginnings of files that are being fetched
+    .staging/<kind>/<id>.proven       what has been hashed already
+    .staging/<kind>/<id>.plan.json    the manifest of what is on its way
+    .staging/<kind>/<id>.damaged      published, but a full pass found damage in it
 """
 
 from __future__ import annotations
@@ -15,23 +18,33 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Callable
 
 from .errors import FleetError
 
 MANIFEST = "manifest.json"
 SCHEMA = "glm-fleet/artifact/1"
 KINDS = ("release", "model")
+# Names the release and the model that a roll-back returns to: {"release": id, "model": id}.
+PREVIOUS = "/etc/glm-fleet/previous.json"
 
-_BLOCK = 4 * 1024 * 1024
+# Told how many bytes were read, from any thread.
+Advance = Callable[[int], None]
+
+_BLOCK = 1024 * 1024
+# What lies untouched in the staging folder for so long belongs to no run.
+_STALE_S = 86400
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 _ID = re.compile(r"[a-z0-9][a-z0-9._+-]*-[0-9a-f]{12}")
 
@@ -143,9 +156,9 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Read ``manifest.json`` of a published artifact."""
-    path = folder / MANIFEST
+    path = folder / name
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -158,12 +171,15 @@ def load_manifest(folder: Path) -> Manifest:
     return parse_manifest(data)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, advance: Advance | None = None) -> str:
     """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+        while count := stream.readinto(block):
+            digest.update(block[:count])
+            if advance:
+                advance(count)
     return digest.hexdigest()
 
 
@@ -172,47 +188,82 @@ class Proven:
 
     A run that is killed while hashing 440 GB goes on where it stopped, and a file that
     did not change is not read again. The memory lies beside the artifact, never in it.
+    Several processes may add to one memory: what another has written is kept and seen.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._known = self._load()
+
+    def known(self, folder: Path, name: str) -> str | None:
+        """Return the SHA-256 of ``folder/name`` if it is proven, without reading the file."""
         try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            known = {}
-        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
+            stamp = self._stamp(folder / name)
+        except OSError:
+            return None
+        if self._remembered(name, stamp) is None:
+            self._known = self._load()
+        return self._remembered(name, stamp)
 
-    @staticmethod
-    def _stamp(stat: os.stat_result) -> list[int]:
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
-    def sha256(self, folder: Path, name: str) -> str:
+    def sha256(self, folder: Path, name: str, advance: Advance | None = None) -> str:
         """Return the SHA-256 of ``folder/name``, hashing it only when it is not proven."""
         path = folder / name
-        before = self._stamp(path.stat())
-        known = self._known.get(name)
-        if known and known[:3] == before:
-            return str(known[3])
-        digest = sha256_file(path)
+        known = self.known(folder, name)
+        if known:
+            if advance:
+                advance(path.stat().st_size)
+            return known
+        before = self._stamp(path)
+        digest = sha256_file(path, advance)
         # A file that changed while it was read proves nothing.
-        if self._stamp(path.stat()) == before:
-            self._known[name] = [*before, digest]
-            self._save()
+        if self._stamp(path) == before:
+            self.record(folder, name, digest)
         return digest
+
+    def record(self, folder: Path, name: str, digest: str) -> None:
+        """Remember the hash of a file that was just read."""
+        path = folder / name
+        with path.open("rb") as stream:
+            # After a power cut a file may have its size and time, but not its bytes.
+            os.fsync(stream.fileno())
+        entry = [*self._stamp(path), digest]
+        with self._writing():
+            self._known[name] = entry
 
     def forget(self, name: str) -> None:
         """Drop what is known of a file."""
-        if self._known.pop(name, None):
-            self._save()
+        if name in self._known:
+            with self._writing():
+                self._known.pop(name, None)
 
     def drop(self) -> None:
         """Forget everything: the artifact is published and will not change."""
         self._known = {}
         self._path.unlink(missing_ok=True)
 
-    def _save(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, json.dumps(dict(self._known)))
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def _remembered(self, name: str, stamp: list[int]) -> str | None:
+        entry = self._known.get(name)
+        return str(entry[3]) if entry and entry[:3] == stamp else None
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            known = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        # One lock for all memories of a folder: a lock file that is removed is no lock.
+        with exclusive(self._path.parent / ".proven.lock"):
+            self._known = self._load()
+            yield
+            write_atomically(self._path, json.dumps(self._known))
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
@@ -230,8 +281,10 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a lock for as long as the block lasts, waiting for whoever has it.
+
+    ``waiting`` is called when somebody has it.
 
     A controller that dies leaves its module at work on the node. The next run waits for
     that one instead of pulling the folder from under it. The kernel drops the lock with
@@ -239,7 +292,12 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                waiting()
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
@@ -262,6 +320,7 @@ def make_manifest(
     slug: str,
     provenance: Mapping[str, Any],
     proven: Proven | None = None,
+    advance: Advance | None = None,
 ) -> Manifest:
     """Hash every file below ``folder`` and describe them as an artifact."""
     names = list_files(folder)
@@ -279,24 +338,39 @@ def make_manifest(
             found=", ".join(links[:5]),
             remedy="copy the files that the links point to",
         )
-    hashes = _hash_all(folder, names, proven)
+    hashes = hash_files(folder, names, proven=proven, advance=advance)
     files = tuple(FileEntry(name, (folder / name).stat().st_size, hashes[name]) for name in names)
     return Manifest(kind, artifact_id(slug, files), files, dict(provenance))
 
 
-def _hash_all(folder: Path, names: list[str], proven: Proven | None) -> dict[str, str]:
-    # Hashing leaves the interpreter lock, so threads use every core.
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+def hash_files(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    proven: Proven | None = None,
+    advance: Advance | None = None,
+) -> dict[str, str]:
+    """Return {name: SHA-256} of files below ``folder``, or what ``proven`` remembers."""
+    # The largest first, so that no core is left with a large one when the others are done.
+    ordered = sorted(names, key=lambda name: -(folder / name).stat().st_size)
+
+    def one(name: str) -> str:
         if proven is None:
-            hashes = pool.map(lambda name: sha256_file(folder / name), names)
-        else:
-            hashes = pool.map(lambda name: proven.sha256(folder, name), names)
-        return dict(zip(names, hashes))
+            return sha256_file(folder / name, advance)
+        return proven.sha256(folder, name, advance)
+
+    # Hashing leaves the interpreter lock, so threads use every core.
+    with ThreadPoolExecutor(max(1, min(len(os.sched_getaffinity(0)), len(ordered)))) as pool:
+        return dict(zip(ordered, pool.map(one, ordered)))
 
 
 def find_damage(
-    folder: Path, manifest: Manifest, *, deep: bool, proven: Proven | None = None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    deep: bool,
+    proven: Proven | None = None,
+    advance: Advance | None = None,
 ) -> list[Damage]:
     """Compare a folder with its manifest.
 
@@ -306,13 +380,12 @@ def find_damage(
     damage = []
     intact = []
     for entry in manifest.files:
-        path = folder / entry.path
-        if path.is_symlink() or not path.is_file():
+        status = _status(folder / entry.path)
+        if status is None:
             damage.append(Damage(entry.path, "missing", "no such file"))
-        elif path.stat().st_size != entry.size:
-            size = path.stat().st_size
-            reason = "truncated" if size < entry.size else "changed"
-            damage.append(Damage(entry.path, reason, f"{size} of {entry.size} bytes"))
+        elif status.st_size != entry.size:
+            reason = "truncated" if status.st_size < entry.size else "changed"
+            damage.append(Damage(entry.path, reason, f"{status.st_size} of {entry.size} bytes"))
         else:
             intact.append(entry)
     wanted = {entry.path for entry in manifest.files}
@@ -322,13 +395,57 @@ def find_damage(
         if name not in wanted
     ]
     if deep:
-        hashes = _hash_all(folder, [entry.path for entry in intact], proven)
+        names = [entry.path for entry in intact]
+        hashes = hash_files(folder, names, proven=proven, advance=advance)
         damage += [
             Damage(entry.path, "changed", f"SHA-256 {hashes[entry.path][:12]}…")
             for entry in intact
             if hashes[entry.path] != entry.sha256
         ]
     return damage
+
+
+def find_exposed(folder: Path, manifest: Manifest) -> list[Damage]:
+    """Name the files of a published artifact that others than root could change."""
+    exposed = []
+    for name in [MANIFEST, *(entry.path for entry in manifest.files)]:
+        status = _status(folder / name)
+        if status is None:
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        foreign = os.geteuid() == 0 and status.st_uid != 0
+        if mode & 0o7133 or foreign:
+            found = f"mode {mode:04o}, user {status.st_uid}"
+            exposed.append(Damage(name, "open to changes", found))
+    return exposed
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return the status of a regular file, None for anything else."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def retirable(
+    published: Mapping[str, float],
+    *,
+    keep: int,
+    protected: Collection[str],
+    coming: Collection[str],
+) -> list[str]:
+    """Return which artifacts of a kind may go, the oldest first.
+
+    ``published`` is {id: time of publication}. ``keep`` stay, among them all that are
+    ``protected`` and, also if they are not here yet, those that are ``coming``.
+    """
+    held = {each for each in protected if each in published} | set(coming)
+    others = sorted(
+        (each for each in published if each not in held), key=lambda each: (published[each], each)
+    )
+    return others[: max(0, len(others) - max(0, keep - len(held)))]
 
 
 class Store:
@@ -345,13 +462,34 @@ class Store:
         """Where an artifact is gathered, by its id or by a working name before it has one."""
         return self.root / ".staging" / kind / name
 
+    def work_path(self, kind: str, identifier: str) -> Path:
+        """Where the parts of files are gathered that are not complete yet."""
+        return self.root / ".staging" / kind / f"{identifier}.parts"
+
     def proven(self, kind: str, name: str) -> Proven:
         """The memory of what was hashed in a staging folder."""
         return Proven(self.staging_path(kind, name).with_name(f"{name}.proven"))
 
-    def lock(self, kind: str) -> contextlib.AbstractContextManager[None]:
+    def lock(
+        self, kind: str, waiting: Callable[[], None] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """The lock of everyone who changes artifacts of a kind on this host."""
-        return exclusive(self.root / ".staging" / f"{kind}.lock")
+        return exclusive(self.root / ".staging" / f"{kind}.lock", waiting)
+
+    @contextlib.contextmanager
+    def try_lock(self, kind: str) -> Iterator[bool]:
+        """Take the same lock if it is free, and tell whether it was."""
+        path = self.root / ".staging" / f"{kind}.lock"
+        if not path.parent.is_dir():
+            yield True
+            return
+        with path.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def published(self, kind: str) -> list[Manifest]:
         """All published artifacts of a kind whose manifest can be read, sorted by id."""
@@ -364,45 +502,109 @@ class Store:
         return found
 
     def is_published(self, manifest: Manifest) -> bool:
-        """Tell whether the artifact is published and every file has its size."""
+        """Tell whether the artifact is published and sound, as far as a stat per file tells."""
         folder = self.published_path(manifest.kind, manifest.id)
-        return (folder / MANIFEST).is_file() and not find_damage(folder, manifest, deep=False)
+        return (
+            (folder / MANIFEST).is_file()
+            and not self._damaged(manifest.kind, manifest.id).exists()
+            and not find_damage(folder, manifest, deep=False)
+            and not find_exposed(folder, manifest)
+        )
 
-    def missing(self, manifest: Manifest) -> list[FileEntry]:
-        """The files that still have to come to this host, largest first; [] when published."""
+    def verify(
+        self, manifest: Manifest, *, deep: bool, advance: Advance | None = None
+    ) -> list[Damage]:
+        """Find what is wrong with a published artifact; with ``deep`` every byte is read."""
+        folder = self.published_path(manifest.kind, manifest.id)
+        damage = find_damage(folder, manifest, deep=deep, advance=advance)
+        return damage + find_exposed(folder, manifest)
+
+    def distrust(self, manifest: Manifest) -> bool:
+        """Let a published artifact count as damaged, so that the next run mends it.
+
+        Its files are then hashed, and what is not right is fetched again. Tells whether it
+        was trusted before.
+        """
+        marker = self._damaged(manifest.kind, manifest.id)
+        if marker.exists():
+            return False
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(marker, "")
+        return True
+
+    def plan(self, manifest: Manifest) -> None:
+        """Remember the manifest of an artifact that is about to come."""
+        path = self._plan_path(manifest.kind, manifest.id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, manifest.as_json())
+
+    def plans(self, kind: str) -> list[Manifest]:
+        """All artifacts of a kind that are on their way to this host, sorted by id."""
+        found = []
+        for path in sorted((self.root / ".staging" / kind).glob("*.plan.json")):
+            try:
+                found.append(parse_manifest(json.loads(path.read_text())))
+            except (OSError, ValueError, FleetError):
+                continue
+        return found
+
+    def receive(
+        self, manifest: Manifest, entry: FileEntry, path: Path, advance: Advance | None = None
+    ) -> str:
+        """Move a complete file into the staging folder if it is right; return its SHA-256.
+
+        ``path`` has to be on the same file system. A file that is wrong stays where it is.
+        """
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        digest = sha256_file(path, advance)
+        if digest == entry.sha256:
+            staging = self.staging_path(manifest.kind, manifest.id)
+            target = staging / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            self.proven(manifest.kind, manifest.id).record(staging, entry.path, digest)
+        return digest
+
+    def missing(
+        self,
+        manifest: Manifest,
+        *,
+        names: Collection[str] | None = None,
+        advance: Advance | None = None,
+    ) -> list[FileEntry]:
+        """The files that still have to come to this host, largest first; [] when published.
+
+        ``names`` asks for these files only.
+        """
         if self.is_published(manifest):
             return []
         folder = self.published_path(manifest.kind, manifest.id)
         if not folder.is_dir():
             folder = self.staging_path(manifest.kind, manifest.id)
+        asked = [each for each in manifest.files if names is None or each.path in names]
+        sizes = {entry.path: _status(folder / entry.path) for entry in asked}
+        there = [
+            entry.path
+            for entry in asked
+            if (status := sizes[entry.path]) and status.st_size == entry.size
+        ]
         proven = self.proven(manifest.kind, manifest.id)
-        wanted = []
-        for entry in manifest.files:
-            path = folder / entry.path
-            complete = (
-                path.is_file()
-                and path.stat().st_size == entry.size
-                and proven.sha256(folder, entry.path) == entry.sha256
-            )
-            if not complete:
-                wanted.append(entry)
+        hashes = hash_files(folder, there, proven=proven, advance=advance)
+        wanted = [each for each in asked if hashes.get(each.path) != each.sha256]
         return sorted(wanted, key=lambda entry: (-entry.size, entry.path))
 
     def stage(self, manifest: Manifest) -> Path:
         """Open the staging folder of an artifact and drop what does not belong there."""
         staging = self.staging_path(manifest.kind, manifest.id)
-        final = self.published_path(manifest.kind, manifest.id)
-        if final.is_dir() and not staging.exists() and not self.is_published(manifest):
-            # A published folder that was damaged goes back: what is intact stays.
-            staging.parent.mkdir(parents=True, exist_ok=True)
-            final.rename(staging)
+        self._take_back(manifest)
         staging.mkdir(parents=True, exist_ok=True)
         for damage in find_damage(staging, manifest, deep=False):
             if damage.reason in ("foreign", "changed"):
                 (staging / damage.path).unlink()
         return staging
 
-    def publish(self, manifest: Manifest) -> Path:
+    def publish(self, manifest: Manifest, advance: Advance | None = None) -> Path:
         """Verify the staging folder byte for byte and make it visible at once.
 
         Raises `FleetError` naming every damaged file; then nothing is published, and
@@ -411,9 +613,10 @@ class Store:
         final = self.published_path(manifest.kind, manifest.id)
         if self.is_published(manifest):
             return final
+        self._take_back(manifest)
         staging = self.staging_path(manifest.kind, manifest.id)
         proven = self.proven(manifest.kind, manifest.id)
-        damage = find_damage(staging, manifest, deep=True, proven=proven)
+        damage = find_damage(staging, manifest, deep=True, proven=proven, advance=advance)
         if damage:
             for each in damage:
                 proven.forget(each.path)
@@ -431,7 +634,7 @@ class Store:
         self.retire(manifest.kind, manifest.id)
         final.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(final)
-        proven.drop()
+        self._arrived(manifest.kind, manifest.id)
         return final
 
     def adopt(
@@ -451,6 +654,7 @@ class Store:
             final.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(final)
         proven.drop()
+        self._arrived(kind, manifest.id)
         return manifest
 
     def retire(self, kind: str, identifier: str) -> bool:
@@ -461,9 +665,171 @@ class Store:
         # Renamed first, so that a removal that is killed leaves nothing half visible.
         doomed = self.root / ".staging" / kind / f"{identifier}.retired"
         doomed.parent.mkdir(parents=True, exist_ok=True)
+        if doomed.exists():
+            shutil.rmtree(doomed)
         final.rename(doomed)
         shutil.rmtree(doomed)
         return True
+
+    @contextlib.contextmanager
+    def using(self, kind: str, identifier: str) -> Iterator[None]:
+        """Keep an artifact from being retired for as long as the block lasts."""
+        path = self._use_path(kind, identifier)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
+
+    def in_use(self, kind: str, identifier: str) -> bool:
+        """Tell whether another process is inside `using`."""
+        try:
+            with self._use_path(kind, identifier).open("r+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def ages(self, kind: str) -> dict[str, float]:
+        """Return {id: when it was published, in seconds since 1970}."""
+        folders = {each.id: self.published_path(kind, each.id) for each in self.published(kind)}
+        return {each: (path / MANIFEST).stat().st_mtime for each, path in folders.items()}
+
+    def stale(self, kind: str, keep: Collection[str], now: float) -> list[Path]:
+        """Return what lies in the staging folder and belongs to no artifact that is coming."""
+        folder = self.root / ".staging" / kind
+        found = []
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            wanted = any(path.name.lstrip(".").startswith(each) for each in keep)
+            if path.name.startswith(".") or wanted:
+                continue
+            retired = path.name.endswith(".retired")
+            if retired or now - _last_change(path) > _STALE_S:
+                found.append(path)
+        return found
+
+    def _take_back(self, manifest: Manifest) -> None:
+        """Move a published folder that was damaged back to staging: what is intact stays."""
+        staging = self.staging_path(manifest.kind, manifest.id)
+        final = self.published_path(manifest.kind, manifest.id)
+        if final.is_dir() and not staging.exists() and not self.is_published(manifest):
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            self.plan(manifest)
+            final.rename(staging)
+            (staging / MANIFEST).unlink(missing_ok=True)
+
+    def _arrived(self, kind: str, identifier: str) -> None:
+        """Forget what was only of use on the way."""
+        self.proven(kind, identifier).drop()
+        self._plan_path(kind, identifier).unlink(missing_ok=True)
+        self._damaged(kind, identifier).unlink(missing_ok=True)
+        shutil.rmtree(self.work_path(kind, identifier), ignore_errors=True)
+
+    def _plan_path(self, kind: str, identifier: str) -> Path:
+        return self.root / ".staging" / kind / f"{identifier}.plan.json"
+
+    def _damaged(self, kind: str, identifier: str) -> Path:
+        return self.root / ".staging" / kind / f"{identifier}.damaged"
+
+    def _use_path(self, kind: str, identifier: str) -> Path:
+        return self.root / ".staging" / kind / f".{identifier}.use"
+
+
+@dataclass(frozen=True)
+class Retired:
+    """What was retired, or would be: artifacts with kind, id and bytes, and whole folders."""
+
+    artifacts: list[dict[str, Any]]
+    folders: list[str]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the artifacts, in bytes."""
+        return sum(int(each["bytes"]) for each in self.artifacts)
+
+
+def retire_old(
+    store: Store,
+    kinds: Iterable[str],
+    *,
+    keep: int,
+    protected: Collection[str],
+    coming: Collection[str] = (),
+    companions: Sequence[Path] = (),
+    dry: bool,
+    now: float | None = None,
+) -> Retired:
+    """Retire what is above ``keep`` of each kind, and what belonged to it.
+
+    ``companions`` are folders whose subfolders bear the id of a release: environments and
+    caches. ``dry`` only tells. What another process is changing or using is left alone.
+    """
+    if keep < 1:
+        raise FleetError(
+            "At least one artifact of each kind has to stay",
+            expected="artifact_keep of 1 or more",
+            found=str(keep),
+        )
+    artifacts: list[dict[str, Any]] = []
+    doomed: list[Path] = []
+    for kind in kinds:
+        with store.try_lock(kind) as locked:
+            if not locked:
+                continue
+            sizes = {each.id: each.bytes for each in store.published(kind)}
+            safe = {*protected, *(each for each in sizes if store.in_use(kind, each))}
+            going = retirable(store.ages(kind), keep=keep, protected=safe, coming=coming)
+            artifacts += [{"kind": kind, "id": each, "bytes": sizes[each]} for each in going]
+            leftovers = store.stale(kind, coming, time.time() if now is None else now)
+            if kind == "release":
+                leftovers += [
+                    path
+                    for folder, each in itertools.product(companions, going)
+                    if (path := folder / each).is_dir()
+                ]
+            doomed += leftovers
+            if dry:
+                continue
+            # The artifact goes last: killed in between, the next run finds all of it again.
+            for path in leftovers:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            for each in going:
+                store.retire(kind, each)
+    return Retired(artifacts, [str(path) for path in doomed])
+
+
+def protected_by(links: Iterable[Path], previous: Path) -> set[str]:
+    """Return the ids that are active or that a roll-back needs.
+
+    ``links`` lead to what is active; ``previous`` is a JSON file {release: id, model: id}.
+    """
+    found = {link.readlink().name for link in links if link.is_symlink()}
+    try:
+        before = json.loads(previous.read_text())
+    except FileNotFoundError:
+        return found
+    except ValueError as error:
+        raise FleetError(
+            "It cannot be told what a roll-back needs, so nothing is retired",
+            expected=f"JSON with release and model in {previous}",
+            found=str(error),
+            remedy="repair or remove that file",
+        ) from error
+    return found | {str(before[key]) for key in KINDS if before.get(key)}
+
+
+def _last_change(path: Path) -> float:
+    def changed(each: Path) -> float:
+        try:
+            return each.lstat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    return max(map(changed, [path, *path.rglob("*")]))
 
 
 def _set_permissions(folder: Path) -> None:

@@ -21,6 +21,9 @@ BROKEN = "broken"
 UNKNOWN = "unknown"
 VERDICTS = (HEALTHY, DEGRADED, BROKEN, UNKNOWN)
 
+# A disk that lost a folder would fill the table.
+_DAMAGE_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class NodeHealth:
@@ -90,15 +93,31 @@ def judge_node(
     expect: Expectations,
     gateway: Mapping[str, str],
     probe_error: str = "",
+    artifacts: Sequence[Mapping[str, Any]] = (),
+    artifacts_error: str = "",
 ) -> NodeHealth:
     """Judge one node.
 
     ``probe`` is the attestation of vllm_probe ({} when it was not asked or ended with
-    ``probe_error``), ``gateway`` the node's state at each gateway.
+    ``probe_error``), ``gateway`` the node's state at each gateway, ``artifacts`` what the
+    module artifact found wrong with the active ones (kind, id, damage), unless it ended with
+    ``artifacts_error``.
     """
     unit = facts.get("unit", {})
     problems = hardware_problems(name, facts, expect)
     verdict, reasons, next_step = _service(unit, probe, probe_error, expect.unit)
+    damage = [
+        f"{artifact['kind']} {artifact['id']}: {each['path']} {each['reason']} ({each['found']})"
+        for artifact in artifacts
+        for each in artifact["damage"]
+    ]
+    if damage:
+        verdict, reasons = BROKEN, [*damage[:_DAMAGE_SHOWN], *reasons]
+        next_step = "run site.yml: it fetches only these files again; have the disk looked at"
+    elif artifacts_error:
+        verdict = DEGRADED if verdict == HEALTHY else verdict
+        reasons = [f"its artifacts cannot be verified: {artifacts_error}", *reasons]
+        next_step = next_step or "look at the disk of the node"
     hardware = [f"{each.check}: {each.found}" for each in problems if each.severity == ERROR]
     if hardware:
         reasons = [*hardware, *reasons]

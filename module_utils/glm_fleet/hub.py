@@ -1,26 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model repository at one pinned commit: what belongs to it and whether it arrived.
+"""A model repository at one pinned commit: planned, fetched or adopted, and proven.
 
-The client of huggingface_hub moves the bytes. It can report success with a corrupt file
-of the right size (huggingface_hub issue 3643), so every file is compared with the hub's
-own metadata after it lies on the disk: the SHA-256 of a file in LFS, the git object id of
-any other.
+The hub's metadata gives size and SHA-256 of every large file, so that the manifest and with
+it the id are known before the large files are there: small files are fetched to be hashed.
+The client of huggingface_hub speaks the protocol; here is what makes it dependable. Its
+download ends in a new file each time, and it can report success with a corrupt file of the
+right size (huggingface_hub issue 3643): here a part is continued, and each file is compared
+with the hub's metadata after it lies on the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
+import importlib
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import threading
+import time
+import urllib.parse
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Protocol, TypeVar
 
-from .artifact import Proven
-from .errors import FleetError
+from .artifact import (
+    MANIFEST,
+    Damage,
+    FileEntry,
+    Manifest,
+    Store,
+    artifact_id,
+    load_manifest,
+    sha256_file,
+    write_atomically,
+)
+from .errors import FleetError, from_os_error
+from .progress import Meter
+
+KIND = "model"
+INDEX = "model.safetensors.index.json"
+# What the client leaves beside the files that it downloaded to a folder.
+CLIENT_RECORDS = Path(".cache/huggingface/download")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 1024 * 1024
+_LONGEST_PAUSE_S = 30.0
+_TIMEOUT_S = 30.0
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -33,41 +65,389 @@ class HubFile:
     git_oid: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is wanted and from where; the first of ``endpoints`` that can be reached is asked."""
+
+    repository: str
+    revision: str
+    endpoints: tuple[str, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def selects(self, name: str) -> bool:
+        """Tell whether a file belongs to what is wanted; no include pattern means every file."""
+        if self.include and not any(fnmatch.fnmatch(name, each) for each in self.include):
+            return False
+        return not any(fnmatch.fnmatch(name, each) for each in self.exclude)
+
+
+class UnavailableError(Exception):
+    """The hub does not answer now; it may later. ``pause`` is how long it asks to wait, in s."""
+
+    def __init__(self, reason: str, *, quota: bool = False, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.quota = quota
+        self.pause = pause
+
+
+class UnreachableError(FleetError):
+    """No hub can be asked: none answers, or its client is not here."""
+
+
+class Client(Protocol):
+    """What is asked of a hub. Raises `UnavailableError`, or `FleetError` when asking is in vain."""
+
+    def describe(
+        self, endpoint: str, repository: str, revision: str
+    ) -> tuple[str, list[HubFile]]: ...
+
+    def download(
+        self,
+        endpoint: str,
+        repository: str,
+        commit: str,
+        name: str,
+        part: Path,
+        advance: Callable[[int], None],
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a hub is asked again that does not answer, in seconds without any progress."""
+
+    seconds: float
+    sleep: Callable[[float], object] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass
+class Fetcher:
+    """Everything that fetching needs."""
+
+    store: Store
+    source: Source
+    client: Client
+    patience: Patience
+    meter: Meter
+    workers: int = 8
+    reserve: int = 0
+    free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def plan(self) -> Manifest:
+        """Return the manifest of what is wanted; the hub is asked only if nobody knows it yet.
+
+        Fetches the small files, which have no SHA-256 in the hub's metadata.
+        """
+        commit = pinned(self.store, self.source)
+        known = known_plan(self.store, self.source)
+        if known:
+            return known
+        self.meter.what = "asking the hub"
+        commit, listed = self._persist(
+            lambda endpoint: self.client.describe(
+                endpoint, self.source.repository, commit or self.source.revision
+            )
+        )
+        files = select_files(listed, self.source)
+        pin(self.store, self.source, commit)
+        slug = model_slug(self.source.repository, commit)
+        folder = self.store.staging_path(KIND, f"{slug}.plan")
+        folder.mkdir(parents=True, exist_ok=True)
+        small = [file for file in files if not file.sha256]
+        self._check_space(folder, sum(file.size for file in small))
+        self.meter.what = "reading the small files of the model"
+        self._each(small, lambda file: self._fetch_small(folder, commit, file))
+        entries = tuple(
+            FileEntry(file.path, file.size, file.sha256 or sha256_file(folder / file.path))
+            for file in files
+        )
+        manifest = Manifest(
+            KIND, artifact_id(slug, entries), entries, describe(self.source, commit)
+        )
+        self.store.plan(manifest)
+        wanted = {file.path for file in small}
+        if not self.store.is_published(manifest):
+            for entry in entries:
+                if entry.path in wanted:
+                    self.store.receive(manifest, entry, folder / entry.path)
+        shutil.rmtree(folder)
+        return manifest
+
+    def fetch(self, manifest: Manifest, names: Collection[str] | None = None) -> None:
+        """Bring the missing files of a manifest, all or these, into the staging folder.
+
+        Each gets its name there when it is complete and proven. Raises `FleetError`; what
+        arrived, also in part, stays for the next run.
+        """
+        if names is None:
+            self.store.stage(manifest)
+        self.meter.what = "verifying what is there"
+        missing = self.store.missing(manifest, names=names)
+        if not missing:
+            return
+        work = self.store.work_path(KIND, manifest.id)
+        work.mkdir(parents=True, exist_ok=True)
+        parts = {entry: work / f"{urllib.parse.quote(entry.path, safe='')}" for entry in missing}
+        for entry, part in parts.items():
+            if part.is_file() and part.stat().st_size > entry.size:
+                part.unlink()
+        have = sum(part.stat().st_size for part in parts.values() if part.is_file())
+        total = sum(entry.size for entry in missing)
+        self._check_space(work, total - have)
+        self.meter.what = "fetching from the hub"
+        self.meter.total = total
+        self.meter.start(have)
+        corrupt: dict[str, str] = {}
+
+        def bring(entry: FileEntry) -> None:
+            for _ in range(2):
+                found = self._bring(manifest, entry, parts[entry])
+                if found == entry.sha256:
+                    return
+                parts[entry].unlink()
+                self.meter.add(-entry.size)
+            corrupt[entry.path] = f"SHA-256 {found[:12]}… instead of {entry.sha256[:12]}…"
+
+        self._each(missing, bring)
+        if corrupt:
+            raise _corrupt(corrupt)
+
+    def _bring(self, manifest: Manifest, entry: FileEntry, part: Path) -> str:
+        commit = str(manifest.provenance["revision"])
+
+        def attempt(endpoint: str) -> None:
+            if not part.is_file() or part.stat().st_size < entry.size or not entry.size:
+                self.client.download(
+                    endpoint, self.source.repository, commit, entry.path, part, self._advance
+                )
+            got = part.stat().st_size
+            if got < entry.size:
+                raise UnavailableError(f"{entry.path} ended after {got} of {entry.size} bytes")
+            if got > entry.size:
+                self.meter.add(-got)
+                part.unlink()
+                raise UnavailableError(f"{entry.path} has {got} instead of {entry.size} bytes")
+
+        self._persist(attempt, lambda: part.stat().st_size if part.is_file() else 0)
+        return self.store.receive(manifest, entry, part)
+
+    def _fetch_small(self, folder: Path, commit: str, file: HubFile) -> None:
+        path = folder / file.path
+        for _ in range(2):
+            if path.is_file() and git_blob_id(path) == file.git_oid:
+                return
+            path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._persist(
+                lambda endpoint: self.client.download(
+                    endpoint, self.source.repository, commit, file.path, path, self._advance
+                )
+            )
+        if git_blob_id(path) != file.git_oid:
+            path.unlink()
+            raise _corrupt({file.path: "another git object id"})
+
+    def _each(self, items: Sequence[Any], work: Callable[[Any], None]) -> None:
+        """Do it to all at once; the first error ends the others at their next block."""
+        self._stop.clear()
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            done, others = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in done if future.exception()]
+            if failed:
+                self._stop.set()
+                for future in others:
+                    future.cancel()
+        for future in failed:
+            future.result()
+
+    def _advance(self, count: int) -> None:
+        if self._stop.is_set():
+            raise UnavailableError("another file could not be fetched")
+        self.meter.add(count)
+
+    def _persist(
+        self,
+        attempt: Callable[[str], _Answer],
+        progress: Callable[[], int] = lambda: 0,
+    ) -> _Answer:
+        """Ask one endpoint after the other, again and again while patience lasts."""
+        clock = self.patience.clock
+        deadline = clock() + self.patience.seconds
+        pause, before = 1.0, progress()
+        while True:
+            problems: dict[str, UnavailableError] = {}
+            for endpoint in self.source.endpoints:
+                try:
+                    return attempt(endpoint)
+                except UnavailableError as problem:
+                    problems[endpoint] = problem
+                except OSError as error:
+                    raise from_os_error(error) from error
+            if progress() > before:
+                before, pause = progress(), 1.0
+                deadline = clock() + self.patience.seconds
+            asked = max(problem.pause for problem in problems.values())
+            if self._stop.is_set() or clock() + max(pause, asked) > deadline:
+                raise _unavailable(self.source, problems, self.patience.seconds)
+            (self.patience.sleep or self._stop.wait)(max(pause, asked))
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    def _check_space(self, folder: Path, wanted: int) -> None:
+        short = missing_space(self.free(folder), wanted, self.reserve)
+        if short:
+            raise short
+
+
+class HubClient:
+    """The hub's own client. It has to be importable; its settings come from the environment."""
+
+    def __init__(self, token: str) -> None:
+        try:
+            self._hub: Any = importlib.import_module("huggingface_hub")
+            self._utils: Any = importlib.import_module("huggingface_hub.utils")
+        except ImportError as missing:
+            raise UnreachableError(
+                "The client of the hub is missing on this host",
+                expected="huggingface_hub importable",
+                found=str(missing),
+                remedy="run playbooks/model.yml, which brings it",
+            ) from missing
+        self._token: str | bool = token or False
+
+    def describe(self, endpoint: str, repository: str, revision: str) -> tuple[str, list[HubFile]]:
+        """Return the commit of a revision and all its files."""
+        api = self._hub.HfApi(endpoint=endpoint, token=self._token)
+        try:
+            info = api.model_info(
+                repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+            )
+        except (self._transport_error(), OSError) as error:
+            raise self._explain(error, endpoint, repository, revision) from error
+        files = [
+            HubFile(
+                path=str(each.rfilename),
+                size=int(each.lfs.size if each.lfs else each.size or 0),
+                sha256=str(each.lfs.sha256) if each.lfs else "",
+                git_oid="" if each.lfs else str(each.blob_id),
+            )
+            for each in info.siblings or ()
+        ]
+        return str(info.sha), files
+
+    def download(
+        self,
+        endpoint: str,
+        repository: str,
+        commit: str,
+        name: str,
+        part: Path,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Append what ``part`` lacks of a file; begin anew if the hub does not continue."""
+        url = self._hub.hf_hub_url(repository, name, revision=commit, endpoint=endpoint)
+        # Compressed on the way, a file could not be continued at an offset.
+        headers = {**self._utils.build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
+        session = self._utils.get_session()
+        have = part.stat().st_size if part.is_file() else 0
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        try:
+            with session.stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as answer:
+                if answer.status_code == 416:
+                    advance(-have)
+                    part.unlink()
+                    raise UnavailableError(f"{name} has become shorter")
+                self._utils.hf_raise_for_status(answer)
+                resumed = answer.status_code == 206
+                if have and not resumed:
+                    advance(-have)
+                with part.open("ab" if resumed else "wb") as sink:
+                    for block in answer.iter_raw(_BLOCK):
+                        sink.write(block)
+                        advance(len(block))
+        except self._transport_error() as error:
+            raise self._explain(error, endpoint, repository, commit) from error
+
+    def _transport_error(self) -> type[Exception]:
+        # The client's transport has had several names; its errors share this base.
+        base: type[Exception] = self._hub.errors.HfHubHTTPError.__bases__[0]
+        return base
+
+    def _explain(
+        self, error: Exception, endpoint: str, repository: str, revision: str
+    ) -> Exception:
+        """Turn an error of the client into one that says whether asking again may help."""
+        errors = self._hub.errors
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        # The order matters: a gated repository is also "not found" to the client.
+        if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+            return FleetError(
+                f"The hub does not let us read {repository}",
+                expected=f"access to {repository} on {endpoint}",
+                found=f"HTTP {status or 'error'}: gated or private, "
+                + ("and the token has no access" if self._token else "and no token was given"),
+                remedy="accept its terms on the hub and give a token with access as model_token",
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return FleetError(
+                "The revision is not on the hub",
+                expected=f"{revision} in {repository} on {endpoint}",
+                found="the repository exists, the revision does not",
+                remedy="correct model_revision; an owner who rewrote the history removes commits",
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return FleetError(
+                "The model repository is not on the hub",
+                expected=f"{repository} on {endpoint}",
+                found="no such repository, or a private one and no token",
+                remedy="correct model_repository, or give model_token",
+            )
+        if status == 429:
+            pause = _asked_pause(response.headers if response is not None else {})
+            return UnavailableError("HTTP 429: quota used up", quota=True, pause=pause)
+        if status is not None and status < 500 and status != 408:
+            return FleetError(
+                f"The hub at {endpoint} refuses {repository}",
+                expected="an answer with the file",
+                found=f"HTTP {status}",
+                remedy="correct model_endpoint and model_mirrors; a proxy may answer in its place",
+            )
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return UnavailableError(f"{type(error).__name__}: {reason}".rstrip(": "))
+
+
 def is_commit(revision: str) -> bool:
     """Tell a full commit id from a branch or tag name."""
     return _COMMIT.fullmatch(revision) is not None
 
 
-def select_files(
-    siblings: Iterable[Any], include: Sequence[str], exclude: Sequence[str]
-) -> list[HubFile]:
-    """Pick the files of a repository that match ``include`` and not ``exclude``.
+def check_endpoint(url: str) -> str:
+    """Refuse a URL of a hub that cannot be one, or that holds a secret: it goes into reports."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
+        return url.rstrip("/")
+    hidden = f"{parts.scheme}://***" if "@" in url else url
+    raise FleetError(
+        "The URL of the hub is not one",
+        expected="http(s)://host, without user and password",
+        found=hidden,
+        remedy="correct model_endpoint or model_mirrors; a token belongs into model_token",
+    )
 
-    ``siblings`` are the entries of huggingface_hub's ``ModelInfo`` with file metadata.
-    Patterns are those of `fnmatch`; no include pattern means every file. Raises
-    `FleetError` when nothing is left.
-    """
-    files = []
-    for each in siblings:
-        name = str(each.rfilename)
-        if include and not any(fnmatch.fnmatch(name, pattern) for pattern in include):
-            continue
-        if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
-            continue
-        lfs = each.lfs
-        files.append(
-            HubFile(
-                path=name,
-                size=int(lfs.size if lfs else each.size),
-                sha256=str(lfs.sha256) if lfs else "",
-                git_oid="" if lfs else str(each.blob_id),
-            )
-        )
+
+def select_files(listed: Iterable[HubFile], source: Source) -> list[HubFile]:
+    """Pick the files that are wanted. Raises `FleetError` when nothing is left."""
+    files = [file for file in listed if source.selects(file.path)]
     if not files:
         raise FleetError(
             "No file of the model repository is wanted",
             expected="files that match model_include and not model_exclude",
-            found=f"include {list(include)}, exclude {list(exclude)}",
+            found=f"include {list(source.include)}, exclude {list(source.exclude)}",
             remedy="correct the patterns",
         )
     return sorted(files, key=lambda file: file.path)
@@ -81,52 +461,154 @@ def git_blob_id(path: Path) -> str:
     return hashlib.sha1(header + content).hexdigest()  # noqa: S324
 
 
-def find_corrupt(folder: Path, files: Iterable[HubFile], proven: Proven) -> dict[str, str]:
-    """Compare files on disk with the hub's metadata; return {path: what is wrong}."""
-    wrong = {}
-    for file in files:
-        path = folder / file.path
-        if not path.is_file():
-            wrong[file.path] = "missing"
-        elif path.stat().st_size != file.size:
-            wrong[file.path] = f"{path.stat().st_size} of {file.size} bytes"
-        elif file.sha256 and proven.sha256(folder, file.path) != file.sha256:
-            wrong[file.path] = "SHA-256 differs from the hub's"
-        elif file.git_oid and git_blob_id(path) != file.git_oid:
-            wrong[file.path] = "content differs from the hub's"
-    return wrong
-
-
 def model_slug(repository: str, revision: str) -> str:
     """Name a model artifact: ``<repository>-<first 7 of the commit>``, fit for a path."""
     name = re.sub(r"[^a-z0-9._+-]+", "-", repository.lower()).strip("-.")
     return f"{name}-{revision[:7]}"
 
 
-def same_model(
-    provenance: Mapping[str, Any],
-    *,
-    repository: str,
-    revision: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> bool:
-    """Tell whether a published artifact is the wanted model.
+def describe(source: Source, commit: str) -> dict[str, Any]:
+    """Return the provenance of a model."""
+    return {
+        "repository": source.repository,
+        "revision": commit,
+        "requested": source.revision,
+        "endpoint": source.endpoints[0] if source.endpoints else "",
+        "include": list(source.include),
+        "exclude": list(source.exclude),
+    }
 
-    A branch name counts as the commit it was when it was fetched: the weights of a fleet
-    never change because somebody pushed to a branch.
+
+def pinned(store: Store, source: Source) -> str:
+    """Return the commit that a revision stands for on this host; empty if it was never asked.
+
+    A branch is resolved once: the weights of a fleet never change because somebody pushed.
     """
+    if is_commit(source.revision):
+        return source.revision
+    return str(_pins(store).get(f"{source.repository}@{source.revision}", ""))
+
+
+def pin(store: Store, source: Source, commit: str) -> None:
+    """Record the commit of a branch."""
+    pins = _pins(store)
+    name = f"{source.repository}@{source.revision}"
+    if not is_commit(source.revision) and pins.get(name) != commit:
+        store.root.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**pins, name: commit}, indent=1, sort_keys=True)
+        write_atomically(_pins_path(store), text + "\n")
+
+
+def find_published(store: Store, source: Source) -> Manifest | None:
+    """Return the published model that is wanted, the one that was published last."""
+    commit = pinned(store, source)
+    found = [
+        each
+        for each in store.published(KIND)
+        if same_model(each.provenance, source, commit) and store.is_published(each)
+    ]
+    ages = store.ages(KIND)
+    return max(found, key=lambda each: ages[each.id]) if found else None
+
+
+def known_plan(store: Store, source: Source) -> Manifest | None:
+    """Return the manifest of what is wanted if this host has it, also of a damaged model."""
+    commit = pinned(store, source)
+    known = [find_published(store, source), *store.published(KIND), *store.plans(KIND)]
+    return next(
+        (each for each in known if each and same_model(each.provenance, source, commit)), None
+    )
+
+
+def same_model(provenance: Mapping[str, Any], source: Source, commit: str) -> bool:
+    """Tell whether a model is the wanted one; ``commit`` is what the revision stands for."""
+    revision = provenance.get("revision") if commit else provenance.get("requested")
     return (
-        provenance.get("repository") == repository
-        and revision in (provenance.get("revision"), provenance.get("requested"))
-        and list(provenance.get("include", [])) == list(include)
-        and list(provenance.get("exclude", [])) == list(exclude)
+        provenance.get("repository") == source.repository
+        and revision == (commit or source.revision)
+        and list(provenance.get("include", ())) == list(source.include)
+        and list(provenance.get("exclude", ())) == list(source.exclude)
+    )
+
+
+def folder_manifest(folder: Path, source: Source, given: Path | None, meter: Meter) -> Manifest:
+    """Return what a folder should hold, told by what was brought with it.
+
+    ``given`` or ``manifest.json`` in the folder is a manifest of ours, from another fleet;
+    else the records that the hub's client leaves beside the files it downloads.
+    """
+    if given or (folder / MANIFEST).is_file():
+        manifest = _given_manifest(given or folder / MANIFEST)
+    else:
+        manifest = _recorded_manifest(folder, source, meter)
+    found = {key: manifest.provenance.get(key) for key in ("repository", "revision")}
+    wanted = {"repository": source.repository, "revision": source.revision}
+    if not is_commit(source.revision):
+        wanted["revision"] = str(found["revision"])
+    foreign = [entry.path for entry in manifest.files if not source.selects(entry.path)]
+    if found != wanted or foreign:
+        raise FleetError(
+            "The folder holds another model",
+            expected=f"{source.repository} at {source.revision}",
+            found=f"{found['repository']} at {found['revision']}"
+            + (f", with {', '.join(foreign[:3])}" if foreign else ""),
+            remedy="correct model_folder, model_revision, or the patterns",
+        )
+    provenance = describe(source, wanted["revision"])
+    return Manifest(KIND, manifest.id, manifest.files, {**provenance, "endpoint": ""})
+
+
+def adopt(store: Store, manifest: Manifest, folder: Path, meter: Meter) -> list[Damage]:
+    """Take the files of a manifest from a folder, by hard links where that is possible.
+
+    Returns the files that are not there as they should be; the others are staged.
+    """
+    store.stage(manifest)
+    missing = store.missing(manifest)
+    work = store.work_path(KIND, manifest.id)
+    work.mkdir(parents=True, exist_ok=True)
+    meter.what = "verifying the folder"
+    meter.total = sum(entry.size for entry in missing)
+    meter.start(0)
+
+    def take(entry: FileEntry) -> Damage | None:
+        # The client's cache is made of symbolic links to the files.
+        path = (folder / entry.path).resolve()
+        if not path.is_file():
+            return Damage(entry.path, "missing", "no such file")
+        size = path.stat().st_size
+        if size != entry.size:
+            reason = "truncated" if size < entry.size else "changed"
+            return Damage(entry.path, reason, f"{size} of {entry.size} bytes")
+        part = work / f"{urllib.parse.quote(entry.path, safe='')}.adopted"
+        _link_or_copy(path, part)
+        digest = store.receive(manifest, entry, part, meter.add)
+        if digest == entry.sha256:
+            return None
+        part.unlink()
+        return Damage(entry.path, "changed", f"SHA-256 {digest[:12]}…")
+
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return [each for each in pool.map(take, missing) if each]
+    except OSError as error:
+        raise from_os_error(error) from error
+
+
+def damaged_folder(folder: Path, damage: Sequence[Damage]) -> FleetError:
+    """Return the error for a folder that is not what it should be."""
+    return FleetError(
+        "The folder does not hold the model",
+        expected=f"every file in {folder} with its SHA-256",
+        found="; ".join(str(each) for each in damage[:10]),
+        remedy="bring these files again, then run again: the others are kept",
+        details={"damage": [vars(each) for each in damage]},
     )
 
 
 def missing_space(free: int, wanted: int, reserve: int) -> FleetError | None:
     """Return the error for a disk that cannot take ``wanted`` more bytes, or None."""
-    if free - wanted >= reserve:
+    if wanted <= 0 or free - wanted >= reserve:
         return None
     needed, kept = (wanted + reserve) / 1e9, reserve / 1e9
     return FleetError(
@@ -135,3 +617,134 @@ def missing_space(free: int, wanted: int, reserve: int) -> FleetError | None:
         found=f"{free / 1e9:.1f} GB",
         remedy="free some space or put artifact_root on a larger disk, then run again",
     )
+
+
+def _pins_path(store: Store) -> Path:
+    return store.root / ".pins.json"
+
+
+def _pins(store: Store) -> dict[str, Any]:
+    path = _pins_path(store)
+    try:
+        pins = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        # Asking the hub again could move a fleet to other weights.
+        raise FleetError(
+            "It cannot be told which commits the branches stand for",
+            expected=f"JSON in {path}",
+            found=str(error),
+            remedy="name a commit as model_revision, and remove that file",
+        ) from error
+    return dict(pins)
+
+
+def _given_manifest(path: Path) -> Manifest:
+    try:
+        return load_manifest(path.parent, path.name)
+    except FleetError as error:
+        raise FleetError(
+            "The manifest that came with the model cannot be used",
+            expected=f"a manifest.json of glm-fleet in {path}",
+            found=error.found or error.message,
+            remedy="bring the manifest.json of a published model, or remove it",
+        ) from error
+
+
+def _recorded_manifest(folder: Path, source: Source, meter: Meter) -> Manifest:
+    """Make a manifest of the client's records: commit and digest of each file, line by line."""
+    records = {}
+    base = folder / CLIENT_RECORDS
+    for path in sorted(base.rglob("*.metadata")):
+        name = path.relative_to(base).as_posix()[: -len(".metadata")]
+        lines = path.read_text().split()
+        if source.selects(name) and len(lines) >= 2:
+            records[name] = (lines[0], lines[1])
+    commits = {commit for commit, _ in records.values()}
+    if len(commits) != 1:
+        raise FleetError(
+            "Nothing tells what the folder should hold",
+            expected=f"an answer of the hub, {MANIFEST}, or the client's records of one commit "
+            f"in {base}",
+            found=f"records of {len(commits)} commits" if commits else "none of them",
+            remedy="bring the folder as `hf download --local-dir` leaves it, with its .cache, or "
+            "set model_manifest",
+        )
+    (commit,) = commits
+    meter.what = "reading the records of the folder"
+    files = []
+    wrong = []
+    for name, (_, digest) in records.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(Damage(name, "missing", "no such file"))
+        elif _SHA256.fullmatch(digest):
+            files.append(FileEntry(name, path.stat().st_size, digest))
+        elif git_blob_id(path) == digest:
+            files.append(FileEntry(name, path.stat().st_size, sha256_file(path)))
+        else:
+            wrong.append(Damage(name, "changed", "another git object id"))
+    known = {file.path for file in files}
+    index = folder / INDEX
+    shards = json.loads(index.read_text())["weight_map"].values() if INDEX in known else ()
+    wrong += [
+        Damage(name, "missing", f"named by {INDEX}")
+        for name in sorted(set(shards) - set(records))
+        if source.selects(name)
+    ]
+    if wrong:
+        raise damaged_folder(folder, wrong)
+    slug = model_slug(source.repository, commit)
+    provenance = describe(source, commit)
+    return Manifest(KIND, artifact_id(slug, files), tuple(files), provenance)
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(path, target)
+
+
+def _corrupt(files: Mapping[str, str]) -> FleetError:
+    return FleetError(
+        "The hub sends files that are not what its own metadata says",
+        expected="the digest of the hub's metadata",
+        found="; ".join(f"{name}: {reason}" for name, reason in sorted(files.items())),
+        remedy="try again later or another endpoint; a proxy may change what passes",
+    )
+
+
+def _unavailable(
+    source: Source, problems: Mapping[str, UnavailableError], patience: float
+) -> UnreachableError:
+    quota = [each for each in problems.values() if each.quota]
+    listed = "; ".join(f"{endpoint}: {problem}" for endpoint, problem in problems.items())
+    if quota and len(quota) == len(problems):
+        pause = max(each.pause for each in quota)
+        return UnreachableError(
+            "The hub refuses more requests for now",
+            expected=f"an answer within {patience:g} s",
+            found=listed + (f", it asks to wait {pause:g} s" if pause else ""),
+            remedy="wait, or give a token; running again continues where this stopped",
+        )
+    return UnreachableError(
+        f"No hub delivers {source.repository}",
+        expected=f"an answer of {' or '.join(source.endpoints)} within {patience:g} s",
+        found=listed,
+        remedy="check network, model_endpoint, model_mirrors and model_proxy of the fetcher; "
+        "running again continues where this stopped",
+    )
+
+
+def _asked_pause(headers: Mapping[str, str]) -> float:
+    """Return how long a hub asks to wait, in seconds; 0 when it does not say."""
+    asked = headers.get("retry-after", "")
+    if asked.isdigit():
+        return float(asked)
+    window = re.search(r"\bt=(\d+)", headers.get("ratelimit", ""))
+    return float(window.group(1)) if window else 0.0

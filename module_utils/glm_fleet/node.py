@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .artifact import PREVIOUS, protected_by
 from .environment import COMPLETE
 from .errors import FleetError
 from .gpu import read_gpus
@@ -43,7 +44,8 @@ class NodeQuery:
 
     ``controller_epoch`` is the controller's clock in seconds since 1970 when the question
     was sent; ``xid_window_s`` is how far back the kernel's log is read; ``links`` are
-    {name: path} of symbolic links; ``provenance_keys`` are copied out of each manifest.
+    {name: path} of symbolic links to what is active, ``previous`` the file that names what was
+    before; ``provenance_keys`` are copied out of each manifest.
     """
 
     commands: Sequence[str] = ()
@@ -54,6 +56,7 @@ class NodeQuery:
     unit: str = "glm-serving.service"
     artifact_root: str = ""
     environment_root: str = ""
+    previous: str = PREVIOUS
     provenance_keys: Sequence[str] = ()
     controller_epoch: float | None = None
     xid_window_s: int = 86400
@@ -124,6 +127,7 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
             each.as_dict() for each in attempt("processes", [], vllm_processes, host.proc)
         ],
         "artifacts": [],
+        "protected": None,
         "environments": [],
         "staging_bytes": {},
     }
@@ -133,6 +137,8 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         facts["environments"] = sorted(path.parent.name for path in built)
     if query.artifact_root:
         root = Path(query.artifact_root)
+        links = [Path(path) for path in query.links.values()]
+        facts["protected"] = attempt("previous", None, _protected, links, Path(query.previous))
         facts["artifacts"] = read_artifacts(root, query.provenance_keys, errors)
         facts["staging_bytes"] = attempt("staging", {}, read_staging, root / ".staging")
     if query.gpus:
@@ -384,7 +390,9 @@ def parse_xids(journal: str) -> Iterator[dict[str, Any]]:
 
 
 def read_artifacts(root: Path, keys: Sequence[str], errors: list[str]) -> list[dict[str, Any]]:
-    """Return the published artifacts: {kind, id, bytes, provenance (the asked keys)}.
+    """Return the published artifacts: {kind, id, bytes, published_at, provenance}.
+
+    ``published_at`` is in seconds since 1970; of the provenance only the asked keys.
 
     A manifest that cannot be read is named in ``errors`` and its artifact left out.
     """
@@ -398,12 +406,17 @@ def read_artifacts(root: Path, keys: Sequence[str], errors: list[str]) -> list[d
                     "kind": manifest["kind"],
                     "id": manifest["id"],
                     "bytes": sum(int(each["size"]) for each in manifest["files"]),
+                    "published_at": path.stat().st_mtime,
                     "provenance": {key: provenance[key] for key in keys if key in provenance},
                 }
             )
         except (OSError, ValueError, LookupError, TypeError) as error:
             errors.append(f"manifest {path}: {type(error).__name__}: {error}")
     return found
+
+
+def _protected(links: Sequence[Path], previous: Path) -> list[str]:
+    return sorted(protected_by(links, previous))
 
 
 def read_staging(staging: Path) -> dict[str, int]:

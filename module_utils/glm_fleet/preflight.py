@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from .artifact import retirable
 from .errors import FleetError
 from .progress import human_bytes
 
@@ -80,6 +81,7 @@ class Expectations:
     driver_min: str = "0"
     nvlink: bool = False
     xid_ignore: Sequence[int] = ()
+    artifact_keep: int = 0
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Expectations:
@@ -361,17 +363,46 @@ def _disk(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable
         lacking = 0 if _published(need, facts) else need.bytes - staged.pop(need.kind, 0)
         if lacking > 0:
             missing.setdefault(disk["device"], {})[need.what] = lacking
+    freed = _freed(facts, expect)
     for device, parts in missing.items():
         disk = next(each for each in disks.values() if each["device"] == device)
-        if sum(parts.values()) > disk["free_bytes"]:
+        going = sum(freed.get(path, 0) for path, each in disks.items() if each["device"] == device)
+        if sum(parts.values()) > disk["free_bytes"] + going:
             listed = " + ".join(f"{what} {human_bytes(size)}" for what, size in parts.items())
             yield Problem(
                 host,
                 f"disk {disk['mount']}",
                 f"{human_bytes(sum(parts.values()))} free for {listed}",
-                f"{human_bytes(disk['free_bytes'])} free of {human_bytes(disk['total_bytes'])}",
+                f"{human_bytes(disk['free_bytes'])} free of {human_bytes(disk['total_bytes'])}"
+                + (f", and {human_bytes(going)} of old artifacts that will go" if going else ""),
                 "free space, mount a bigger disk there, or remove old artifacts",
             )
+
+
+def _freed(facts: Mapping[str, Any], expect: Expectations) -> dict[str, int]:
+    """Return {path: bytes} that the run retires before it brings anything."""
+    freed: dict[str, int] = {}
+    protected = facts.get("protected")
+    if not expect.artifact_keep or protected is None:
+        return freed
+    for need in expect.disk:
+        if not need.kind or need.built:
+            continue
+        here = {each["id"]: each for each in facts["artifacts"] if each["kind"] == need.kind}
+        wanted = [
+            name
+            for name, each in here.items()
+            if need.provenance and _is_subset(need.provenance, each["provenance"])
+        ]
+        going = retirable(
+            {name: each["published_at"] for name, each in here.items()},
+            keep=expect.artifact_keep,
+            protected=protected,
+            coming=wanted or ["what comes"],
+        )
+        size = sum(int(here[each]["bytes"]) for each in going)
+        freed[need.path] = freed.get(need.path, 0) + size
+    return freed
 
 
 def _published(need: DiskNeed, facts: Mapping[str, Any]) -> bool:

@@ -19,6 +19,8 @@ from .artifact import write_atomically
 
 LOG_EVERY_S = 30.0
 _TERMINAL_EVERY_S = 1.0
+# What is over sooner is not worth a word.
+_SILENT_S = 3.0
 _WINDOW_S = 20.0
 _WRITE_EVERY_S = 1.0
 _BAR = 20
@@ -187,7 +189,7 @@ class Reporter:
     """Decides when to show progress and as what.
 
     ``terminal`` says whether a person looks at a screen where one line can be drawn anew;
-    otherwise there is a line every half minute, the first at once.
+    otherwise there is a line every half minute and one for each phase.
     """
 
     def __init__(
@@ -196,6 +198,7 @@ class Reporter:
         self._name = name
         self._terminal = terminal
         self._clock = clock
+        self._begun = clock()
         self._said: float | None = None
         self._what = ""
 
@@ -203,6 +206,8 @@ class Reporter:
         """Return the text to print as it is (with its own line ends), or nothing."""
         now = self._clock()
         every = _TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S
+        if now - self._begun < _SILENT_S:
+            return ""
         # A new phase is worth a line of its own.
         due = self._said is None or now - self._said >= every or progress.what != self._what
         if not due:

@@ -147,6 +147,8 @@ def _node(host: str, record: Mapping[str, Any], gateway: Mapping[str, str]) -> N
         probe_error=record["attestation_error"],
         expect=Expectations.from_dict(expect),
         gateway=gateway,
+        artifacts=record.get("artifacts") or (),
+        artifacts_error=record.get("artifacts_error") or "",
     )
 
 

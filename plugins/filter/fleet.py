@@ -43,6 +43,26 @@ def artifact_of(hostvars: HostVars, kind: str, source: str) -> dict[str, Any]:
     return dict(found) if found.get("manifest") else {}
 
 
+def artifacts_of_run(hostvars: HostVars, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Name the release and the model that this run made or fetched so far."""
+    makers = {"release": groups.get("builders", []), "model": groups.get("fetchers", [])}
+    found = [
+        artifact_of(hostvars, kind, hosts[0]).get("id") for kind, hosts in makers.items() if hosts
+    ]
+    return [str(each) for each in found if each]
+
+
+def protected_on(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
+    """Name what is active on any of the hosts, or needed there for a roll-back."""
+    return sorted(
+        {
+            str(each)
+            for host in hosts
+            for each in hostvars[host].get("__artifact_retired", {}).get("protected", [])
+        }
+    )
+
+
 def drivers(hostvars: HostVars, hosts: Sequence[str]) -> dict[str, str]:
     """Give the NVIDIA driver of every host that preflight looked at in this run."""
     found = {}
@@ -92,6 +112,8 @@ class FilterModule:
                 lacking,
                 addresses,
                 artifact_of,
+                artifacts_of_run,
+                protected_on,
                 drivers,
                 cuda_variant,
                 serve_command,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,19 @@ from glm_fleet.artifact import (
     MANIFEST,
     Manifest,
     Proven,
+    Retired,
     Store,
     activate,
     exclusive,
     find_damage,
+    hash_files,
     load_manifest,
     make_manifest,
     parse_manifest,
+    protected_by,
+    retirable,
+    retire_old,
+    sha256_file,
 )
 from glm_fleet.errors import FleetError
 
@@ -222,3 +229,210 @@ def test_a_damaged_artifact_is_replaced_by_a_sound_one(
     again = fill(tmp_path / "again", a="alpha", sub__b="beta" * 100)
     store.adopt(again, kind="model", slug="tiny", provenance={})
     assert find_damage(folder, published, deep=True) == []
+
+
+def test_two_processes_share_what_is_proven(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "f", a="alpha", b="beta", c="gamma")
+    first, second = Proven(tmp_path / "memory"), Proven(tmp_path / "memory")
+    digest = first.sha256(folder, "a")
+    second.sha256(folder, "b")
+    first.sha256(folder, "c")
+    # Neither has overwritten the other, and each sees what came after it was opened.
+    assert Proven(tmp_path / "memory").known(folder, "b") is not None
+    assert second.known(folder, "a") == digest
+    assert second.known(folder, "c") is not None
+    first.forget("b")
+    assert Proven(tmp_path / "memory").known(folder, "b") is None
+    assert second.known(folder, "no such file") is None
+
+
+def test_many_threads_prove_at_once(tmp_path: Path) -> None:
+    names = [f"f{number}" for number in range(20)]
+    folder = fill(tmp_path / "f", **{name: name * 1000 for name in names})
+    counted: list[int] = []
+    hashes = hash_files(folder, names, proven=Proven(tmp_path / "m"), advance=counted.append)
+    assert hashes == {name: sha256_file(folder / name) for name in names}
+    assert sum(counted) == sum((folder / name).stat().st_size for name in names)
+    again = Proven(tmp_path / "m")
+    assert all(again.known(folder, name) == hashes[name] for name in names)
+
+
+def test_a_file_is_received_only_when_it_is_right(
+    store: Store, published: Manifest, tmp_path: Path
+) -> None:
+    other = Store(tmp_path / "other")
+    entry = next(each for each in published.files if each.path == "sub/b")
+    part = tmp_path / "part"
+    part.write_text("BETA" * 100)
+    assert other.receive(published, entry, part) != entry.sha256
+    assert part.exists()
+    assert other.missing(published, names=["sub/b"]) == [entry]
+    part.write_text("beta" * 100)
+    assert other.receive(published, entry, part) == entry.sha256
+    assert not part.exists()
+    staging = other.staging_path("model", published.id)
+    assert other.proven("model", published.id).known(staging, "sub/b") == entry.sha256
+    assert [each.path for each in other.missing(published)] == ["a"]
+    assert other.missing(published, names=["sub/b"]) == []
+
+
+def test_what_a_full_pass_found_is_mended_by_the_next_run(
+    store: Store, published: Manifest
+) -> None:
+    folder = store.published_path("model", published.id)
+    (folder / "a").write_text("ALPHA")
+    assert store.is_published(published), "a stat does not see it"
+    assert [str(each).split(" (")[0] for each in store.verify(published, deep=True)] == [
+        "a: changed"
+    ]
+    assert store.distrust(published)
+    assert not store.distrust(published)
+    assert not store.is_published(published)
+    assert [each.path for each in store.missing(published)] == ["a"]
+    (store.stage(published) / "a").write_text("alpha")
+    store.publish(published)
+    assert store.is_published(published)
+    assert store.verify(published, deep=True) == []
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o755, 0o4644])
+def test_published_files_are_for_root_alone_to_change(
+    store: Store, published: Manifest, mode: int
+) -> None:
+    folder = store.published_path("model", published.id)
+    modes = {path.stat().st_mode & 0o7777 for path in folder.rglob("*") if path.is_file()}
+    assert modes == {0o644}
+    (folder / "a").chmod(mode)
+    (damage,) = store.verify(published, deep=False)
+    assert (damage.path, damage.reason) == ("a", "open to changes")
+    assert not store.is_published(published)
+    store.publish(published)
+    assert store.is_published(published)
+
+
+def test_a_plan_is_remembered_until_it_is_published(
+    store: Store, published: Manifest, tmp_path: Path
+) -> None:
+    other = Store(tmp_path / "other")
+    other.plan(published)
+    assert other.plans("model") == [published]
+    fill(other.stage(published), a="alpha", sub__b="beta" * 100)
+    other.work_path("model", published.id).mkdir()
+    other.publish(published)
+    assert other.plans("model") == []
+    assert not other.work_path("model", published.id).exists()
+
+
+AGES = {"old": 1.0, "middle": 2.0, "new": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("keep", "protected", "coming", "going"),
+    [
+        (3, [], [], []),
+        (2, [], [], ["old"]),
+        (1, [], [], ["old", "middle"]),
+        (2, ["old"], [], ["middle"]),
+        (1, ["old", "middle"], [], ["new"]),
+        (2, ["old"], ["newest"], ["middle", "new"]),
+        (2, ["old", "middle"], ["new"], []),
+        (2, ["gone long ago"], [], ["old"]),
+        (2, [], ["old"], ["middle"]),
+    ],
+)
+def test_the_oldest_go_and_what_is_needed_stays(
+    keep: int, protected: list[str], coming: list[str], going: list[str]
+) -> None:
+    assert retirable(AGES, keep=keep, protected=protected, coming=coming) == going
+
+
+@pytest.fixture
+def full(store: Store, tmp_path: Path) -> list[str]:
+    """Ids of four releases in the order of their publication, with their environments."""
+    ids = []
+    for number in range(4):
+        folder = fill(tmp_path / f"r{number}", lock=f"{number}")
+        made = store.adopt(folder, kind="release", slug=f"r{number}", provenance={})
+        os.utime(store.published_path("release", made.id) / MANIFEST, (number, number))
+        ids.append(made.id)
+        fill(tmp_path / "releases" / made.id, python="x")
+        fill(tmp_path / "caches" / made.id, kernel="x")
+    return ids
+
+
+def test_retiring_takes_environment_and_cache_and_tells_before(
+    store: Store, full: list[str], tmp_path: Path
+) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(tmp_path / "releases" / full[0])
+    previous = tmp_path / "previous.json"
+    previous.write_text(json.dumps({"release": full[1], "model": "m"}))
+    fill(tmp_path / "releases" / "by-hand", python="x")
+
+    def retire(dry: bool) -> Retired:
+        return retire_old(
+            store,
+            ["release", "model"],
+            keep=2,
+            protected=protected_by([link], previous),
+            companions=[tmp_path / "releases", tmp_path / "caches"],
+            dry=dry,
+        )
+
+    told = retire(dry=True)
+    assert [each["id"] for each in told.artifacts] == full[2:]
+    assert told.bytes == 2
+    assert [each.id for each in store.published("release")] == full
+    assert retire(dry=False) == told
+    assert [each.id for each in store.published("release")] == full[:2]
+    assert sorted(each.name for each in (tmp_path / "releases").iterdir()) == ["by-hand", *full[:2]]
+    assert sorted(each.name for each in (tmp_path / "caches").iterdir()) == full[:2]
+    assert retire(dry=False) == Retired([], [])
+
+
+def test_what_another_process_uses_or_changes_is_left_alone(store: Store, full: list[str]) -> None:
+    def retire() -> list[str]:
+        retired = retire_old(store, ["release"], keep=1, protected=[], dry=False)
+        return [each["id"] for each in retired.artifacts]
+
+    with store.lock("release"):
+        assert retire() == []
+    with store.using("release", full[0]):
+        assert retire() == full[1:]
+    assert [each.id for each in store.published("release")] == full[:1]
+
+
+def test_leftovers_go_after_a_day_and_what_is_coming_stays(store: Store, full: list[str]) -> None:
+    staging = store.root / ".staging" / "model"
+    fill(staging / "lost-0123456789ab", shard="x")
+    fill(staging / "kept-0123456789ab", shard="x")
+    fill(staging / "gone-0123456789ab.retired", shard="x")
+    (staging / "lost-0123456789ab.proven").write_text("{}")
+
+    def retire(later_s: float) -> list[str]:
+        now = time.time() + later_s
+        coming = ["kept-0123456789ab"]
+        retired = retire_old(
+            store, ["model"], keep=2, protected=[], coming=coming, dry=False, now=now
+        )
+        return [Path(each).name for each in retired.folders]
+
+    assert retire(3600) == ["gone-0123456789ab.retired"]
+    assert retire(90000) == ["lost-0123456789ab", "lost-0123456789ab.proven"]
+    assert (staging / "kept-0123456789ab/shard").exists()
+
+
+def test_nothing_is_retired_when_the_way_back_cannot_be_read(tmp_path: Path) -> None:
+    previous = tmp_path / "previous.json"
+    assert protected_by([], previous) == set()
+    previous.write_text("{")
+    with pytest.raises(FleetError, match="nothing is retired"):
+        protected_by([], previous)
+
+
+def test_a_retirement_that_was_killed_is_finished_by_the_next(
+    store: Store, published: Manifest
+) -> None:
+    fill(store.root / ".staging/model" / f"{published.id}.retired", half="x")
+    assert store.retire("model", published.id)
+    assert not (store.root / ".staging/model" / f"{published.id}.retired").exists()

@@ -36,3 +36,18 @@ def test_an_artifact_that_was_not_made_is_empty() -> None:
     assert filters.artifact_of(HOSTVARS, "release", "controller")["id"] == "r-1"
     assert filters.artifact_of(HOSTVARS, "release", "empty") == {}
     assert filters.artifact_of(HOSTVARS, "model", "gpu01") == {}
+
+
+def test_the_artifacts_of_a_run_are_those_of_the_first_maker() -> None:
+    groups = {"builders": ["controller"], "fetchers": ["gpu01"]}
+    assert filters.artifacts_of_run(HOSTVARS, groups) == ["r-1"]
+    assert filters.artifacts_of_run(HOSTVARS, {"builders": ["empty"]}) == []
+
+
+def test_what_one_node_protects_stays_for_all() -> None:
+    hostvars = {
+        "gpu01": {"__artifact_retired": {"protected": ["b", "a"]}},
+        "gpu02": {"__artifact_retired": {"protected": ["a"]}},
+        "gpu03": {},
+    }
+    assert filters.protected_on(hostvars, ["gpu01", "gpu02", "gpu03"]) == ["a", "b"]

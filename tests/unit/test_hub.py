@@ -1,75 +1,515 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs to a model repository, and whether it arrived."""
+"""What belongs to a model, how it is fetched or adopted, and what happens when it is not."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace as Namespace
+from typing import Any
 
 import pytest
-from glm_fleet.artifact import Proven
+from glm_fleet.artifact import Store, find_damage, load_manifest
 from glm_fleet.errors import FleetError
 from glm_fleet.hub import (
-    find_corrupt,
+    Fetcher,
+    HubClient,
+    HubFile,
+    Patience,
+    Source,
+    UnavailableError,
+    UnreachableError,
+    adopt,
+    check_endpoint,
+    find_published,
+    folder_manifest,
     git_blob_id,
     is_commit,
     missing_space,
     model_slug,
-    same_model,
+    pin,
+    pinned,
     select_files,
 )
+from glm_fleet.progress import Meter
 
-WEIGHTS = b"weights" * 100
-CONFIG = b"{}\n"
-SIBLINGS = [
-    Namespace(
-        rfilename="model-1.safetensors",
-        size=len(WEIGHTS),
-        blob_id="0" * 40,
-        lfs=Namespace(size=len(WEIGHTS), sha256=hashlib.sha256(WEIGHTS).hexdigest()),
-    ),
-    # The id that `git hash-object` gives this content.
-    Namespace(
-        rfilename="config.json",
-        size=len(CONFIG),
-        blob_id="0967ef424bce6791893e9a57bb952f80fd536e93",
-        lfs=None,
-    ),
-]
+from lab import hub
+
+OLD, NEW = "a" * 40, "b" * 40
+SHARDS = {f"model-{number}.safetensors": bytes([number]) * 5000 for number in range(1, 5)}
+CONTENT = {
+    **SHARDS,
+    "config.json": b"{}\n",
+    "extra/merges.txt": b"a b\n",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {name: name for name in SHARDS}}
+    ).encode(),
+}
+SOURCE = Source("lab/tiny", "main", ("http://hub",))
 
 
-def test_files_are_selected_by_patterns() -> None:
-    names = [file.path for file in select_files(SIBLINGS, [], [])]
-    assert names == ["config.json", "model-1.safetensors"]
-    assert [file.path for file in select_files(SIBLINGS, ["*.json"], [])] == ["config.json"]
-    assert [file.path for file in select_files(SIBLINGS, [], ["*.json"])] == ["model-1.safetensors"]
+def blob(content: bytes) -> str:
+    header = f"blob {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+def listing(content: dict[str, bytes]) -> list[HubFile]:
+    return [
+        HubFile(name, len(data), hashlib.sha256(data).hexdigest(), "")
+        if name.endswith(".safetensors")
+        else HubFile(name, len(data), "", blob(data))
+        for name, data in content.items()
+    ]
+
+
+@dataclass
+class FakeHub:
+    """A client whose answers are decided by the test; it counts what it sends."""
+
+    main: str = OLD
+    content: dict[str, bytes] = field(default_factory=lambda: dict(CONTENT))
+    trouble: Callable[[str, str], None] = lambda endpoint, what: None
+    sent: dict[str, int] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    cut_at: int = 0
+
+    def describe(self, endpoint: str, repository: str, revision: str) -> tuple[str, list[HubFile]]:
+        self.asked.append(f"{endpoint} {revision}")
+        self.trouble(endpoint, revision)
+        return (revision if is_commit(revision) else self.main), listing(CONTENT)
+
+    def download(
+        self,
+        endpoint: str,
+        repository: str,
+        commit: str,
+        name: str,
+        part: Path,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.trouble(endpoint, name)
+        have = part.stat().st_size if part.is_file() else 0
+        data = self.content[name][have : have + self.cut_at if self.cut_at else None]
+        self.sent[name] = self.sent.get(name, 0) + len(data)
+        with part.open("ab") as sink:
+            sink.write(data)
+        advance(len(data))
+
+
+class Clock:
+    """Time that passes only in pauses."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def fetcher(store: Store, client: Any, source: Source = SOURCE, **options: Any) -> Fetcher:
+    clock = Clock()
+    patience = Patience(options.pop("seconds", 20), clock.sleep, lambda: clock.now)
+    made = Fetcher(store, source, client, patience, Meter("test"), **{"workers": 1, **options})
+    made.clock = clock  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "artifacts")
+
+
+def fail(
+    *names: str, times: int = 99, error: Exception | None = None
+) -> Callable[[str, str], None]:
+    left = [times]
+
+    def trouble(endpoint: str, what: str) -> None:
+        if (endpoint in names or what in names) and left[0]:
+            left[0] -= 1
+            raise error or UnavailableError("ConnectError: refused")
+
+    return trouble
+
+
+def test_the_manifest_is_known_before_the_large_files_are_there(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    assert set(client.sent) == set(CONTENT) - set(SHARDS)
+    assert [entry.path for entry in store.missing(plan)] == sorted(SHARDS)
+    fetcher(store, client).fetch(plan)
+    folder = store.publish(plan)
+    assert find_damage(folder, load_manifest(folder), deep=True) == []
+    assert folder.name == plan.id
+    assert client.sent == {name: len(data) for name, data in CONTENT.items()}
+    assert plan.provenance["revision"] == OLD
+    assert find_published(store, SOURCE) == plan
+
+
+def test_a_plan_is_made_once(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    assert fetcher(store, FakeHub(trouble=fail("http://hub"))).plan() == plan
+    assert client.asked == ["http://hub main"]
+
+
+def test_a_branch_stays_the_commit_that_it_was(store: Store) -> None:
+    first = fetcher(store, FakeHub()).plan()
+    assert pinned(store, SOURCE) == OLD
+    # Another selection of the same branch: the hub is asked again, for the recorded commit.
+    moved = FakeHub(main=NEW)
+    second = fetcher(store, moved, replace(SOURCE, exclude=("*.txt",))).plan()
+    assert moved.asked == [f"http://hub {OLD}"]
+    assert second.provenance["revision"] == first.provenance["revision"] == OLD
+    named = fetcher(store, moved, replace(SOURCE, revision=NEW)).plan()
+    assert named.provenance["revision"] == NEW
+    assert pinned(store, SOURCE) == OLD
+
+
+def test_pins_that_cannot_be_read_move_nothing(store: Store) -> None:
+    pin(store, SOURCE, OLD)
+    (store.root / ".pins.json").write_text("{")
+    with pytest.raises(FleetError, match="which commits"):
+        fetcher(store, FakeHub(main=NEW)).plan()
+
+
+def test_a_part_of_the_files_is_fetched_and_proven_but_not_published(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    mine = sorted(SHARDS)[:2]
+    fetcher(store, client).fetch(plan, mine)
+    staging = store.staging_path("model", plan.id)
+    proven = store.proven("model", plan.id)
+    for entry in plan.files:
+        known = proven.known(staging, entry.path)
+        assert known == (entry.sha256 if entry.path not in sorted(SHARDS)[2:] else None)
+    assert not store.is_published(plan)
+
+
+def test_a_broken_transfer_is_continued_where_it_stopped(store: Store) -> None:
+    client = FakeHub(cut_at=2000)
+    plan = fetcher(store, client).plan()
+    run = fetcher(store, client)
+    run.fetch(plan)
+    assert store.missing(plan) == []
+    assert all(client.sent[name] == 5000 for name in SHARDS)
+    assert run.clock.pauses, "it waits before it asks again"  # type: ignore[attr-defined]
+
+
+def test_the_next_run_fetches_only_what_is_missing_also_of_a_file(store: Store) -> None:
+    client = FakeHub(cut_at=3000)
+    plan = fetcher(store, client).plan()
+    client.trouble = fail("model-3.safetensors")
+    with pytest.raises(UnreachableError, match=r"model-3|No hub delivers"):
+        fetcher(store, client).fetch(plan, ["model-1.safetensors", "model-3.safetensors"])
+    client.trouble = fail("model-2.safetensors")
+    with pytest.raises(UnreachableError):
+        fetcher(store, client, seconds=0).fetch(plan)
+    client.trouble = lambda endpoint, what: None
+    fetcher(store, client).fetch(plan)
+    store.publish(plan)
+    assert client.sent == {name: len(data) for name, data in CONTENT.items()}
+
+
+def test_a_corrupt_file_is_fetched_once_more_then_named(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    client.content["model-2.safetensors"] = b"x" * 5000
+    with pytest.raises(FleetError, match=r"model-2\.safetensors: SHA-256") as caught:
+        fetcher(store, client).fetch(plan)
+    assert "metadata" in str(caught.value)
+    assert client.sent["model-2.safetensors"] == 10000
+    assert [entry.path for entry in store.missing(plan)] == ["model-2.safetensors"]
+    client.content = dict(CONTENT)
+    fetcher(store, client).fetch(plan)
+    assert client.sent["model-1.safetensors"] == 5000
+
+
+def test_a_damaged_model_gets_only_the_damage_again(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    fetcher(store, client).fetch(plan)
+    folder = store.publish(plan)
+    (folder / "model-4.safetensors").write_bytes(b"short")
+    client.sent.clear()
+    client.asked.clear()
+    assert find_published(store, SOURCE) is None
+    assert fetcher(store, client).plan() == plan
+    fetcher(store, client).fetch(plan)
+    store.publish(plan)
+    assert client.sent == {"model-4.safetensors": 5000}
+    assert client.asked == [], "the manifest is here"
+
+
+def test_mirrors_are_asked_in_order_while_the_hub_is_away(store: Store) -> None:
+    source = replace(SOURCE, endpoints=("http://hub", "http://one", "http://two"))
+    client = FakeHub(trouble=fail("http://hub", "http://one"))
+    plan = fetcher(store, client, source).plan()
+    run = fetcher(store, client, source)
+    run.fetch(plan)
+    assert client.asked == ["http://hub main", "http://one main", "http://two main"]
+    assert run.clock.pauses == []  # type: ignore[attr-defined]
+    client.trouble = fail("http://hub", "http://one", "http://two")
+    with pytest.raises(UnreachableError, match="http://hub or http://one or http://two"):
+        fetcher(Store(store.root / "other"), client, source).plan()
+
+
+def test_a_hub_that_does_not_answer_is_asked_again_for_a_bounded_time(store: Store) -> None:
+    run = fetcher(store, FakeHub(trouble=fail("main", times=3)))
+    run.plan()
+    assert run.clock.pauses == [1, 2, 4]  # type: ignore[attr-defined]
+    with pytest.raises(UnreachableError, match=r"within 20 s.*refused.*model_proxy"):
+        fetcher(Store(store.root / "other"), FakeHub(trouble=fail("main"))).plan()
+
+
+def test_a_hub_that_asks_to_wait_is_given_the_time(store: Store) -> None:
+    busy = UnavailableError("HTTP 429: quota used up", quota=True, pause=7)
+    run = fetcher(store, FakeHub(trouble=fail("main", times=1, error=busy)))
+    run.plan()
+    assert run.clock.pauses == [7]  # type: ignore[attr-defined]
+    long = UnavailableError("HTTP 429: quota used up", quota=True, pause=3600)
+    other = fetcher(Store(store.root / "o"), FakeHub(trouble=fail("main", error=long)))
+    with pytest.raises(FleetError, match=r"refuses more requests.*asks to wait 3600 s"):
+        other.plan()
+    assert other.clock.pauses == []  # type: ignore[attr-defined]
+
+
+def test_progress_gives_new_patience(store: Store) -> None:
+    # 50 pieces with a pause after each: longer in all than the patience.
+    client = FakeHub(cut_at=100)
+    plan = fetcher(store, FakeHub()).plan()
+    run = fetcher(store, client)
+    run.fetch(plan, ["model-1.safetensors"])
+    assert sum(run.clock.pauses) > 20  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_said_before_and_while_fetching(store: Store) -> None:
+    plan = fetcher(store, FakeHub()).plan()
+    small = fetcher(store, FakeHub(), free=lambda path: 15_000, reserve=1000)
+    with pytest.raises(FleetError, match="cannot take the model"):
+        small.fetch(plan)
+    # Only what is missing has to fit.
+    fetcher(store, FakeHub()).fetch(plan, sorted(SHARDS)[:2])
+    small.fetch(plan)
+    other = Store(store.root / "other")
+    full = FakeHub(trouble=fail("model-1.safetensors", error=OSError(errno.ENOSPC, "No space")))
+    plan = fetcher(other, full).plan()
+    with pytest.raises(FleetError, match="disk is full"):
+        fetcher(other, full).fetch(plan)
+
+
+def test_patterns_decide_what_belongs_to_the_model() -> None:
+    def names(**patterns: tuple[str, ...]) -> list[str]:
+        return [each.path for each in select_files(listing(CONTENT), replace(SOURCE, **patterns))]
+
+    assert names() == sorted(CONTENT)
+    assert names(include=("*.safetensors",), exclude=("*-1.*",)) == sorted(SHARDS)[1:]
     with pytest.raises(FleetError, match="No file"):
-        select_files(SIBLINGS, ["*.gguf"], [])
+        names(include=("*.gguf",))
+
+
+@pytest.mark.parametrize("url", ["hub.example", "ftp://hub", "https://me:secret@hub.example"])
+def test_a_url_that_is_none_or_holds_a_secret_is_refused(url: str) -> None:
+    with pytest.raises(FleetError, match="URL of the hub") as caught:
+        check_endpoint(url)
+    assert "secret" not in str(caught.value)
+    assert check_endpoint("https://hub.example/") == "https://hub.example"
+
+
+# -- A folder that was brought on a disk --------------------------------------------------
+
+
+def fill(folder: Path, content: dict[str, bytes] = CONTENT, *, records: str = OLD) -> Path:
+    """Write a folder as the hub's client leaves it."""
+    for name, data in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        if records:
+            digest = hashlib.sha256(data).hexdigest() if name in SHARDS else blob(data)
+            record = folder / ".cache/huggingface/download" / f"{name}.metadata"
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(f"{records}\n{digest}\n1.0\n")
+    return folder
+
+
+def test_the_records_of_the_client_tell_the_same_artifact_as_the_hub(
+    store: Store, tmp_path: Path
+) -> None:
+    told = folder_manifest(fill(tmp_path / "disk"), SOURCE, None, Meter("test"))
+    assert told.id == fetcher(store, FakeHub()).plan().id
+    assert told.provenance["revision"] == OLD
+
+
+def test_a_folder_is_adopted_without_copying(store: Store, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "disk")
+    plan = folder_manifest(folder, SOURCE, None, Meter("test"))
+    assert adopt(store, plan, folder, Meter("test")) == []
+    final = store.publish(plan)
+    name = sorted(SHARDS)[0]
+    assert (final / name).stat().st_ino == (folder / name).stat().st_ino
+    assert sorted(path.name for path in final.iterdir()) == sorted(
+        {*SHARDS, "config.json", "extra", "model.safetensors.index.json", "manifest.json"}
+    )
+
+
+def test_a_folder_of_symbolic_links_is_adopted_by_its_files(store: Store, tmp_path: Path) -> None:
+    blobs = fill(tmp_path / "blobs")
+    plan = folder_manifest(blobs, SOURCE, None, Meter("test"))
+    snapshot = tmp_path / "snapshot"
+    for name in CONTENT:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / name)
+    assert adopt(store, plan, snapshot, Meter("test")) == []
+    assert not any(path.is_symlink() for path in store.publish(plan).rglob("*"))
+
+
+def test_only_what_is_wrong_in_a_folder_is_named_and_fetched(store: Store, tmp_path: Path) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    folder = fill(tmp_path / "disk", records="")
+    (folder / "model-1.safetensors").write_bytes(b"x" * 5000)
+    (folder / "model-2.safetensors").write_bytes(b"x")
+    (folder / "model-3.safetensors").unlink()
+    damage = {each.path: each.reason for each in adopt(store, plan, folder, Meter("test"))}
+    assert damage == {
+        "model-1.safetensors": "changed",
+        "model-2.safetensors": "truncated",
+        "model-3.safetensors": "missing",
+    }
+    fetcher(store, client).fetch(plan)
+    store.publish(plan)
+    assert set(client.sent) & set(SHARDS) == set(damage)
+
+
+def test_a_manifest_of_another_fleet_tells_what_a_folder_holds(
+    store: Store, tmp_path: Path
+) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    fetcher(store, client).fetch(plan)
+    published = store.publish(plan)
+    told = folder_manifest(published, SOURCE, None, Meter("test"))
+    assert told.id == plan.id
+    beside = tmp_path / "weights.json"
+    beside.write_text((published / "manifest.json").read_text())
+    assert folder_manifest(tmp_path, SOURCE, beside, Meter("test")).id == plan.id
+    with pytest.raises(FleetError, match="another model"):
+        folder_manifest(published, replace(SOURCE, repository="a/b"), None, Meter("test"))
+    with pytest.raises(FleetError, match="another model"):
+        folder_manifest(published, replace(SOURCE, revision=NEW), None, Meter("test"))
+    with pytest.raises(FleetError, match="another model"):
+        folder_manifest(published, replace(SOURCE, exclude=("*.txt",)), None, Meter("test"))
+    beside.write_text("{}")
+    with pytest.raises(FleetError, match="came with the model cannot be used"):
+        folder_manifest(tmp_path, SOURCE, beside, Meter("test"))
+
+
+def test_a_folder_that_proves_nothing_is_refused(tmp_path: Path) -> None:
+    bare = fill(tmp_path / "bare", records="")
+    with pytest.raises(FleetError, match=r"Nothing tells.*\.cache"):
+        folder_manifest(bare, SOURCE, None, Meter("test"))
+    short = fill(tmp_path / "short", {name: CONTENT[name] for name in CONTENT if "4" not in name})
+    with pytest.raises(FleetError, match=r"model-4\.safetensors: missing"):
+        folder_manifest(short, SOURCE, None, Meter("test"))
+    changed = fill(tmp_path / "changed")
+    (changed / "config.json").write_bytes(b"[]\n")
+    with pytest.raises(FleetError, match=r"config\.json: changed"):
+        folder_manifest(changed, SOURCE, None, Meter("test"))
+    mixed = fill(tmp_path / "mixed")
+    record = mixed / ".cache/huggingface/download/config.json.metadata"
+    record.write_text(record.read_text().replace(OLD, NEW))
+    with pytest.raises(FleetError, match="2 commits"):
+        folder_manifest(mixed, SOURCE, None, Meter("test"))
+
+
+# -- The hub's own client against the lab's hub ----------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A running hub with one repository: (endpoint, faults file)."""
+    folder = tmp_path / "hub" / "lab/tiny"
+    fill(folder / "revisions" / OLD, records="")
+    (folder / "refs.json").write_text(json.dumps({"main": OLD}))
+    faults = tmp_path / "faults.json"
+    server = hub.Hub(("127.0.0.1", 0), tmp_path / "hub", faults)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", faults
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_client_brings_a_model_and_continues_a_part(
+    served: tuple[str, Path], store: Store
+) -> None:
+    endpoint, faults = served
+    source = replace(SOURCE, endpoints=(endpoint,))
+    plan = fetcher(store, HubClient(""), source).plan()
+    work = store.work_path("model", plan.id)
+    work.mkdir(parents=True)
+    # A beginning of other bytes: only the hash of the whole can tell.
+    (work / "model-1.safetensors").write_bytes(b"x" * 2000)
+    (work / "model-2.safetensors").write_bytes(SHARDS["model-2.safetensors"][:2000])
+    faults.write_text(json.dumps({"cut_after_bytes": 1000, "cut_times": 3}))
+    fetcher(store, HubClient(""), source, workers=4).fetch(plan)
+    assert find_damage(store.publish(plan), plan, deep=True) == []
+
+
+@pytest.mark.parametrize(
+    ("faults", "token", "revision", "words"),
+    [
+        ({"gated": ["hf_right"]}, "", "main", "does not let us read lab/tiny.*no token was given"),
+        ({"gated": ["hf_right"]}, "hf_wrong", "main", "token has no access.*accept its terms"),
+        ({"gone": [OLD]}, "", OLD, f"revision is not on the hub.*{OLD}"),
+        ({}, "", "no-such-branch", "revision is not on the hub.*no-such-branch"),
+        ({"too_many_requests": 9, "retry_after": 60}, "", "main", "429.*asks to wait 60 s"),
+        ({"down": True}, "", "main", "No hub delivers lab/tiny"),
+    ],
+)
+def test_each_refusal_is_one_clear_sentence(
+    served: tuple[str, Path],
+    store: Store,
+    faults: dict[str, Any],
+    token: str,
+    revision: str,
+    words: str,
+) -> None:
+    served[1].write_text(json.dumps(faults))
+    source = replace(SOURCE, endpoints=(served[0],), revision=revision)
+    with pytest.raises(FleetError, match=words) as caught:
+        fetcher(store, HubClient(token), source, seconds=2).plan()
+    assert "What to do" in str(caught.value)
+    assert "hf_wrong" not in str(caught.value)
+
+
+def test_the_right_token_opens_a_gated_repository(served: tuple[str, Path], store: Store) -> None:
+    served[1].write_text(json.dumps({"gated": ["hf_right"]}))
+    source = replace(SOURCE, endpoints=(served[0],))
+    assert fetcher(store, HubClient("hf_right"), source).plan().provenance["revision"] == OLD
+
+
+def test_an_unknown_repository_is_named(served: tuple[str, Path], store: Store) -> None:
+    source = replace(SOURCE, endpoints=(served[0],), repository="lab/nothing")
+    with pytest.raises(FleetError, match=r"repository is not on the hub.*lab/nothing"):
+        fetcher(store, HubClient(""), source).plan()
+
+
+# -- Small things ---------------------------------------------------------------------------
 
 
 def test_a_blob_id_is_that_of_git(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(CONFIG)
-    assert git_blob_id(tmp_path / "f") == SIBLINGS[1].blob_id
-
-
-def test_corrupt_files_of_the_right_size_are_found(tmp_path: Path) -> None:
-    files = select_files(SIBLINGS, [], [])
-    (tmp_path / "model-1.safetensors").write_bytes(WEIGHTS)
-    (tmp_path / "config.json").write_bytes(CONFIG)
-    assert find_corrupt(tmp_path, files, Proven(tmp_path / "p")) == {}
-    (tmp_path / "model-1.safetensors").write_bytes(b"W" + WEIGHTS[1:])
-    (tmp_path / "config.json").write_bytes(b"[]\n")
-    assert find_corrupt(tmp_path, files, Proven(tmp_path / "p")) == {
-        "config.json": "content differs from the hub's",
-        "model-1.safetensors": "SHA-256 differs from the hub's",
-    }
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "model-1.safetensors").write_bytes(WEIGHTS[:5])
-    assert find_corrupt(tmp_path, files, Proven(tmp_path / "p")) == {
-        "config.json": "missing",
-        "model-1.safetensors": f"5 of {len(WEIGHTS)} bytes",
-    }
+    (tmp_path / "f").write_bytes(b"{}\n")
+    # What `git hash-object` gives this content.
+    assert git_blob_id(tmp_path / "f") == "0967ef424bce6791893e9a57bb952f80fd536e93"
 
 
 def test_a_name_fits_a_path() -> None:
@@ -78,23 +518,9 @@ def test_a_name_fits_a_path() -> None:
     assert not is_commit("main")
 
 
-def test_a_branch_stays_the_commit_that_it_was() -> None:
-    provenance = {
-        "repository": "a/b",
-        "revision": "c" * 40,
-        "requested": "main",
-        "include": [],
-        "exclude": [],
-    }
-    wanted = {"repository": "a/b", "include": [], "exclude": []}
-    assert same_model(provenance, revision="main", **wanted)
-    assert same_model(provenance, revision="c" * 40, **wanted)
-    assert not same_model(provenance, revision="d" * 40, **wanted)
-    assert not same_model(provenance, revision="main", **{**wanted, "exclude": ["*.bin"]})
-
-
-def test_a_full_disk_is_an_error_with_figures() -> None:
+def test_a_disk_that_is_too_small_is_an_error_with_figures() -> None:
     assert missing_space(100, 50, 50) is None
+    assert missing_space(0, 0, 50) is None, "nothing is wanted"
     error = missing_space(10_000_000_000, 474_000_000_000, 5_000_000_000)
     assert error is not None
     assert "479.0 GB" in str(error)

@@ -160,7 +160,13 @@ def test_artifacts_staging_and_links(tmp_path: Path) -> None:
     (staged / "shard").write_bytes(b"x" * 5000)
     errors: list[str] = []
     assert read_artifacts(tmp_path, ["revision", "repository"], errors) == [
-        {"kind": "model", "id": "tiny-0123456789ab", "bytes": 7, "provenance": {"revision": "r1"}}
+        {
+            "kind": "model",
+            "id": "tiny-0123456789ab",
+            "bytes": 7,
+            "published_at": (folder / "manifest.json").stat().st_mtime,
+            "provenance": {"revision": "r1"},
+        }
     ]
     assert len(errors) == 1
     assert str(broken) in errors[0]

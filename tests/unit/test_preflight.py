@@ -259,6 +259,45 @@ def test_disk_does_not_count_what_is_there() -> None:
     assert check(facts) == []
 
 
+def test_disk_counts_what_will_be_retired_before_anything_comes() -> None:
+    facts = make_facts()
+    for disk in facts["disks"]:
+        disk["free_bytes"] = 30 * GB
+    facts["protected"] = ["active"]
+    facts["artifacts"] = [
+        {
+            "kind": "model",
+            "id": name,
+            "bytes": 475 * GB,
+            "published_at": age,
+            "provenance": {"revision": name},
+        }
+        for age, name in enumerate(("abandoned", "active"))
+    ]
+    assert only(facts).found == "30.0 GB free of 900.0 GB"
+    expect = Expectations.from_dict({**EXPECT, "artifact_keep": 2})
+    assert evaluate("gpu01", facts, expect, gpu_node=True) == []
+    # What a roll-back needs stays, and so does everything if nobody can tell what that is.
+    facts["protected"] = ["active", "abandoned"]
+    assert len(evaluate("gpu01", facts, expect, gpu_node=True)) == 1
+    facts["protected"] = None
+    assert len(evaluate("gpu01", facts, expect, gpu_node=True)) == 1
+
+
+def test_disk_names_what_will_go_when_it_is_not_enough() -> None:
+    facts = make_facts()
+    for disk in facts["disks"]:
+        disk["free_bytes"] = 30 * GB
+    facts["protected"] = []
+    facts["artifacts"] = [
+        {"kind": "model", "id": name, "bytes": GB, "published_at": age, "provenance": {}}
+        for age, name in enumerate(("old", "new"))
+    ]
+    expect = Expectations.from_dict({**EXPECT, "artifact_keep": 2})
+    (problem,) = evaluate("gpu01", facts, expect, gpu_node=True)
+    assert problem.found == "30.0 GB free of 900.0 GB, and 1.0 GB of old artifacts that will go"
+
+
 def test_release_is_recognised_by_a_part_of_its_provenance() -> None:
     facts = make_facts()
     for disk in facts["disks"]:

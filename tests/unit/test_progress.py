@@ -88,6 +88,8 @@ def test_a_log_gets_a_line_each_half_minute_and_one_for_each_phase() -> None:
     clock = Clock()
     reporter = Reporter("gpu01", terminal=False, clock=clock)
     said = []
+    assert reporter.show(HALF) == ""
+    clock.now += 3
     for _ in range(90):
         said.append(reporter.show(HALF))
         clock.now += 1
@@ -102,6 +104,7 @@ def test_a_terminal_gets_one_line_that_is_drawn_anew() -> None:
     clock = Clock()
     reporter = Reporter("gpu01", terminal=True, clock=clock)
     assert reporter.end() == ""
+    clock.now += 3
     assert reporter.show(HALF).startswith("\r")
     assert reporter.show(HALF) == ""
     clock.now += 1

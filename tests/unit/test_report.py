@@ -44,14 +44,33 @@ def serving_facts() -> dict[str, Any]:
     return facts
 
 
-def judge(facts: dict[str, Any], probe: dict[str, Any], state: str = "UP") -> NodeHealth:
+def judge(
+    facts: dict[str, Any], probe: dict[str, Any], state: str = "UP", **artifacts: Any
+) -> NodeHealth:
     return judge_node(
         "gpu01",
         facts=facts,
         probe=probe,
         expect=Expectations.from_dict(EXPECT),
         gateway={"gw01": state},
+        **artifacts,
     )
+
+
+def test_damaged_artifacts_break_a_node_and_are_named() -> None:
+    damage = [{"path": "a.safetensors", "reason": "changed", "found": "SHA-256 0123"}]
+    artifacts = [
+        {"kind": "release", "id": "r", "damage": []},
+        {"kind": "model", "id": "m", "damage": damage},
+    ]
+    node = judge(serving_facts(), PROBE, artifacts=artifacts)
+    assert node.verdict == "broken"
+    assert node.reasons[0] == "model m: a.safetensors changed (SHA-256 0123)"
+    assert "site.yml" in node.next_step
+    assert judge(serving_facts(), PROBE, artifacts=artifacts[:1]).verdict == "healthy"
+    unread = judge(serving_facts(), PROBE, artifacts_error="Input/output error")
+    assert unread.verdict == "degraded"
+    assert "Input/output error" in unread.reasons[0]
 
 
 def test_table_is_aligned_and_wrapped_to_the_width() -> None:
