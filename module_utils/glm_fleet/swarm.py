@@ -265,6 +265,7 @@ class Agent:
         self._published = store.is_published(manifest)
         if not self._published:
             staging = store.staging_path(manifest.kind, manifest.id)
+            store.plan(manifest)
             if not staging.is_dir():
                 with store.lock(manifest.kind):
                     store.stage(manifest)
@@ -650,13 +651,15 @@ class Agent:
         it knows; ``arrived`` maps files it pushed to their paths; ``wait`` is how many seconds
         it waits for news; ``leave`` says that it is done with this agent.
         """
+        for number, path in request.get("arrived", {}).items():
+            self._take_in(number, path)
         with self._news:
             if "run" not in request:
                 return self._state(())
             run = str(request["run"])
             for name, text in request.get("torrents", {}).items():
                 travel = self._travels.get(name)
-                if travel and not travel.torrent:
+                if travel is not None and not travel.torrent:
                     travel.torrent = base64.b64decode(text)
                     self._wake.set()
             if request.get("leave"):
@@ -665,8 +668,6 @@ class Agent:
                 self._wake.set()
                 return self._state(())
             self._leases[run] = self._clock() + LEASE_S + float(request.get("lease", 0))
-            for number, path in request.get("arrived", {}).items():
-                self._take_in(number, path)
             have = set(request.get("have", ()))
             before = self._standing()
             deadline = time.monotonic() + float(request.get("wait", 0))
@@ -678,14 +679,23 @@ class Agent:
             return self._state(self._made() - have)
 
     def _take_in(self, number: str, path: str) -> None:
-        """Give a file that was pushed its place; the next look around verifies it."""
+        """Give a file that was pushed its place, once it is verified."""
         staging = self._store.staging_path(self._manifest.kind, self._manifest.id)
-        known = {entry.path for entry in self._manifest.files}
+        entry = next((each for each in self._manifest.files if each.path == path), None)
         source = staging.with_name(f"{staging.name}.incoming") / str(int(number))
-        if self._published or path not in known or not source.is_file():
+        if self._published or entry is None or not source.is_file():
             return
-        (staging / path).parent.mkdir(parents=True, exist_ok=True)
-        source.replace(staging / path)
+        found = self._store.receive(self._manifest, entry, source)
+        if found != entry.sha256:
+            source.unlink()
+            self._fail(
+                FleetError(
+                    f"The controller pushed other bytes for {path}",
+                    expected=f"SHA-256 {entry.sha256}",
+                    found=f"SHA-256 {found}",
+                    remedy="remove the artifact on the controller, then run again: it is made anew",
+                )
+            )
         self._scanned_at = -_SCAN_S
         self._wake.set()
 
@@ -829,17 +839,19 @@ def run_agent(job: Job, folder: Path) -> int:
     """Run until nobody needs it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.umask(0o022)
-    agent = Agent(job, folder, engine=importlib.import_module("libtorrent"))
-    server = _Server(folder / "socket", agent)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        while not agent.ended():
-            agent.tick()
-            agent.wait()
-    finally:
-        server.shutdown()
-        (folder / "socket").unlink(missing_ok=True)
-        agent.close()
+    engine = importlib.import_module("libtorrent")
+    with Store(job.root).using(job.manifest.kind, job.manifest.id):
+        agent = Agent(job, folder, engine=engine)
+        server = _Server(folder / "socket", agent)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            while not agent.ended():
+                agent.tick()
+                agent.wait()
+        finally:
+            server.shutdown()
+            (folder / "socket").unlink(missing_ok=True)
+            agent.close()
     return 0
 
 
