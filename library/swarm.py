@@ -209,9 +209,8 @@ def start(store: Store, params: dict[str, Any]) -> dict[str, Any]:
         stall_timeout=float(params["stall_timeout"]),
     )
     if not make_room(manifest.id):
-        RUN_FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(RUN_FOLDER)
-        RUN_FOLDER.mkdir(mode=0o700)
+        shutil.rmtree(RUN_FOLDER, ignore_errors=True)
+        RUN_FOLDER.mkdir(mode=0o700, parents=True)
         store.root.mkdir(parents=True, exist_ok=True)
         job_file = RUN_FOLDER / "job.json"
         write_atomically(job_file, json.dumps(job.as_dict()), mode=0o600)

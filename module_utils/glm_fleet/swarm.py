@@ -850,8 +850,10 @@ def run_agent(job: Job, folder: Path) -> int:
                 agent.wait()
         finally:
             server.shutdown()
-            (folder / "socket").unlink(missing_ok=True)
             agent.close()
+            # Torrents are as good as a key: they go with the agent.
+            for path in (folder / "socket", folder / "job.json", *folder.glob("*.torrent")):
+                path.unlink(missing_ok=True)
     return 0
 
 
