@@ -110,6 +110,8 @@ def session_settings(address: str, port: int, rate_limit: int, peers: int) -> di
     host = f"[{address}]" if ":" in address else address
     return {
         "listen_interfaces": f"{host}:{port}",
+        # Peers let in the inventory's addresses only: a node with several uses that one.
+        "outgoing_interfaces": address,
         "listen_system_port_fallback": False,
         "max_retry_port_bind": 0,
         "enable_dht": False,
@@ -634,8 +636,9 @@ class Agent:
         return f"{text}; {silent} holds some and sends nothing"
 
     def _fail(self, error: FleetError) -> None:
-        self._failure = self._failure or error
-        self._news.notify_all()
+        with self._news:
+            self._failure = self._failure or error
+            self._news.notify_all()
 
     def _note(self, text: str) -> None:
         if text not in self._notes:
