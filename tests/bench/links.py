@@ -117,7 +117,6 @@ class Swarm:
             root = self.root(node)
             root.mkdir(parents=True, exist_ok=True)
             job = Job(root, self.manifest, node.address, PORT, peers, rate_limit, stall_timeout)
-            # Python alone would take the interpreter's own cache folder.
             environment = {**os.environ, "PYTHONPATH": str(ROOT / "module_utils")}
             command = [sys.executable, "-B", "-m", "glm_fleet.swarm", "agent"]
             agent = node.start(
@@ -130,6 +129,18 @@ class Swarm:
             agent.stdin.write(json.dumps(job.as_dict()).encode())
             agent.stdin.close()
             self._agents[node.name] = agent
+        for node in self.nodes:
+            self._wait_for(node)
+
+    def _wait_for(self, node: Node) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                ask({}, self.folder / node.name / "run")
+                break
+            except FleetError:
+                assert time.monotonic() < deadline, f"{node.name} has no agent"
+                time.sleep(0.05)
 
     def ask(self, node: Node, wait: float = 0.5, *, leave: bool = False) -> dict[str, Any]:
         """Do what the controller does every other second."""
