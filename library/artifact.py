@@ -21,9 +21,6 @@ options:
     description:
       - V(published) makes an artifact of the folder O(source), or verifies what was staged
         for O(manifest), and publishes it.
-      - V(planned) only tells which files are still missing on this host.
-      - V(staged) opens the staging folder of O(manifest) for the user who connects.
-      - V(fetched) fetches the missing files from O(sources) and publishes.
       - V(active) points O(link) at the published artifact O(id).
       - V(verified) looks at the artifacts that O(links) lead to and names every file that is
         missing, truncated, changed, foreign, or open to changes by others.
@@ -31,7 +28,7 @@ options:
         behind on its way here more than a day ago.
       - V(absent) retires the artifact O(id).
     type: str
-    choices: [published, planned, staged, fetched, active, verified, retired, absent]
+    choices: [published, active, verified, retired, absent]
     required: true
   root:
     description: Folder of all artifacts of this host.
@@ -57,14 +54,6 @@ options:
     description: Where a new artifact came from, kept in its manifest.
     type: dict
     default: {}
-  sources:
-    description: URLs of hosts that offer the artifact, as C(http://address:port).
-    type: list
-    elements: str
-    default: []
-  token:
-    description: Secret that the offering hosts ask for.
-    type: str
   link:
     description: Symbolic link to switch.
     type: path
@@ -111,23 +100,9 @@ options:
   progress_file:
     description: File that says how far it has come, for the action plugin.
     type: path
-  owner:
-    description:
-      - User who may write into the staging folder, for O(state=staged). The user who became root
-        by sudo if not given.
-    type: str
 """
 
 EXAMPLES = r"""
-- name: Fetch what is missing and publish it
-  artifact:
-    state: fetched
-    root: /srv/glm-fleet/artifacts
-    kind: model
-    manifest: "{{ model_manifest }}"
-    sources: ["http://192.0.2.11:8009"]
-    token: "{{ token }}"
-
 - name: Switch to a model
   artifact:
     state: active
@@ -188,7 +163,7 @@ protected:
   elements: str
 artifact:
   description: The artifact as it is (or would be) on this host.
-  returned: for V(published), V(planned), V(staged), V(fetched) and V(active)
+  returned: for V(published) and V(active)
   type: dict
   contains:
     kind: {description: Kind., type: str}
@@ -196,28 +171,10 @@ artifact:
     path: {description: Published path., type: str}
     bytes: {description: Size of all files in bytes., type: int}
     manifest: {description: The manifest., type: dict}
-missing:
-  description: Files that this host lacks, with path, size in bytes and sha256.
-  returned: for V(planned), V(staged) and V(fetched)
-  type: list
-  elements: dict
-published:
-  description: Whether the artifact is published on this host and every file has its size.
-  returned: for V(planned), V(staged) and V(fetched)
-  type: bool
-missing_bytes:
-  description: Size of the missing files in bytes.
-  returned: for V(planned), V(staged) and V(fetched)
-  type: int
-staging:
-  description: Folder where the missing files belong.
-  returned: for V(planned) and V(staged)
-  type: str
 """
 
 import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +194,6 @@ from ansible.module_utils.glm_fleet.artifact import (
 )
 from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.progress import Meter, ProgressFile
-from ansible.module_utils.glm_fleet.transport import fetch_missing
 
 
 def _describe(store: Store, manifest: Manifest) -> dict[str, Any]:
@@ -247,17 +203,6 @@ def _describe(store: Store, manifest: Manifest) -> dict[str, Any]:
         "path": str(store.published_path(manifest.kind, manifest.id)),
         "bytes": manifest.bytes,
         "manifest": manifest.as_dict(),
-    }
-
-
-def _plan(store: Store, manifest: Manifest) -> dict[str, Any]:
-    missing = store.missing(manifest)
-    return {
-        "artifact": _describe(store, manifest),
-        "published": store.is_published(manifest),
-        "missing": [vars(entry) for entry in missing],
-        "missing_bytes": sum(entry.size for entry in missing),
-        "staging": str(store.staging_path(manifest.kind, manifest.id)),
     }
 
 
@@ -272,22 +217,6 @@ def _publish_folder(store: Store, params: dict[str, Any], check_mode: bool) -> d
         manifest = store.adopt(source, **described)
         changed = manifest.id not in before
     return {"changed": changed, "artifact": _describe(store, manifest)}
-
-
-def _open_staging(
-    store: Store, manifest: Manifest, owner: str | None, check_mode: bool
-) -> dict[str, Any]:
-    plan = _plan(store, manifest)
-    if not plan["published"] and not check_mode:
-        staging = store.stage(manifest)
-        folders = {staging, *((staging / each["path"]).parent for each in plan["missing"])}
-        for folder in sorted(folders):
-            folder.mkdir(parents=True, exist_ok=True)
-        # The connection's user writes here; publishing takes the folder back.
-        owner = owner or os.environ.get("SUDO_USER", "")
-        for path in [staging, *staging.rglob("*")] if owner else []:
-            shutil.chown(path, owner)
-    return {"changed": False, **plan}
 
 
 def _verify(
@@ -383,19 +312,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
             found="no manifest",
         )
     manifest = parse_manifest(params["manifest"])
-    if state == "planned":
-        return {"changed": False, **_plan(store, manifest)}
-    if state == "staged":
-        return _open_staging(store, manifest, params["owner"], module.check_mode)
     changed = not store.is_published(manifest)
-    plan = _plan(store, manifest)
     if changed and not module.check_mode:
-        if state == "fetched":
-            fetch_missing(store, manifest, params["sources"], params["token"] or "")
         path = Path(params["progress_file"]) if params["progress_file"] else None
         with ProgressFile(path, Meter(f"verifying the {manifest.kind}", manifest.bytes)) as meter:
             store.publish(manifest, meter.add)
-    return {"changed": changed, **plan}
+    return {"changed": changed, "artifact": _describe(store, manifest)}
 
 
 def main() -> None:
@@ -407,9 +329,6 @@ def main() -> None:
                 "required": True,
                 "choices": [
                     "published",
-                    "planned",
-                    "staged",
-                    "fetched",
                     "active",
                     "verified",
                     "retired",
@@ -423,8 +342,6 @@ def main() -> None:
             "source": {"type": "path"},
             "slug": {"type": "str"},
             "provenance": {"type": "dict", "default": {}},
-            "sources": {"type": "list", "elements": "str", "default": []},
-            "token": {"type": "str", "no_log": True},
             "link": {"type": "path"},
             "target": {"type": "path"},
             "links": {"type": "dict", "default": {}},
@@ -436,13 +353,9 @@ def main() -> None:
             "companions": {"type": "list", "elements": "path", "default": []},
             "time_limit": {"type": "int", "default": 172_800},
             "progress_file": {"type": "path"},
-            "owner": {"type": "str"},
         },
         required_if=[
             ("state", "published", ["kind"]),
-            ("state", "planned", ["kind"]),
-            ("state", "staged", ["kind"]),
-            ("state", "fetched", ["kind"]),
             ("state", "active", ["kind", "id", "link"]),
             ("state", "absent", ["kind", "id"]),
         ],

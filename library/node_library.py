@@ -51,10 +51,12 @@ from ansible.module_utils.glm_fleet import (
     deployment,
     errors,
     gate,
+    progress,
     runner,
     sentry,
     serving,
-    transport,
+    swarm,
+    torrent,
 )
 from ansible.module_utils.glm_fleet.artifact import write_atomically
 
@@ -65,10 +67,12 @@ _MODULES: tuple[ModuleType, ...] = (
     deployment,
     errors,
     gate,
+    progress,
     runner,
     sentry,
     serving,
-    transport,
+    swarm,
+    torrent,
 )
 
 

@@ -22,13 +22,33 @@ from glm_fleet.variant import choose_variant
 HostVars = Mapping[str, Mapping[str, Any]]
 
 
-def lacking(hostvars: HostVars, hosts: Sequence[str], seed: str) -> list[str]:
-    """Name the hosts, other than the seed, where the artifact just planned is not published."""
+def lacking(
+    hostvars: HostVars, hosts: Sequence[str], offers: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Name the hosts where one of the artifacts just planned is not published."""
+    wanted = {str(each["id"]) for each in offers}
     return [
         host
         for host in hosts
-        if host != seed and not hostvars[host].get("__artifact_plan", {}).get("published", True)
+        if wanted - set(hostvars[host].get("__artifact_plan", {}).get("published", []))
     ]
+
+
+def pushed_to(hostvars: HostVars, hosts: Sequence[str], offer: Mapping[str, Any]) -> str:
+    """Name the host that gets the first copy from the controller; "" when a host has one."""
+    lack = lacking(hostvars, hosts, [offer])
+    return str(hosts[0]) if offer.get("push") and len(lack) == len(hosts) else ""
+
+
+def offers(hostvars: HostVars, sources: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Give the artifacts that hosts made or fetched in this run: {kind: host}."""
+    found = []
+    for kind, source in sources.items():
+        artifact = artifact_of(hostvars, kind, source)
+        if artifact:
+            local = hostvars[source].get("ansible_connection") == "local"
+            found.append({**artifact, "kind": kind, "push": local})
+    return found
 
 
 def addresses(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
@@ -168,6 +188,8 @@ class FilterModule:
             each.__name__: each
             for each in (
                 lacking,
+                offers,
+                pushed_to,
                 addresses,
                 artifact_of,
                 artifacts_of_run,

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import pytest
 
-REPORT = Path(__file__).resolve().parents[2] / "reports/bench.json"
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "reports/bench.json"
 
 
 class Record(Protocol):

@@ -59,7 +59,7 @@ def variables(**more: Any) -> list[str]:
     values = {
         "artifact_root": ARTIFACTS,
         "artifact_library": f"{PLACE}/lib",
-        "model_toolbox": f"{PLACE}/toolbox",
+        "artifact_toolbox": f"{PLACE}/toolbox",
         "model_patience": 3,
         "serving_root": PLACE,
         "serving_model_link": f"{PLACE}/model",

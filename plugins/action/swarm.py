@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The controller's part of a distribution: starts the agents, carries torrents, shows progress.
+
+Every host of the task has a worker of its own, with the connection that Ansible has. The
+workers meet in a folder of the run on the controller: what one host made, the others find
+there, and each says how its host is.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible import constants
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.color import ANSIBLE_COLOR
+from ansible.utils.display import Display
+
+# Ansible puts module_utils on the path of modules only, not of plugins.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
+
+from glm_fleet.meeting import Meeting, Record
+from glm_fleet.progress import Progress, Reporter, bar
+
+_display = Display()
+_FIRST_WAIT_S = 0.5
+_WAIT_S = 2.0
+# A push says nothing for as long as one file takes.
+_PUSH_LEASE_S = 6 * 3600
+
+
+class ActionModule(ActionBase):
+    """Brings one artifact to one host, while other workers do so for the others."""
+
+    TRANSFERS_FILES = True
+
+    def run(
+        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the module's result, or that of the whole distribution on this host."""
+        super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        if arguments.get("state") != "distributed":
+            return self._module(arguments, task_vars)
+        variables = task_vars or {}
+        self._host = str(variables.get("inventory_hostname", ""))
+        self._vars = task_vars
+        planned = self._module(
+            {
+                "state": "planned",
+                "root": arguments["root"],
+                "manifests": [arguments["manifest"]],
+            },
+            task_vars,
+        )
+        if planned.get("failed"):
+            return planned
+        published = bool(planned["published"])
+        if self._task.check_mode:
+            return {"changed": not published, "received": 0}
+        forks = int(variables.get("ansible_forks", 5))
+        return self._distribute(arguments, published, forks)
+
+    def _module(self, args: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+        result: dict[str, Any] = self._execute_module(
+            module_name="swarm", module_args=args, task_vars=task_vars
+        )
+        return result
+
+    def _distribute(self, arguments: dict[str, Any], published: bool, forks: int) -> dict[str, Any]:
+        base = Path(constants.DEFAULT_LOCAL_TMP)
+        run = f"{base.name}-{arguments['manifest']['id']}"
+        meeting = Meeting(
+            base / f"swarm-{arguments['manifest']['id']}",
+            self._host,
+            list(arguments["hosts"]),
+            stall_timeout=float(arguments.get("stall_timeout", 120)),
+        )
+        step = {**arguments, "run": run}
+        record = Record()
+        try:
+            started = self._module({**step, "state": "started"}, self._vars)
+            if started.get("failed"):
+                return started
+            self._command = " ".join(
+                [
+                    f"PYTHONPATH={shlex.quote(str(arguments['library']))}",
+                    shlex.quote(started["python"]),
+                    "-B -m glm_fleet.swarm ask",
+                ]
+            )
+            self._push(run, meeting, arguments, started)
+            record = self._attend(run, meeting, arguments, forks)
+        finally:
+            # The others do not wait for this host any more, whatever happened.
+            meeting.say(record.ended())
+        stopped = self._module({**step, "state": "stopped"}, self._vars)
+        result = {"changed": not published, "received": record.received, "warnings": record.notes}
+        if record.standing == "published":
+            return {**result, "failed": bool(stopped.get("failed")), **_message(stopped)}
+        return {**result, "failed": True, **record.failure}
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        # Not a module: this happens every other second, and is one light process on the node.
+        done = self._low_level_execute_command(
+            self._command, in_data=json.dumps(request).encode(), sudoable=True
+        )
+        try:
+            answer: dict[str, Any] = json.loads(done.get("stdout", "").strip().splitlines()[-1])
+        except (ValueError, IndexError) as error:
+            raise AnsibleActionFail(
+                "The swarm's agent cannot be asked. Expected: its answer. Found: "
+                f"{(done.get('stderr') or done.get('stdout') or 'nothing').strip()[-500:]}. "
+                "What to do: check Python and sudo on the host, then run again."
+            ) from error
+        return answer
+
+    def _push(
+        self, run: str, meeting: Meeting, arguments: dict[str, Any], started: dict[str, Any]
+    ) -> None:
+        """Push file by file: each travels on to the others as soon as it is there."""
+        missing = started["missing"]
+        if not missing:
+            return
+        source = Path(arguments["push"])
+        total = sum(int(each["size"]) for each in missing)
+        done, begun = 0, time.monotonic()
+        reporter = Reporter(f"{self._host} (first copy)", terminal=False)
+        for number, entry in enumerate(missing):
+            path = source / entry["path"]
+            if not path.is_file():
+                raise AnsibleActionFail(
+                    f"The artifact on the controller is not complete. Expected: {path}. "
+                    "Found: no such file. What to do: run playbooks/release.yml again."
+                )
+            meeting.say(Record(pushing=True, progress={"what": "pushed", "done": done}))
+            self._ask({"run": run, "lease": _PUSH_LEASE_S})
+            self._connection.put_file(str(path), f"{started['incoming']}/{number}")
+            done += int(entry["size"])
+            answer = self._ask(
+                self._request(run, meeting, 0) | {"arrived": {number: entry["path"]}}
+            )
+            meeting.keep(answer.get("torrents", {}))
+            rate = done / max(0.001, time.monotonic() - begun)
+            text = reporter.show(Progress("pushed over SSH", done, total, rate))
+            if text and done < total:
+                _display.display(text, newline=False)
+
+    def _request(self, run: str, meeting: Meeting, wait: float) -> dict[str, Any]:
+        return {"run": run, "wait": wait, "torrents": meeting.fresh(), "have": meeting.known()}
+
+    def _attend(self, run: str, meeting: Meeting, arguments: dict[str, Any], forks: int) -> Record:
+        """Carry torrents and watch until every host of the task has ended."""
+        hosts = arguments["hosts"]
+        leads = bool(ANSIBLE_COLOR) and self._host == hosts[0]
+        reporter = Reporter(self._host, terminal=False)
+        drawn = 0
+        wait = _FIRST_WAIT_S
+        while True:
+            answer = self._ask(self._request(run, meeting, wait))
+            meeting.keep(answer.get("torrents", {}))
+            record = Record.of(answer)
+            meeting.say(record)
+            others = meeting.others()
+            if record.standing == "working":
+                hopeless = meeting.hopeless(record, others, bool(arguments.get("fetching")))
+                if hopeless:
+                    return record.failed(hopeless)
+            if not record.progress:
+                return record
+            waits = len(hosts) > forks and record.standing != "working" and not record.busy
+            if waits or (record.has_ended and all(each.has_ended for each in others.values())):
+                return record
+            wait = _FIRST_WAIT_S if record.unknown else _WAIT_S
+            progress = Progress(**record.progress)
+            if leads:
+                drawn = _draw({self._host: record, **others}, drawn)
+            elif not ANSIBLE_COLOR and record.standing == "working":
+                text = reporter.show(progress)
+                if text:
+                    _display.display(text, newline=False)
+
+
+def _message(stopped: Mapping[str, Any]) -> dict[str, Any]:
+    return {"msg": stopped["msg"]} if stopped.get("failed") else {}
+
+
+def _draw(records: Mapping[str, Record], drawn: int) -> int:
+    """Draw a bar for every host over the ones drawn before; return the number of lines."""
+    lines = [
+        f"\r\033[K  {host:16} {bar(Progress(**record.progress))}\n"
+        for host, record in sorted(records.items())
+        if record.progress.get("total")
+    ]
+    _display.display((f"\033[{drawn}A" if drawn else "") + "".join(lines), newline=False)
+    return len(lines)
