@@ -45,16 +45,32 @@ from types import ModuleType
 
 from ansible.module_utils import glm_fleet
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import artifact, errors, gate, progress, runner, swarm, torrent
+from ansible.module_utils.glm_fleet import (
+    artifact,
+    attest,
+    deployment,
+    errors,
+    gate,
+    progress,
+    runner,
+    sentry,
+    serving,
+    swarm,
+    torrent,
+)
 from ansible.module_utils.glm_fleet.artifact import write_atomically
 
 _MODULES: tuple[ModuleType, ...] = (
     glm_fleet,
     artifact,
+    attest,
+    deployment,
     errors,
     gate,
     progress,
     runner,
+    sentry,
+    serving,
     swarm,
     torrent,
 )
