@@ -168,7 +168,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import Manifest, Store, parse_manifest
+from ansible.module_utils.glm_fleet.artifact import FileEntry, Manifest, Store, parse_manifest
 from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.hub import (
     Fetcher,
@@ -188,7 +188,20 @@ from ansible.module_utils.glm_fleet.hub import (
 from ansible.module_utils.glm_fleet.progress import Meter, ProgressFile
 
 
-def _result(store: Store, source: Source, manifest: Manifest | None) -> dict[str, Any]:
+def _missing(
+    store: Store, manifest: Manifest, meter: Meter | None, names: list[str] | None = None
+) -> list[FileEntry]:
+    """Return what is missing; files that lie here without being proven are hashed."""
+    if meter is None:
+        return store.missing(manifest, names=names)
+    meter.what, meter.total = "verifying what is there", manifest.bytes
+    meter.start(0)
+    return store.missing(manifest, names=names, advance=meter.add)
+
+
+def _result(
+    store: Store, source: Source, manifest: Manifest | None, meter: Meter | None = None
+) -> dict[str, Any]:
     if not manifest:
         return {
             "published": False,
@@ -198,7 +211,7 @@ def _result(store: Store, source: Source, manifest: Manifest | None) -> dict[str
             "staging": "",
             "commit": pinned(store, source),
         }
-    missing = store.missing(manifest)
+    missing = _missing(store, manifest, meter)
     return {
         "published": store.is_published(manifest),
         "artifact": {
@@ -325,15 +338,15 @@ def run(module: AnsibleModule) -> dict[str, Any]:
             return {"changed": params["state"] == "present", **_result(store, source, manifest)}
         manifest = _plan(module, store, source, meter)
         if params["state"] == "planned":
-            return {"changed": False, **_result(store, source, manifest)}
-        before = len(store.missing(manifest, names=params["files"]))
-        if before:
+            return {"changed": False, **_result(store, source, manifest, meter)}
+        wanted = _missing(store, manifest, meter, params["files"])
+        if wanted:
             _bring(module, store, source, manifest, meter)
         if params["files"] is None:
-            meter.what = "publishing"
+            meter.what, meter.total = "publishing", 0
             store.publish(manifest)
         return {
-            "changed": before > 0 or params["files"] is None,
+            "changed": bool(wanted) or params["files"] is None,
             **_result(store, source, manifest),
         }
 

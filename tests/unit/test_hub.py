@@ -36,6 +36,7 @@ from glm_fleet.hub import (
     select_files,
 )
 from glm_fleet.progress import Meter
+from huggingface_hub import close_session
 
 from lab import hub
 
@@ -495,6 +496,22 @@ def test_the_right_token_opens_a_gated_repository(served: tuple[str, Path], stor
     served[1].write_text(json.dumps({"gated": ["hf_right"]}))
     source = replace(SOURCE, endpoints=(served[0],))
     assert fetcher(store, HubClient("hf_right"), source).plan().provenance["revision"] == OLD
+
+
+def test_a_proxy_brings_what_the_host_cannot_reach(
+    served: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", served[0])
+    monkeypatch.setenv("no_proxy", "")
+    source = replace(SOURCE, endpoints=("http://hub.invalid",))
+    # The client keeps its connections, and the proxy with them.
+    close_session()
+    try:
+        plan = fetcher(store, HubClient(""), source).plan()
+        fetcher(store, HubClient(""), source).fetch(plan)
+    finally:
+        close_session()
+    assert find_damage(store.publish(plan), plan, deep=True) == []
 
 
 def test_an_unknown_repository_is_named(served: tuple[str, Path], store: Store) -> None:
