@@ -140,7 +140,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import Store, parse_manifest, write_atomically
+from ansible.module_utils.glm_fleet.artifact import (
+    Store,
+    exclusive,
+    parse_manifest,
+    write_atomically,
+)
 from ansible.module_utils.glm_fleet.errors import FleetError
 from ansible.module_utils.glm_fleet.runner import run_program
 from ansible.module_utils.glm_fleet.swarm import (
@@ -208,25 +213,11 @@ def start(store: Store, params: dict[str, Any]) -> dict[str, Any]:
         rate_limit=params["rate_limit"],
         stall_timeout=float(params["stall_timeout"]),
     )
-    if not make_room(manifest.id):
-        shutil.rmtree(RUN_FOLDER, ignore_errors=True)
-        RUN_FOLDER.mkdir(mode=0o700, parents=True)
-        store.root.mkdir(parents=True, exist_ok=True)
-        job_file = RUN_FOLDER / "job.json"
-        write_atomically(job_file, json.dumps(job.as_dict()), mode=0o600)
-        path = f"{params['library']}:{params['engine']}"
-        run_program(unit_command(job_file, store.root, sys.executable, path))
-    deadline = time.monotonic() + _START_S
-    while True:
-        try:
-            ask({"run": params["run"]})
-            break
-        except FleetError as error:
-            if not running():
-                raise failure_of(RUN_FOLDER) or error from error
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+    # Two controllers may come at once: the second one joins what the first one starts.
+    with exclusive(RUN_FOLDER.with_suffix(".lock")):
+        if not make_room(manifest.id):
+            launch(job, f"{params['library']}:{params['engine']}")
+        greet(params["run"])
     incoming = store.staging_path(manifest.kind, manifest.id).with_name(f"{manifest.id}.incoming")
     result: dict[str, Any] = {"python": sys.executable, "incoming": str(incoming), "missing": []}
     if params["push"] and not store.is_published(manifest):
@@ -238,6 +229,32 @@ def start(store: Store, params: dict[str, Any]) -> dict[str, Any]:
             {"path": entry.path, "size": entry.size} for entry in store.missing(manifest)
         ]
     return result
+
+
+def launch(job: Job, path: str) -> None:
+    """Start the agent's unit."""
+    shutil.rmtree(RUN_FOLDER, ignore_errors=True)
+    RUN_FOLDER.mkdir(mode=0o700, parents=True)
+    job.root.mkdir(parents=True, exist_ok=True)
+    job_file = RUN_FOLDER / "job.json"
+    write_atomically(job_file, json.dumps(job.as_dict()), mode=0o600)
+    run_program(unit_command(job_file, job.root, sys.executable, path))
+
+
+def greet(run: str) -> None:
+    """Wait until the agent knows its controller."""
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            ask({"run": run})
+        except FleetError as error:
+            if not running():
+                raise failure_of(RUN_FOLDER) or error from error
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def stop(params: dict[str, Any]) -> dict[str, Any]:

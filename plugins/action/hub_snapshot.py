@@ -18,12 +18,14 @@ from ansible.utils.display import Display
 # Ansible puts module_utils on the path of modules only, not of plugins.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
 
-from glm_fleet.progress import Reporter, from_json
+from glm_fleet.progress import Progress, Reporter, from_json
 
 _display = Display()
 _LOOK_S = (0.3, 0.5, 1.0, 2.0)
 _STATUS_EVERY_S = 15.0
 _UNREACHABLE_S = 300.0
+# The module gives a sign of life each second.
+_SILENT_S = 120.0
 _DAYS_S = 172_800
 # What the background adds to the result of the module.
 _ASYNC_KEYS = ("ansible_job_id", "results_file", "started", "finished", "stdout", "stderr",
@@ -93,7 +95,7 @@ class ActionModule(ActionBase):
         name = str((task_vars or {}).get("inventory_hostname", ""))
         alone = len((task_vars or {}).get("ansible_play_hosts", [])) == 1
         reporter = Reporter(name, terminal=bool(ANSIBLE_COLOR) and alone)
-        begun = seen = asked = time.monotonic()
+        begun = seen = asked = alive = time.monotonic()
         looks = 0
         try:
             while True:
@@ -101,7 +103,9 @@ class ActionModule(ActionBase):
                 looks += 1
                 now = time.monotonic()
                 try:
-                    progress = self._look(path)
+                    progress, age = self._look(path)
+                    if progress and age < _SILENT_S:
+                        alive = now
                     if progress is None or now - asked > _STATUS_EVERY_S:
                         asked = now
                         status = self._module("ansible.legacy.async_status", job, task_vars)
@@ -113,6 +117,15 @@ class ActionModule(ActionBase):
                     if now - seen > _UNREACHABLE_S:
                         raise
                     continue
+                if now - alive > _SILENT_S:
+                    return {
+                        "failed": True,
+                        "msg": (
+                            "The work on the host ended without a word. Expected: a sign of life "
+                            f"within {_SILENT_S:.0f} s. Found: none. What to do: look for a kill "
+                            "in `journalctl -k` of the host, then run again: it continues."
+                        ),
+                    }
                 if now - begun > limit:
                     return {
                         "failed": True,
@@ -129,6 +142,10 @@ class ActionModule(ActionBase):
             if text:
                 _display.display(text, newline=False)
 
-    def _look(self, path: str) -> Any:
-        answer = self._low_level_execute_command(f"cat {shlex.quote(path)} 2>/dev/null || true")
-        return from_json(answer.get("stdout", ""))
+    def _look(self, path: str) -> tuple[Progress | None, float]:
+        """Return what the progress file says, and its age in seconds."""
+        name = shlex.quote(path)
+        look = f"cat {name} && echo && echo $(( $(date +%s) - $(stat -c %Y {name}) ))"
+        answer = self._low_level_execute_command(f"{{ {look}; }} 2>/dev/null || true")
+        text, _, age = answer.get("stdout", "").strip().rpartition("\n")
+        return from_json(text), float(age) if age.lstrip("-").isdigit() else 0.0

@@ -34,6 +34,14 @@ def lacking(
     ]
 
 
+def taking_part(
+    hostvars: HostVars, hosts: Sequence[str], nodes: Sequence[str], offer: Mapping[str, Any]
+) -> list[str]:
+    """Name the hosts that distribute an artifact: the nodes, and others that have it."""
+    lack = lacking(hostvars, hosts, [offer])
+    return [host for host in hosts if host in nodes or host not in lack]
+
+
 def pushed_to(hostvars: HostVars, hosts: Sequence[str], offer: Mapping[str, Any]) -> str:
     """Name the host that gets the first copy from the controller; "" when a host has one."""
     lack = lacking(hostvars, hosts, [offer])
@@ -190,6 +198,7 @@ class FilterModule:
                 lacking,
                 offers,
                 pushed_to,
+                taking_part,
                 addresses,
                 artifact_of,
                 artifacts_of_run,

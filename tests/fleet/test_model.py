@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ HUB_LOG = UPSTREAMS / "hub.log"
 PLACE = "/srv/test-model"
 TOKEN = "hf_XrnbQkTtVmZpLsWcYd0123456789"  # noqa: S105 (the lab's hub alone knows it)
 FETCHER = "gpu01"
+WATCH = "when-fetching"
 ARTIFACTS = f"{PLACE}/artifacts"
 
 
@@ -196,16 +198,16 @@ def test_retirement_makes_room_and_check_mode_tells_before(fleet: Fleet) -> None
 def test_a_killed_run_is_continued_within_its_files(fleet: Fleet) -> None:
     wipe(fleet)
     lab("hub", json.dumps({"rate_bytes_per_second": 2_000_000}))
+    # As a node that loses power: nothing gets a chance to tidy up.
+    when_fetching(fleet, ARTIFACTS, "pkill -9 -f [A]nsiballZ_hub_snapshot")
     process = fleet.start_playbook(
         "playbooks/model.yml",
         *variables(model_repository=SHARDS_REPOSITORY, model_revision="main"),
     )
-    parts = f"{ARTIFACTS}/.staging/model/*.parts"
-    wait_for(fleet, f"du -sb {parts} | awk '$1 > 30000000' | grep .")
+    wait_for(fleet, f"! systemctl is-active --quiet {WATCH}")
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    # A node that loses power: nothing gets a chance to tidy up.
-    fleet.shell(FETCHER, "pkill -9 -f [A]nsiballZ_hub_snapshot")
+    parts = f"{ARTIFACTS}/.staging/model/*.parts"
     sizes = fleet.shell(FETCHER, f"cd {parts} && stat -c '%n %s' *").output.split()
     have = {name: int(size) for name, size in zip(sizes[::2], sizes[1::2])}
     staged = fleet.shell(FETCHER, f"cd {ARTIFACTS}/.staging/model/*[0-9a-f] && ls").output.split()
@@ -293,12 +295,12 @@ def test_a_full_disk_is_said_before_and_while_fetching(fleet: Fleet) -> None:
     assert run.rc != 0
     assert "The disk cannot take the model" in run.output
     lab("hub", json.dumps({"rate_bytes_per_second": 2_000_000}))
-    process = fleet.start_playbook("playbooks/model.yml", *variables(**more))
-    wait_for(fleet, f"du -sb {small}/.staging/model/*.parts | awk '$1 > 30000000' | grep .")
-    fleet.shell(FETCHER, f"fallocate -l $(df -B1 --output=avail {small} | tail -1) {small}/other")
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "The disk is full" in " ".join(output.split()), output[-3000:]
+    when_fetching(
+        fleet, small, f"fallocate -l $(df -B1 --output=avail {small} | tail -1) {small}/other"
+    )
+    run = get_model(fleet, **more)
+    assert run.rc != 0
+    assert "The disk is full" in " ".join(run.output.split()), run.output[-3000:]
     lab("hub", "{}")
     fleet.shell(FETCHER, f"rm {small}/other")
     hub = Hub()
@@ -321,15 +323,19 @@ def test_the_token_is_nowhere_to_be_read(fleet: Fleet, monkeypatch: pytest.Monke
     # What any user of the host may see, and the environment, which only root sees.
     seen = ""
     look = "for i in $(seq 20); do cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ; sleep 0.1; done"
+    said: list[str] = []
+    assert process.stdout is not None
+    # A pipe that nobody empties would stop the playbook.
+    reader = threading.Thread(target=said.extend, args=(process.stdout,))
+    reader.start()
     while process.poll() is None:
         seen += fleet.shell(FETCHER, f"{{ {look}; }} 2>/dev/null | tr '\\0' '\\n' | sort -u").output
         seen += subprocess.run(["ps", "axww", "-o", "args="], capture_output=True, text=True,
                                check=True).stdout  # fmt: skip
-        # Read while it is written: a full pipe would stop the playbook.
-        if process.stdout and len(seen) > 50_000_000:
-            break
-    output = process.stdout.read() if process.stdout else ""
-    assert process.wait(timeout=60) == 0, output[-3000:]
+    reader.join()
+    process.stdout.close()
+    output = "".join(said)
+    assert process.returncode == 0, output[-3000:]
     assert "AnsiballZ_hub_snapshot" in seen, "the samples were taken while it fetched"
     assert TOKEN not in seen
     assert TOKEN not in output
@@ -338,6 +344,17 @@ def test_the_token_is_nowhere_to_be_read(fleet: Fleet, monkeypatch: pytest.Monke
     assert fleet.shell(FETCHER, script).output.split() == ["0"]
     reports = [path for path in (ROOT / "reports").rglob("*") if path.is_file()]
     assert not [path for path in reports if TOKEN.encode() in path.read_bytes()]
+
+
+def when_fetching(fleet: Fleet, root: str, action: str) -> None:
+    """Let the fetcher do something as soon as it holds 30 MB of unfinished files."""
+    there = f"du -sb {root}/.staging/model/*.parts 2>/dev/null | awk '$1 > 30000000' | grep -q ."
+    script = f"until {there}; do sleep 0.1; done; {action}"
+    fleet.shell(
+        FETCHER,
+        f"cat > /run/{WATCH}.sh <<'END'\n{script}\nEND\n"
+        f"systemd-run --collect --unit={WATCH} bash /run/{WATCH}.sh",
+    )
 
 
 def wait_for(fleet: Fleet, script: str, seconds: float = 300) -> None:

@@ -96,7 +96,7 @@ def test_preflight_names_a_full_disk_a_foreign_port_and_a_dead_host(fleet: Fleet
 
 
 def test_a_run_that_is_killed_is_continued_by_the_next(fleet: Fleet) -> None:
-    for marker in ("Push the first copy", "Build the environment of the release"):
+    for marker in ("Move what is missing", "Build the environment of the release"):
         assert "PLAY RECAP" not in fleet.kill_playbook_at(marker, "site.yml")
     first = fleet.playbook("site.yml")
     assert_good(first)

@@ -15,16 +15,37 @@ filters = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(filters)
 
 HOSTVARS = {
-    "gpu01": {"__artifact_plan": {"published": False}, "ansible_host": "192.0.2.11"},
-    "gpu02": {"__artifact_plan": {"published": True}, "artifact_address": "198.51.100.2"},
-    "gpu03": {"__artifact_plan": {"published": False}},
-    "controller": {"release_artifact": {"id": "r-1", "manifest": {"kind": "release"}}},
+    "gpu01": {"__artifact_plan": {"published": []}, "ansible_host": "192.0.2.11"},
+    "gpu02": {"__artifact_plan": {"published": ["m-1"]}, "artifact_address": "198.51.100.2"},
+    "gpu03": {"__artifact_plan": {"published": ["m-1", "r-1"]}},
+    "controller": {
+        "release_artifact": {"id": "r-1", "manifest": {"kind": "release"}},
+        "ansible_connection": "local",
+    },
     "empty": {"release_artifact": {"id": "", "manifest": {}}},
 }
 
 
-def test_the_seed_is_never_lacking() -> None:
-    assert filters.lacking(HOSTVARS, ["gpu01", "gpu02", "gpu03"], "gpu01") == ["gpu03"]
+def test_a_host_lacks_what_it_has_not_published() -> None:
+    hosts = ["gpu01", "gpu02", "gpu03"]
+    assert filters.lacking(HOSTVARS, hosts, [{"id": "m-1"}]) == ["gpu01"]
+    assert filters.lacking(HOSTVARS, hosts, [{"id": "m-1"}, {"id": "r-1"}]) == ["gpu01", "gpu02"]
+
+
+def test_the_controller_pushes_only_what_no_host_has() -> None:
+    hosts = ["gpu01", "gpu02"]
+    (offer,) = filters.offers(HOSTVARS, {"release": "controller", "model": "empty"})
+    assert (offer["kind"], offer["push"]) == ("release", True)
+    assert filters.pushed_to(HOSTVARS, hosts, offer) == "gpu01"
+    assert filters.pushed_to(HOSTVARS, [*hosts, "gpu03"], offer) == ""
+    assert filters.pushed_to(HOSTVARS, hosts, {**offer, "push": False}) == ""
+
+
+def test_a_fetcher_beside_the_nodes_gives_and_does_not_take() -> None:
+    hosts = ["gpu01", "gpu02", "gpu03"]
+    nodes = ["gpu01"]
+    assert filters.taking_part(HOSTVARS, hosts, nodes, {"id": "m-1"}) == hosts
+    assert filters.taking_part(HOSTVARS, hosts, nodes, {"id": "r-1"}) == ["gpu01", "gpu03"]
 
 
 def test_a_host_is_reached_under_its_own_address_first() -> None:
