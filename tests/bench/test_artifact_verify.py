@@ -16,9 +16,9 @@ from glm_fleet.artifact import Store, find_damage
 
 from .conftest import Record
 
-ROUNDS = 5
+ROUNDS = 3
 SHARDS = 12
-SHARD_BYTES = 64 * 1024 * 1024
+SHARD_BYTES = 32 * 1024 * 1024
 
 
 def seconds(work: Callable[[], object]) -> float:
