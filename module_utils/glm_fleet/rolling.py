@@ -242,18 +242,17 @@ def outcome(
     busy = sum(int(each.get("sessions") or 0) for each in drained)
     if busy:
         why.append(f"{busy} requests were still running when it was stopped")
-    for results, state in ((drained, UNTOUCHED), (joined, DRAINED)):
-        for result in results:
-            if result.get("failed") or result.get("unreachable"):
-                message = " ".join(str(result.get("msg", "")).split())
-                where = result.get("item", "gateway")
-                return _ended(state, False, last, [f"{where}: {message}"])
+    if refused := _refusals(drained):
+        return _ended(UNTOUCHED, False, last, refused)
     if not last:
         return _ended(UNTOUCHED, False, last, ["its turn did not begin"])
+    not_joined = _refusals(joined)
     if last["passed"]:
         for failed in attempts[:-1]:
             graphs = last["runs"].get("cuda_graphs", "a lower mode")
             why.append(f"stepped down to {graphs}: {failed['diagnosis'] or failed['message']}")
+        if not_joined:
+            return _ended(DRAINED, False, last, [*why, *not_joined])
         if held:
             return _ended(HELD, True, last, [*why, f"held: {held}"])
         return _ended(SERVES, True, last, why)
@@ -261,6 +260,8 @@ def outcome(
     if last["lost"]:
         return _ended(LOST, False, last, [f"no answer: {reason}", "it stays drained"])
     if back and back.get("passed"):
+        if not_joined:
+            return _ended(DRAINED, False, back, [reason, "rolled back", *not_joined], last)
         if held:
             return _ended(ROLLED_BACK, False, back, [reason, f"held: {held}"], last)
         return _ended(ROLLED_BACK, False, back, [reason], last)
@@ -271,6 +272,15 @@ def outcome(
         return _ended(DRAINED, False, back, [reason, f"going back failed too: {again}"], last)
     nothing = "nothing was attested here before that it could go back to; it stays drained"
     return _ended(DRAINED, False, last, [reason, nothing])
+
+
+def _refusals(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which gateways refused, and in which words."""
+    return [
+        f"{each.get('item', 'gateway')}: {' '.join(str(each.get('msg', '')).split())}"
+        for each in results
+        if each.get("failed") or each.get("unreachable")
+    ]
 
 
 def _ended(
