@@ -55,7 +55,9 @@ options:
     description: Id of a deployment of this node.
     type: str
   rungs:
-    description: Ids of deployments, the wanted one first, then what to step down to.
+    description:
+      - Ids of deployments, the wanted one first, then what to step down to.
+      - For V(active), ids that have to stay on the node although nothing runs them yet.
     type: list
     elements: str
     default: []
@@ -245,7 +247,8 @@ def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
         deployments.refuse(params["refuse"], params["reason"] or "")
     if words:
         result["seconds"] = activate(run_program, deployments, identifier)
-    deployments.retire([identifier, *([params["refuse"]] if params["refuse"] else [])])
+    refused = [params["refuse"]] if params["refuse"] else []
+    deployments.retire([identifier, *refused, *params["rungs"]])
     return result
 
 
