@@ -149,6 +149,7 @@ seconds:
   type: dict
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -232,21 +233,22 @@ def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
 def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
     identifier = params["id"]
     wanted = deployments.read(identifier)
-    words = compare(
-        read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
-    )
-    result: dict[str, Any] = {
-        "id": identifier,
-        "deployment": wanted.summary(),
-        "changed": bool(words),
-        "seconds": {},
-    }
-    if check_mode:
-        return result
-    if params["refuse"]:
-        deployments.refuse(params["refuse"], params["reason"] or "")
-    if words:
-        result["seconds"] = activate(run_program, deployments, identifier)
+    with contextlib.nullcontext() if check_mode else deployments.switching():
+        words = compare(
+            read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
+        )
+        result: dict[str, Any] = {
+            "id": identifier,
+            "deployment": wanted.summary(),
+            "changed": bool(words),
+            "seconds": {},
+        }
+        if check_mode:
+            return result
+        if params["refuse"]:
+            deployments.refuse(params["refuse"], params["reason"] or "")
+        if words:
+            result["seconds"] = activate(run_program, deployments, identifier)
     refused = [params["refuse"]] if params["refuse"] else []
     deployments.retire([identifier, *refused, *params["rungs"]])
     return result
