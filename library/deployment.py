@@ -166,7 +166,7 @@ from ansible.module_utils.glm_fleet.deployment import (
     install_policy,
     make,
 )
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.runner import run_program
 
 
@@ -322,6 +322,8 @@ def main() -> None:
         module.exit_json(**run(module))
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":
