@@ -192,7 +192,7 @@ def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
     }
 
 
-def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
+def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
     running = read_running(run_program, UNIT)
     current = deployments.find(deployments.current())
     skipped = []
@@ -206,9 +206,9 @@ def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
         ]
     else:
         ladder = list(params["rungs"])
-        for identifier in params["rungs"] if params["retry"] else []:
+        for identifier in params["rungs"] if params["retry"] and not check_mode else []:
             deployments.forgive(identifier)
-        while len(ladder) > 1 and deployments.refused(ladder[0]):
+        while len(ladder) > 1 and not params["retry"] and deployments.refused(ladder[0]):
             refused = deployments.read(ladder.pop(0))
             skipped.append(
                 {
@@ -269,7 +269,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if params["state"] == "staged":
         return _staged(params, deployments, module.check_mode)
     if params["state"] == "info":
-        return _info(params, deployments)
+        return _info(params, deployments, module.check_mode)
     if params["state"] == "policy":
         wanted = deployments.read(params["id"])
         changed = deployments.current() == wanted.id and install_policy(

@@ -116,12 +116,10 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
 
 
 def _info(variables: Any) -> dict[str, Any]:
-    """Return what the stage found on a node; check mode has only staged."""
+    """Return what the stage found on a node; what check mode did not stage is not on it."""
     info = plain(variables.get("__serving_info") or {})
-    if info.get("wanted") or info.get("ladder") is not None:
-        return dict(info)
-    staged = plain(variables.get("__serving_staged") or {})
-    return dict((staged.get("results") or [{}])[0])
+    staged = plain(variables.get("__serving_staged") or {}).get("results")
+    return dict(info if info.get("wanted") or not staged else staged[0])
 
 
 def _end(names: list[str], hostvars: Any) -> dict[str, Any]:
