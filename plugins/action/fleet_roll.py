@@ -75,8 +75,12 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         for answer in plain([each.get("gateway") or {} for each in arguments["gateways"]])
     ]
 
+    serving = set.intersection(*up) if up else set()
+
+    # A node that is joined but down takes no requests: it is mended first, and never counts
+    # as one that could not be spared.
     def ready(name: str) -> bool:
-        return bool(states) and all(state.get(name) == "ready" for state in states)
+        return name in serving and all(state.get(name) == "ready" for state in states)
 
     nodes = []
     targets = {}
@@ -99,7 +103,6 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
                 ],
             )
         )
-    serving = set.intersection(*up) if up else set()
     plan = plan_roll(
         nodes,
         batch=arguments["batch"],
