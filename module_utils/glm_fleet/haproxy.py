@@ -398,6 +398,9 @@ def ensure_state(
         )
 
     def not_idle() -> FleetError | None:
+        # A restart between the change and its note on disk brings back the state before.
+        if haproxy.server(backend, name).admin_state != state:
+            haproxy.set_state(backend, name, state)
         sessions = haproxy.sessions(backend, name)
         if sessions == 0:
             return None
