@@ -401,6 +401,7 @@ def ensure_state(
         # A restart between the change and its note on disk brings back the state before.
         if haproxy.server(backend, name).admin_state != state:
             haproxy.set_state(backend, name, state)
+            save_states(haproxy, state_file)
         sessions = haproxy.sessions(backend, name)
         if sessions == 0:
             return None
