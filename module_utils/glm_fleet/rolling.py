@@ -217,11 +217,16 @@ def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
 
     ``roll`` is the record of the last roll. A roll-back that did not get to its end goes on to
     the targets it began with: for a node that is back already, one more step back is wrong.
+    Any other roll is taken back to where it began: a node that it did not reach, or that went
+    back by itself, stays as it is.
     """
-    unfinished = roll.get("operation") == ROLL_BACK and roll.get("state") in ("running", "stopped")
-    if unfinished and not wanted:
+    if wanted:
+        return wanted
+    if roll.get("operation") != ROLL_BACK:
+        return str((roll.get("backs") or {}).get(node) or "before")
+    if roll.get("state") in ("running", "stopped"):
         return str((roll.get("targets") or {}).get(node) or "before")
-    return wanted or "before"
+    return "before"
 
 
 def outcome(

@@ -84,11 +84,13 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
 
     nodes = []
     targets = {}
+    backs = {}
     for name in arguments["nodes"]:
         info = _info(hostvars[name])
         wanted = info.get("wanted") or {}
         if wanted:
             targets[name] = wanted["id"]
+            backs[name] = info.get("back") or ""
         nodes.append(
             NodeState(
                 name,
@@ -115,6 +117,7 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         "turns": [each.node for each in plan.turns],
         "batches": list(plan.batches),
         "targets": targets,
+        "backs": backs,
     }
 
 

@@ -485,6 +485,18 @@ def test_going_back_leads_from_what_runs_to_what_ran_before(
     assert module._info(given(target="r2"), node, False)["ladder"] == [new.id]
 
 
+def test_a_node_that_an_upgrade_did_not_reach_stays_when_the_rest_goes_back(
+    node: Deployments, module: ModuleType
+) -> None:
+    ancient, old, new = one(model="m2"), one(), one("r2")
+    served(node, ancient, old)
+    activate(Systemd(*SWITCH), node, old.id)
+    node.stage(new)
+    planned = module._info(given(rungs=[new.id]), node, False)
+    assert planned["back"] == old.id
+    assert module._info(given(target=planned["back"]), node, False)["ladder"] == [old.id]
+
+
 def test_nothing_to_go_back_to_is_an_empty_ladder(node: Deployments, module: ModuleType) -> None:
     served(node, one())
     activate(Systemd(*SWITCH), node, one().id)

@@ -124,6 +124,14 @@ def test_a_lock_that_was_given_back_cannot_be_kept(lock: FleetLock) -> None:
     assert lock.roll()["state"] == DONE
 
 
+def test_a_run_without_a_plan_does_not_forget_where_the_last_roll_began(lock: FleetLock) -> None:
+    lock.take(claim("ann", backs={"gpu01": "old"}), replace="", now=NOON)
+    lock.end("ann", STOPPED, now=LATER)
+    assert take(lock, "bob")["backs"] == {"gpu01": "old"}
+    record = lock.take(claim("bob", backs={"gpu01": "new"}), replace="", now=LATER)
+    assert record["backs"] == {"gpu01": "new"}
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]"])
 def test_a_damaged_record_locks_nobody_out(lock: FleetLock, tmp_path: Path, damage: str) -> None:
     take(lock, "ann")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -354,9 +356,14 @@ def test_a_gateway_that_does_not_take_the_node_back_hides_nothing() -> None:
         ({"operation": "rollback", "state": "stopped", "targets": {"gpu01": "t"}}, "r1", "r1"),
         ({"operation": "rollback", "state": "stopped", "targets": {"gpu02": "t"}}, "", "before"),
         ({"operation": "rollback", "state": "running"}, "", "before"),
+        ({"operation": "rollback", "state": "done", "backs": {"gpu01": "b"}}, "", "before"),
+        ({"operation": "upgrade", "state": "stopped", "backs": {"gpu01": "b"}}, "", "b"),
+        ({"operation": "upgrade", "state": "done", "backs": {"gpu01": "b"}}, "", "b"),
+        ({"operation": "upgrade", "state": "done", "backs": {"gpu01": "b"}}, "r1", "r1"),
+        ({"operation": "upgrade", "state": "done", "backs": {"gpu01": ""}}, "", "before"),
     ],
 )
-def test_a_roll_back_that_was_cut_off_goes_on_to_the_same_targets(
+def test_a_roll_back_knows_where_the_last_roll_began(
     roll: dict[str, Any], wanted: str, target: str
 ) -> None:
     assert rolling.rollback_target(roll, "gpu01", wanted) == target
@@ -387,3 +394,102 @@ def test_the_end_in_one_sentence() -> None:
         "The roll stopped at gpu02 (rolled back), gpu04 (drained); 1 nodes were not touched. "
         "Mend what the table names, then run again."
     )
+
+
+# -- what the controller makes of the answers ------------------------------------------
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fleet_roll_action", Path(__file__).resolve().parents[2] / "plugins/action/fleet_roll.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+plugin = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(plugin)
+
+
+def gateway(**states: str) -> dict[str, Any]:
+    """What a gateway answers; a state is admin state and status."""
+    servers = [
+        dict(zip(("name", "admin_state", "status"), (name, *state.split())))
+        for name, state in states.items()
+    ]
+    return {"gateway": {"servers": servers}}
+
+
+def info(*changes: str, **more: Any) -> dict[str, Any]:
+    found = {"wanted": NEW, "current": OLD, "differences": list(changes), "back": OLD["id"]}
+    return {"__serving_info": {**found, **more}}
+
+
+def planned(
+    hosts: dict[str, dict[str, Any]], *gateways: dict[str, Any], **given: Any
+) -> dict[str, Any]:
+    options = {
+        "nodes": list(hosts),
+        "gateways": list(gateways),
+        "held": {},
+        "batch": "1",
+        "min_ready": "1",
+        "canary": "",
+        **given,
+    }
+    found: dict[str, Any] = plugin._plan(options, hosts)
+    return found
+
+
+def test_the_plan_remembers_where_every_node_goes_and_came_from() -> None:
+    hosts = {"gpu01": info("release r1 -> r2"), "gpu02": info()}
+    found = planned(hosts, gateway(gpu01="ready UP", gpu02="ready UP"))
+    assert (found["turns"], found["batches"]) == (["gpu01"], [1])
+    assert found["targets"] == {"gpu01": NEW["id"], "gpu02": NEW["id"]}
+    assert found["backs"] == {"gpu01": OLD["id"], "gpu02": OLD["id"]}
+
+
+def test_a_dead_node_is_mended_whoever_else_serves() -> None:
+    dead = info("the service does not run")
+    assert planned({"gpu01": dead}, gateway(gpu01="ready DOWN"))["turns"] == ["gpu01"]
+    hosts = {"gpu01": info("release r1 -> r2"), "gpu02": dead, "gpu03": info()}
+    answers = gateway(gpu01="ready UP", gpu02="ready DOWN", gpu03="ready UP")
+    assert planned(hosts, answers)["turns"] == ["gpu02", "gpu01"]
+
+
+def test_a_node_that_one_gateway_leaves_out_has_to_join() -> None:
+    both = gateway(gpu01="ready UP", gpu02="ready UP")
+    one = gateway(gpu01="ready UP", gpu02="drain DRAIN")
+    hosts = {"gpu01": info(), "gpu02": info()}
+    assert planned(hosts, both, both)["turns"] == []
+    assert planned(hosts, both, one)["turns"] == ["gpu02"]
+    assert planned(hosts, both, one, held={"gpu02": {"reason": "fans"}})["turns"] == []
+
+
+def test_a_bare_fleet_is_a_first_start_of_every_node() -> None:
+    skipped = {"__serving_info": {"skipped": True}, "__serving_staged": {"skipped": True}}
+    found = planned({"gpu01": skipped, "gpu02": skipped})
+    assert found["turns"] == ["gpu01", "gpu02"]
+    assert found["targets"] == {}
+
+
+def test_check_mode_plans_with_what_it_would_stage() -> None:
+    staged = {"__serving_staged": {"results": [{"wanted": NEW, "differences": ["--seed 1 added"]}]}}
+    unknown = {"__serving_info": {"wanted": {}, "ladder": ["b"], "differences": []}}
+    answers = gateway(gpu01="ready UP", gpu02="ready UP")
+    hosts = {"gpu01": {**staged, **unknown}, "gpu02": info()}
+    assert planned(hosts, answers)["turns"] == ["gpu01"]
+    # A node that stepped down runs what it should.
+    assert planned({**hosts, "gpu01": {**staged, **info()}}, answers)["turns"] == []
+
+
+def test_the_end_names_who_had_a_turn_and_who_had_none() -> None:
+    turn = rolling.outcome([tried(CRASHED)], tried(PASSED, deployment=OLD), [], [], "")
+    hosts = {
+        "gpu01": {**info("x"), "__serving_outcome": turn},
+        "gpu02": info("x", running={"record": OLD}),
+        "gpu03": info(running={"record": NEW}),
+    }
+    found = plugin._end(list(hosts), hosts)
+    rows = [line.text for line in found["lines"] if line.text.startswith("gpu")]
+    assert not found["good"]
+    assert found["sentence"].startswith("The roll stopped at gpu01 (rolled back); 2 nodes")
+    assert rows[1].split()[:4] == ["gpu02", "untouched", "r1", "m"]
+    assert "its turn did not come" in rows[1]
+    assert "runs what it should" in rows[2]
