@@ -88,9 +88,10 @@ def plan_roll(
 ) -> Plan:
     """Put the nodes in order: those that cost nothing first, one canary, then batch by batch.
 
-    A node that takes no requests anyway is the best canary. ``ready`` counts the nodes of
-    the whole fleet that take requests now, also those outside this run. Raises `FleetError`
-    when nodes that serve could only be taken out below ``min_ready``.
+    A node that takes no requests anyway is the best canary, unless it is held: that one may be
+    broken, and comes last. ``ready`` counts the nodes of the whole fleet that take requests
+    now, also those outside this run. Raises `FleetError` when nodes that serve could only be
+    taken out below ``min_ready``.
     """
     size, least = batch_size(batch, len(nodes)), min_ready_nodes(min_ready)
     if canary and canary not in {each.name for each in nodes}:
@@ -100,11 +101,12 @@ def plan_roll(
             found=canary,
         )
     joining = [each for each in nodes if not each.changes and not each.ready and not each.held]
-    idle = [each for each in nodes if each.changes and not each.ready]
+    idle = [each for each in nodes if each.changes and not each.ready and not each.held]
+    held = [each for each in nodes if each.changes and not each.ready and each.held]
     serving = [each for each in nodes if each.changes and each.ready]
     for group in (idle, serving):
         group.sort(key=lambda each: each.name != canary)
-    later = ready + len(joining) + sum(not each.held for each in idle)
+    later = ready + len(joining) + len(idle)
     room = later - least
     if serving and room < 1:
         raise FleetError(
@@ -119,6 +121,7 @@ def plan_roll(
         groups.append(serving[:1])
         serving = serving[1:]
     groups += [serving[begin : begin + size] for begin in range(0, len(serving), size)]
+    groups.append(held)
     groups = [group for group in groups if group]
     turns = [
         Turn(each.name, RESTART if each.changes else JOIN, number)

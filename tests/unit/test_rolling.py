@@ -64,9 +64,9 @@ def test_what_runs_what_it_should_has_no_turn() -> None:
     assert plan([node("gpu01", changes=False), node("gpu02", changes=False)]).turns == []
 
 
-def test_a_held_node_is_switched_but_does_not_join_nor_count() -> None:
+def test_a_held_node_is_switched_last_and_neither_joins_nor_counts() -> None:
     held = node("gpu03", ready=False, held="fans")
-    assert groups(plan([node("gpu01"), node("gpu02"), held])) == [["gpu03"], ["gpu01"], ["gpu02"]]
+    assert groups(plan([node("gpu01"), node("gpu02"), held])) == [["gpu01"], ["gpu02"], ["gpu03"]]
     with pytest.raises(FleetError, match="No node can be taken out"):
         plan([node("gpu01"), node("gpu02"), held], min_ready=2)
     assert plan([node("gpu03", changes=False, ready=False, held="fans")]).turns == []
@@ -139,9 +139,9 @@ def test_the_plan_says_what_happens_to_each_node_and_why() -> None:
     assert lines[0] == "Roll: 3 of 5 nodes are restarted, 1 only joined."
     rows = {line.split()[1]: " ".join(line.split()) for line in lines[3:]}
     assert rows["gpu03"] == "1 gpu03 attest, join is not ready"
-    assert rows["gpu02"] == ("2 gpu02 switch, attest (canary) release r1 -> r2; held: fans")
-    assert rows["gpu01"] == "3 gpu01 drain, switch, attest, join release r1 -> r2"
+    assert rows["gpu01"] == "2 gpu01 drain, switch, attest, join (canary) release r1 -> r2"
     assert rows["gpu05"].endswith("release r1 -> r2; full graphs fail here")
+    assert rows["gpu02"] == "4 gpu02 switch, attest release r1 -> r2; held: fans"
     assert rows["gpu04"] == "- gpu04 stays runs what it should"
 
 
