@@ -55,7 +55,9 @@ options:
     description: Id of a deployment of this node.
     type: str
   rungs:
-    description: Ids of deployments, the wanted one first, then what to step down to.
+    description:
+      - Ids of deployments, the wanted one first, then what to step down to.
+      - For V(active), ids that have to stay on the node although nothing runs them yet.
     type: list
     elements: str
     default: []
@@ -147,6 +149,7 @@ seconds:
   type: dict
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -163,7 +166,7 @@ from ansible.module_utils.glm_fleet.deployment import (
     install_policy,
     make,
 )
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.runner import run_program
 
 
@@ -189,7 +192,7 @@ def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
     }
 
 
-def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
+def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
     running = read_running(run_program, UNIT)
     current = deployments.find(deployments.current())
     skipped = []
@@ -203,9 +206,9 @@ def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
         ]
     else:
         ladder = list(params["rungs"])
-        for identifier in params["rungs"] if params["retry"] else []:
+        for identifier in params["rungs"] if params["retry"] and not check_mode else []:
             deployments.forgive(identifier)
-        while len(ladder) > 1 and deployments.refused(ladder[0]):
+        while len(ladder) > 1 and not params["retry"] and deployments.refused(ladder[0]):
             refused = deployments.read(ladder.pop(0))
             skipped.append(
                 {
@@ -230,22 +233,24 @@ def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
 def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
     identifier = params["id"]
     wanted = deployments.read(identifier)
-    words = compare(
-        read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
-    )
-    result: dict[str, Any] = {
-        "id": identifier,
-        "deployment": wanted.summary(),
-        "changed": bool(words),
-        "seconds": {},
-    }
-    if check_mode:
-        return result
-    if params["refuse"]:
-        deployments.refuse(params["refuse"], params["reason"] or "")
-    if words:
-        result["seconds"] = activate(run_program, deployments, identifier)
-    deployments.retire([identifier, *([params["refuse"]] if params["refuse"] else [])])
+    with contextlib.nullcontext() if check_mode else deployments.switching():
+        words = compare(
+            read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
+        )
+        result: dict[str, Any] = {
+            "id": identifier,
+            "deployment": wanted.summary(),
+            "changed": bool(words),
+            "seconds": {},
+        }
+        if check_mode:
+            return result
+        if params["refuse"]:
+            deployments.refuse(params["refuse"], params["reason"] or "")
+        if words:
+            result["seconds"] = activate(run_program, deployments, identifier)
+    refused = [params["refuse"]] if params["refuse"] else []
+    deployments.retire([identifier, *refused, *params["rungs"]])
     return result
 
 
@@ -264,7 +269,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if params["state"] == "staged":
         return _staged(params, deployments, module.check_mode)
     if params["state"] == "info":
-        return _info(params, deployments)
+        return _info(params, deployments, module.check_mode)
     if params["state"] == "policy":
         wanted = deployments.read(params["id"])
         changed = deployments.current() == wanted.id and install_policy(
@@ -317,6 +322,8 @@ def main() -> None:
         module.exit_json(**run(module))
     except FleetError as error:
         module.fail_json(**error.as_fail())
+    except OSError as error:
+        module.fail_json(**from_os_error(error).as_fail())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ options:
     description: Deployment that each node goes to, kept with the record of the roll.
     type: dict
     default: {}
+  backs:
+    description: Deployment that each node would go back to, kept with the record of the roll.
+    type: dict
+    default: {}
   takeover:
     description: Take the lock from whoever has it.
     type: bool
@@ -70,7 +74,7 @@ EXAMPLES = r"""
 RETURN = r"""
 roll:
   description: Record of the last roll, as run, operation, owner, controller, pid, taken, seen,
-    state (running, done or stopped) and targets.
+    state (running, done or stopped), targets and backs.
   returned: success
   type: dict
 held:
@@ -112,7 +116,8 @@ def run(module: AnsibleModule) -> bool:
     if module.check_mode or state == "info":
         return False
     if state == "taken":
-        lock.take({**claim, "targets": params["targets"]}, replace=params["replace"], now=now)
+        plan = {key: params[key] for key in ("targets", "backs")}
+        lock.take({**claim, **plan}, replace=params["replace"], now=now)
     elif state == "kept":
         lock.keep(mine, now=now)
     else:
@@ -127,6 +132,7 @@ def main() -> None:
             "state": {"type": "str", "required": True, "choices": _STATES},
             "operation": {"type": "str", "default": ""},
             "targets": {"type": "dict", "default": {}},
+            "backs": {"type": "dict", "default": {}},
             "takeover": {"type": "bool", "default": False},
             "node": {"type": "str"},
             "reason": {"type": "str", "default": ""},

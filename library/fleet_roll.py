@@ -76,6 +76,10 @@ targets:
   description: Id of the deployment that each node goes to.
   returned: with V(planned)
   type: dict
+backs:
+  description: Id of the deployment that each node would go back to, empty if there is none.
+  returned: with V(planned)
+  type: dict
 good:
   description: Whether every turn got through.
   returned: with V(ended)

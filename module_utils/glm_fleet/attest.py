@@ -622,17 +622,20 @@ def watch(
 
     Returns {ready, failed, phase, progress}: ``ready`` when the journal says so and
     ``/health`` answers; ``failed`` says why a start is over; ``progress`` changes as long as
-    anything moves (journal lines, bytes read by the service).
+    anything moves (its phase, new kinds of journal lines, bytes read by the service).
     """
     end = clock() + seconds
     while True:
         state = unit_state(runner, unit)
         lines = journal(runner, state["invocation_id"], _RECENT_LINES)
+        # A hung engine repeats itself every minute: only what was not said before is progress.
+        said = len({re.sub(r"\d+", "", line) for line in lines})
         result: dict[str, Any] = {
             "ready": False,
             "failed": "",
             "phase": phase(lines),
-            "progress": f"{len(lines)} lines, {_bytes_read(state['main_pid'], proc)} bytes",
+            "progress": f"{phase(lines)}, {said} different lines, "
+            f"{_bytes_read(state['main_pid'], proc)} bytes",
             "invocation_id": state["invocation_id"],
         }
         if state["active_state"] not in ("active", "activating"):

@@ -21,7 +21,8 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -106,6 +107,16 @@ class Deployments:
     def __init__(self, places: Places) -> None:
         self.places = places
         self._root = places.deployments
+
+    @contextmanager
+    def switching(self) -> Iterator[None]:
+        """Wait until nobody else switches this node.
+
+        A controller that dies leaves its module at work here, waiting for vLLM to stop. Two at
+        once would mix what they switch to, and the wrong one would count as attested.
+        """
+        with exclusive(self._root / ".switching"):
+            yield
 
     def read(self, identifier: str) -> Deployment:
         """Return a deployment; raises `FleetError` when the node does not have it."""

@@ -67,7 +67,8 @@ class FleetLock:
     def roll(self) -> dict[str, Any]:
         """Return the record of the last roll, {} if there was none.
 
-        Shape: {run, operation, owner, controller, pid, pid_start, taken, seen, state, targets}.
+        Shape: {run, operation, owner, controller, pid, pid_start, taken, seen, state, targets,
+        backs}.
         """
         return _load(self._roll)
 
@@ -87,6 +88,9 @@ class FleetLock:
             record = {**claim, "state": RUNNING, "taken": now, "seen": now}
             if known.get("run") == claim["run"]:
                 record["taken"] = known["taken"]
+            if not record.get("backs"):
+                # A run that ends before it has a plan leaves what the last roll began with.
+                record["backs"] = known.get("backs") or {}
             write_atomically(self._roll, json.dumps(record, indent=1) + "\n")
             return record
 

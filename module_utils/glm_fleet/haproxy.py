@@ -107,18 +107,35 @@ def unix_transport(
 ) -> Transport:
     """Return a `Transport` over the UNIX socket at ``path``.
 
-    ``timeout`` is for each reply, ``patience`` how long nobody may listen, both in seconds.
+    ``timeout`` is for each reply, ``patience`` how long nobody may answer, both in seconds.
     """
 
+    def once(command: str) -> bytes:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(path)
+            connection.sendall(command.encode() + b"\n")
+            # The master's socket keeps the connection open until our side is closed.
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
     def ask(command: str) -> str:
+        # On a reload the master binds its socket anew a moment after the new worker is there,
+        # on a restart there is none for a while. HAProxy that ends while it is asked says
+        # nothing, not even an empty line; every command can be repeated.
+        deadline = time.monotonic() + patience
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(timeout)
-                _connect(connection, path, patience)
-                connection.sendall(command.encode() + b"\n")
-                # The master's socket keeps the connection open until our side is closed.
-                connection.shutdown(socket.SHUT_WR)
-                reply = b"".join(iter(lambda: connection.recv(65536), b""))
+            while True:
+                late = time.monotonic() >= deadline
+                try:
+                    reply = once(command)
+                except (ConnectionError, FileNotFoundError):
+                    if late:
+                        raise
+                else:
+                    if reply or late:
+                        break
+                time.sleep(0.1)
         except OSError as error:
             raise GatewayUnreachableError(
                 "HAProxy's runtime socket does not answer",
@@ -130,19 +147,6 @@ def unix_transport(
         return reply.decode(errors="replace")
 
     return ask
-
-
-def _connect(connection: socket.socket, path: str, patience: float) -> None:
-    # On a reload the master binds its socket anew a moment after the new worker is there, on
-    # a restart there is none for a while.
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return connection.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
 
 
 class Haproxy:
@@ -394,6 +398,10 @@ def ensure_state(
         )
 
     def not_idle() -> FleetError | None:
+        # A restart between the change and its note on disk brings back the state before.
+        if haproxy.server(backend, name).admin_state != state:
+            haproxy.set_state(backend, name, state)
+            save_states(haproxy, state_file)
         sessions = haproxy.sessions(backend, name)
         if sessions == 0:
             return None

@@ -88,9 +88,10 @@ def plan_roll(
 ) -> Plan:
     """Put the nodes in order: those that cost nothing first, one canary, then batch by batch.
 
-    A node that takes no requests anyway is the best canary. ``ready`` counts the nodes of
-    the whole fleet that take requests now, also those outside this run. Raises `FleetError`
-    when nodes that serve could only be taken out below ``min_ready``.
+    A node that takes no requests anyway is the best canary, unless it is held: that one may be
+    broken, and comes last. ``ready`` counts the nodes of the whole fleet that take requests
+    now, also those outside this run. Raises `FleetError` when nodes that serve could only be
+    taken out below ``min_ready``.
     """
     size, least = batch_size(batch, len(nodes)), min_ready_nodes(min_ready)
     if canary and canary not in {each.name for each in nodes}:
@@ -100,11 +101,12 @@ def plan_roll(
             found=canary,
         )
     joining = [each for each in nodes if not each.changes and not each.ready and not each.held]
-    idle = [each for each in nodes if each.changes and not each.ready]
+    idle = [each for each in nodes if each.changes and not each.ready and not each.held]
+    held = [each for each in nodes if each.changes and not each.ready and each.held]
     serving = [each for each in nodes if each.changes and each.ready]
     for group in (idle, serving):
         group.sort(key=lambda each: each.name != canary)
-    later = ready + len(joining) + sum(not each.held for each in idle)
+    later = ready + len(joining) + len(idle)
     room = later - least
     if serving and room < 1:
         raise FleetError(
@@ -119,6 +121,7 @@ def plan_roll(
         groups.append(serving[:1])
         serving = serving[1:]
     groups += [serving[begin : begin + size] for begin in range(0, len(serving), size)]
+    groups.append(held)
     groups = [group for group in groups if group]
     turns = [
         Turn(each.name, RESTART if each.changes else JOIN, number)
@@ -217,11 +220,16 @@ def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
 
     ``roll`` is the record of the last roll. A roll-back that did not get to its end goes on to
     the targets it began with: for a node that is back already, one more step back is wrong.
+    Any other roll is taken back to where it began: a node that it did not reach, or that went
+    back by itself, stays as it is.
     """
-    unfinished = roll.get("operation") == ROLL_BACK and roll.get("state") in ("running", "stopped")
-    if unfinished and not wanted:
+    if wanted:
+        return wanted
+    if roll.get("operation") != ROLL_BACK:
+        return str((roll.get("backs") or {}).get(node) or "before")
+    if roll.get("state") in ("running", "stopped"):
         return str((roll.get("targets") or {}).get(node) or "before")
-    return wanted or "before"
+    return "before"
 
 
 def outcome(
@@ -242,18 +250,17 @@ def outcome(
     busy = sum(int(each.get("sessions") or 0) for each in drained)
     if busy:
         why.append(f"{busy} requests were still running when it was stopped")
-    for results, state in ((drained, UNTOUCHED), (joined, DRAINED)):
-        for result in results:
-            if result.get("failed") or result.get("unreachable"):
-                message = " ".join(str(result.get("msg", "")).split())
-                where = result.get("item", "gateway")
-                return _ended(state, False, last, [f"{where}: {message}"])
+    if refused := _refusals(drained):
+        return _ended(UNTOUCHED, False, last, refused)
     if not last:
         return _ended(UNTOUCHED, False, last, ["its turn did not begin"])
+    not_joined = _refusals(joined)
     if last["passed"]:
         for failed in attempts[:-1]:
             graphs = last["runs"].get("cuda_graphs", "a lower mode")
             why.append(f"stepped down to {graphs}: {failed['diagnosis'] or failed['message']}")
+        if not_joined:
+            return _ended(DRAINED, False, last, [*why, *not_joined])
         if held:
             return _ended(HELD, True, last, [*why, f"held: {held}"])
         return _ended(SERVES, True, last, why)
@@ -261,6 +268,8 @@ def outcome(
     if last["lost"]:
         return _ended(LOST, False, last, [f"no answer: {reason}", "it stays drained"])
     if back and back.get("passed"):
+        if not_joined:
+            return _ended(DRAINED, False, back, [reason, "rolled back", *not_joined], last)
         if held:
             return _ended(ROLLED_BACK, False, back, [reason, f"held: {held}"], last)
         return _ended(ROLLED_BACK, False, back, [reason], last)
@@ -271,6 +280,15 @@ def outcome(
         return _ended(DRAINED, False, back, [reason, f"going back failed too: {again}"], last)
     nothing = "nothing was attested here before that it could go back to; it stays drained"
     return _ended(DRAINED, False, last, [reason, nothing])
+
+
+def _refusals(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which gateways refused, and in which words."""
+    return [
+        f"{each.get('item', 'gateway')}: {' '.join(str(each.get('msg', '')).split())}"
+        for each in results
+        if each.get("failed") or each.get("unreachable")
+    ]
 
 
 def _ended(

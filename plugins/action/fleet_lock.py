@@ -75,6 +75,20 @@ def _start_of(pid: int) -> int:
 
 def _dead(holder: dict[str, Any], claim: dict[str, Any]) -> bool:
     """Tell whether the holder ran on this very controller, and its process is gone."""
-    return holder.get("controller") == claim["controller"] and _start_of(
-        int(holder.get("pid") or 0)
-    ) != holder.get("pid_start")
+    if holder.get("controller") != claim["controller"]:
+        return False
+    pid = int(holder.get("pid") or 0)
+    start = _start_of(pid)
+    # Where /proc hides other users' processes, only a signal tells that there is one.
+    return start != holder.get("pid_start") and (start > 0 or not _exists(pid))
+
+
+def _exists(pid: int) -> bool:
+    """Tell whether a process of another user exists; one of ours would be seen in /proc."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return False

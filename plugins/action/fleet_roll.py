@@ -75,16 +75,22 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         for answer in plain([each.get("gateway") or {} for each in arguments["gateways"]])
     ]
 
+    serving = set.intersection(*up) if up else set()
+
+    # A node that is joined but down takes no requests: it is mended first, and never counts
+    # as one that could not be spared.
     def ready(name: str) -> bool:
-        return bool(states) and all(state.get(name) == "ready" for state in states)
+        return name in serving and all(state.get(name) == "ready" for state in states)
 
     nodes = []
     targets = {}
+    backs = {}
     for name in arguments["nodes"]:
         info = _info(hostvars[name])
         wanted = info.get("wanted") or {}
         if wanted:
             targets[name] = wanted["id"]
+            backs[name] = info.get("back") or ""
         nodes.append(
             NodeState(
                 name,
@@ -99,7 +105,6 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
                 ],
             )
         )
-    serving = set.intersection(*up) if up else set()
     plan = plan_roll(
         nodes,
         batch=arguments["batch"],
@@ -112,16 +117,15 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         "turns": [each.node for each in plan.turns],
         "batches": list(plan.batches),
         "targets": targets,
+        "backs": backs,
     }
 
 
 def _info(variables: Any) -> dict[str, Any]:
-    """Return what the stage found on a node; check mode has only staged."""
+    """Return what the stage found on a node; what check mode did not stage is not on it."""
     info = plain(variables.get("__serving_info") or {})
-    if info.get("wanted") or info.get("ladder") is not None:
-        return dict(info)
-    staged = plain(variables.get("__serving_staged") or {})
-    return dict((staged.get("results") or [{}])[0])
+    staged = plain(variables.get("__serving_staged") or {}).get("results")
+    return dict(info if info.get("wanted") or not staged else staged[0])
 
 
 def _end(names: list[str], hostvars: Any) -> dict[str, Any]:

@@ -73,6 +73,63 @@ def test_a_known_crash_is_diagnosed_with_its_remedy() -> None:
     assert attest.diagnose(GOOD) == ""
 
 
+def test_the_crash_of_full_graphs_is_one_that_a_lower_mode_avoids() -> None:
+    assert attest.lower_graphs_help(CRASH)
+    assert not attest.lower_graphs_help(GOOD)
+    assert not attest.lower_graphs_help([])
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy", "lower"),
+    [
+        ("CUDA error: operation not permitted when stream is capturing", "eager", True),
+        ("RuntimeError: CUDA error: 802", "fabric manager", False),
+        ("CUDA error: system not yet initialized", "fabric manager", False),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "gpu_memory_utilization", False),
+        ("ValueError: No available memory for the cache blocks.", "max_model_len", False),
+        (
+            "ValueError: max seq len (32768) is larger than the maximum number of tokens that "
+            "can be stored in KV cache (9000)",
+            "max_model_len",
+            False,
+        ),
+        ("PackageNotFoundError: No package metadata was found for vllm", "build", False),
+        ("TimeoutError: Timed out waiting for engine core", "ENGINE_READY_TIMEOUT", False),
+        ("vllm serve: error: argument --x: invalid choice", "extra_arguments", False),
+        ("vllm: error: unrecognized arguments: --y", "extra_arguments", False),
+        ("NVRM: Xid (PCI:0000:07:00): 74, pid=1", "nvlink", False),
+        ("ncclUnhandledCudaError: Call to CUDA function failed", "nvlink", False),
+        ("start gate: An earlier engine still holds", "line of the start gate", False),
+        ("RuntimeError: Engine core initialization failed.", "first error above", False),
+    ],
+)
+def test_each_known_crash_has_its_remedy(line: str, remedy: str, lower: bool) -> None:
+    lines = [*GOOD[:40], f"(EngineCore pid=9) ERROR {line}", "Shutting down"]
+    found = attest.diagnose(lines)
+    assert line[-60:] in found
+    assert remedy in found
+    assert attest.lower_graphs_help(lines) is lower
+
+
+def test_the_cause_is_named_before_the_frame_around_it() -> None:
+    frame = "RuntimeError: Engine core initialization failed. See root cause above."
+    cause = "torch.OutOfMemoryError: CUDA out of memory."
+    for lines in ([cause, frame], [frame, cause]):
+        assert "gpu_memory_utilization" in attest.diagnose(lines)
+
+
+def test_a_start_that_failed_carries_what_the_ladder_needs() -> None:
+    watched = {"phase": "capturing CUDA graphs"}
+    details = attest.failed_start(watched, CRASH, "the service died").as_fail()
+    assert details["step_down"] is True
+    assert "illegal instruction" in details["diagnosis"]
+    assert any("illegal instruction" in line for line in details["journal"])
+    assert details["remedy"] == details["diagnosis"]
+    unknown = attest.failed_start(watched, ["something else"], "the service died").as_fail()
+    assert (unknown["step_down"], unknown["diagnosis"]) == (False, "")
+    assert "journalctl" in unknown["remedy"]
+
+
 def test_metrics_are_summed_over_labels() -> None:
     text = (
         "# HELP x\n"
@@ -212,6 +269,20 @@ def test_each_fault_of_the_server_is_caught(host: Path, fault: str, check: str) 
     assert check in failed(found)
 
 
+def test_a_crash_while_it_is_attested_is_a_reason_to_step_down(host: Path) -> None:
+    def crashed(argv: Sequence[str], **_: Any) -> RunResult:
+        return systemd(argv, log=CRASH)
+
+    wanted = attest.Wanted("glm-serving.service", "glm-5.2", "rel-1", "mod-1", [], [])
+    paths = {"record_path": host / "record.json", "evidence_path": host / "a.json", "proc": host}
+    found = attest.attest(crashed, Server(fault="dead"), wanted, thorough=True, **paths)
+    assert found["step_down"]
+    assert "illegal instruction" in found["diagnosis"]
+    # An old line of a node that passes is no reason for anything.
+    passed = attest.attest(crashed, Server(), wanted, thorough=True, **paths)
+    assert (passed["passed"], passed["step_down"], passed["diagnosis"]) == (True, False, "")
+
+
 def test_what_runs_has_to_be_what_was_activated(host: Path) -> None:
     assert "release that runs" in failed(run(host, Server(), release="rel-2"))
     assert "model that runs" in failed(run(host, Server(), model="mod-2"))
@@ -244,6 +315,32 @@ def test_a_start_is_watched(
     )
     assert found["ready"] is ready
     assert why in found["failed"]
+
+
+def progress(proc: Path, log: Sequence[str]) -> str:
+    found = attest.watch(
+        lambda argv, **_: systemd(argv, log=log),
+        lambda path, body=None: (503, iter([])),
+        "glm-serving.service",
+        seconds=0,
+        proc=proc,
+    )
+    return str(found["progress"])
+
+
+def test_shards_and_new_lines_are_progress_and_repetitions_are_none(tmp_path: Path) -> None:
+    shard = "Loading safetensors checkpoint shards:  15% Completed | {}/83 [00:00<00:00]"
+    hung = "WARNING 11-22 07:{}:24 No available shared memory broadcast block found in 60 seconds"
+    loading = [*CPU[:30], shard.format(12)]
+    waiting = [*loading, hung.format(30)]
+    seen = [
+        progress(tmp_path, CPU[:30]),
+        progress(tmp_path, loading),
+        progress(tmp_path, [*CPU[:30], shard.format(13)]),
+        progress(tmp_path, waiting),
+    ]
+    assert len(set(seen)) == 4
+    assert progress(tmp_path, [*waiting, hung.format(31), hung.format(32)]) == seen[-1]
 
 
 def test_a_node_that_died_once_and_serves_now_is_ready(tmp_path: Path) -> None:

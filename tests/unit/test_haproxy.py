@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
@@ -24,6 +25,7 @@ from glm_fleet.haproxy import (
     MASTER_SOCKET,
     SOCKET,
     STATE_FILE,
+    Change,
     GatewayUnreachableError,
     Haproxy,
     UnknownServerError,
@@ -57,6 +59,45 @@ def test_a_missing_socket_is_told_apart(tmp_path: Path) -> None:
     report = describe(haproxy)
     assert not report["valid"]
     assert len(report["errors"]) == 1
+
+
+class Listener:
+    """A runtime socket that gives these replies, one a connection, and then ends."""
+
+    def __init__(self, path: Path, *replies: bytes) -> None:
+        self.path = path
+        self.replies = replies
+        self.asked: list[bytes] = []
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+
+    def serve(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(self.path))
+            listener.listen()
+            for reply in self.replies:
+                connection, _ = listener.accept()
+                with connection:
+                    self.asked.append(connection.recv(65536))
+                    connection.sendall(reply)
+
+
+def test_a_gateway_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    listener = Listener(tmp_path / "s", b"\n")
+    ask = unix_transport(str(tmp_path / "s"), patience=10)
+    later = threading.Timer(0.3, listener.thread.start)
+    later.start()
+    assert ask("show info") == "\n"
+    later.join()
+    with pytest.raises(GatewayUnreachableError, match="show info"):
+        unix_transport(str(tmp_path / "s"), patience=0)("show info")
+
+
+def test_a_question_that_a_restart_cuts_off_is_asked_again(tmp_path: Path) -> None:
+    listener = Listener(tmp_path / "s", b"", b"\n")
+    listener.thread.start()
+    ask = unix_transport(str(tmp_path / "s"), patience=10)
+    Haproxy(ask).set_state("b", "n1", "drain")
+    assert listener.asked == [b"set server b/n1 state drain\n"] * 2
 
 
 def test_old_workers_are_found() -> None:
@@ -403,3 +444,126 @@ def test_the_saved_states_read_back(gateway: Gateway) -> None:
     assert not save_states(gateway.haproxy, gateway.state_file, gateway.endpoints)
     assert save_states(gateway.haproxy, gateway.state_file, {"gpu01": "127.0.0.1:1"})
     assert parse_servers_state(gateway.state_file.read_text()) == []
+
+
+# -- taking a node out without an outage -----------------------------------------------
+
+
+class Time:
+    """A clock that moves only when somebody sleeps, and what happens meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[float], object] = lambda now: None) -> None:
+        self.now = 0.0
+        self.meanwhile = meanwhile
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile(self.now)
+
+
+def drain(gateway: Gateway, name: str, at: Time, **given: Any) -> Change:
+    options = {"wait": True, "timeout": 5, "state_file": gateway.state_file, **given}
+    return ensure_state(
+        gateway.haproxy, BACKEND, name, "drain", clock=lambda: at.now, sleep=at.sleep, **options
+    )
+
+
+def test_the_last_node_is_not_taken_out(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+    at = Time()
+    with pytest.raises(FleetError, match=r"serve_min_ready\). Found: 0: none"):
+        drain(gateway, "gpu01", at, min_ready=1)
+    assert gateway.states()["gpu01"] == "UP"
+    assert gateway.get() == (200, "gpu01")
+    assert at.now == 30
+    # An outage that somebody wants.
+    assert drain(gateway, "gpu01", at, min_ready=0).changed
+
+
+def test_a_node_is_taken_out_as_soon_as_another_is_back(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+    at = Time(lambda now: now == 2 and gateway.set("gpu02", "ready"))
+    assert drain(gateway, "gpu01", at, min_ready=1).changed
+    assert at.now == 2
+    assert gateway.states() == {"gpu01": "DRAIN", "gpu02": "UP"}
+
+
+def test_a_node_that_takes_no_requests_is_always_taken_out(
+    gateway: Gateway, nodes: dict[str, Node]
+) -> None:
+    gateway.set("gpu01", "ready")
+    nodes["gpu01"].close()
+    eventually(lambda: gateway.states()["gpu01"] == "DOWN", timeout=15)
+    assert drain(gateway, "gpu01", Time(), min_ready=1).changed
+    assert drain(gateway, "gpu02", Time(), min_ready=1, wait=False).before == "maint"
+
+
+def test_a_node_that_is_drained_already_needs_no_other(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+    gateway.set("gpu02", "drain")
+    change = drain(gateway, "gpu02", Time(), min_ready=2)
+    assert (change.before, change.changed) == ("drain", False)
+
+
+def test_two_that_drain_at_once_do_not_count_on_each_other(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+    gateway.set("gpu02", "ready")
+    refused: list[str] = []
+
+    def out(name: str) -> None:
+        try:
+            drain(gateway, name, Time(), min_ready=1)
+        except FleetError:
+            refused.append(name)
+
+    threads = [threading.Thread(target=out, args=(name,)) for name in ("gpu01", "gpu02")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(refused) == 1
+    assert gateway.states()[refused[0]] == "UP"
+
+
+def test_requests_that_last_too_long_are_counted_or_refused(
+    gateway: Gateway, nodes: dict[str, Node]
+) -> None:
+    gateway.set("gpu01", "ready")
+    stream = threading.Thread(target=gateway.get, args=("/stream",))
+    stream.start()
+    eventually(lambda: gateway.haproxy.sessions(BACKEND, "gpu01") == 1)
+    change = drain(gateway, "gpu01", Time(), fail_when_busy=False)
+    assert (change.after, change.changed, change.sessions) == ("drain", True, 1)
+    with pytest.raises(FleetError, match="1 running") as error:
+        drain(gateway, "gpu01", Time())
+    assert error.value.details == {"sessions": 1}
+    assert gateway.states()["gpu01"] == "DRAIN"
+    nodes["gpu01"].release.set()
+    stream.join(5)
+
+
+def test_a_restart_while_a_node_empties_does_not_let_it_back_in(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+
+    def cut() -> None:
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            gateway.get("/stream")
+
+    stream = threading.Thread(target=cut)
+    stream.start()
+    eventually(lambda: gateway.haproxy.sessions(BACKEND, "gpu01") == 1)
+    ready = gateway.state_file.read_text()
+
+    def restart(now: float) -> None:
+        if now == 1:
+            gateway.stop()
+            # As if the restart had come before the change was on the disk.
+            gateway.state_file.write_text(ready)
+            gateway.start("second")
+
+    change = drain(gateway, "gpu01", Time(restart))
+    assert (change.after, change.sessions) == ("drain", 0)
+    assert gateway.states()["gpu01"] == "DRAIN"
+    saved = parse_servers_state(gateway.state_file.read_text())
+    assert [(s.name, s.admin_state) for s in saved] == [("gpu01", "drain")]
+    stream.join(5)

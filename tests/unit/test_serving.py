@@ -13,7 +13,13 @@ import yaml
 from glm_fleet import gate
 from glm_fleet.errors import FleetError
 from glm_fleet.runner import RunResult
-from glm_fleet.serving import differences, environment_file, serve_command, unit_words
+from glm_fleet.serving import (
+    differences,
+    environment_file,
+    graph_rungs,
+    serve_command,
+    unit_words,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +81,26 @@ def test_tool_calls_are_switched_on_with_their_parser() -> None:
 def test_an_unknown_mode_of_cuda_graphs_is_refused() -> None:
     with pytest.raises(FleetError, match="full_and_piecewise, piecewise, eager"):
         serve_command(settings(cuda_graphs="full"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "rungs"),
+    [
+        ("full_and_piecewise", ["full_and_piecewise", "piecewise", "eager"]),
+        ("piecewise", ["piecewise", "eager"]),
+        ("eager", ["eager"]),
+    ],
+)
+def test_a_node_may_step_down_only_when_that_is_allowed(mode: str, rungs: list[str]) -> None:
+    assert graph_rungs(mode, fallback=True) == rungs
+    assert graph_rungs(mode) == [mode]
+    # Every step is a command line of its own.
+    assert len({tuple(serve_command(settings(cuda_graphs=each))) for each in rungs}) == len(rungs)
+
+
+def test_no_step_of_an_unknown_mode_is_guessed() -> None:
+    with pytest.raises(FleetError, match="serving_cuda_graphs"):
+        graph_rungs("full", fallback=True)
 
 
 def test_words_of_a_unit_are_quoted_as_systemd_reads_them() -> None:

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fleet's lock: one run at a time, who it is, and when it may be taken over."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet.errors import FleetError
+from glm_fleet.fleet_lock import DONE, RUNNING, STOPPED, FleetLock, ago, taken_error
+
+NOON = "2026-11-22T12:00:00+00:00"
+LATER = "2026-11-22T12:05:00+00:00"
+EVENING = "2026-11-22T18:00:00+00:00"
+
+
+def claim(run: str, **changed: Any) -> dict[str, Any]:
+    return {
+        "run": run,
+        "operation": "upgrade",
+        "owner": f"{run}@ctl",
+        "controller": "boot ns",
+        "pid": 7,
+        "pid_start": 70,
+        "targets": {"gpu01": "abc"},
+        **changed,
+    }
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> FleetLock:
+    return FleetLock(tmp_path / "glm-fleet")
+
+
+def take(lock: FleetLock, run: str, *, replace: str = "", now: str = NOON) -> dict[str, Any]:
+    return lock.take(claim(run), replace=replace, now=now)
+
+
+def test_a_fleet_that_nobody_ever_changed_is_free(lock: FleetLock) -> None:
+    assert lock.roll() == {}
+    assert lock.held() == {}
+
+
+def test_the_second_run_is_told_who_has_the_lock(lock: FleetLock) -> None:
+    take(lock, "ann")
+    lock.keep("ann", now=LATER)
+    with pytest.raises(FleetError) as error:
+        take(lock, "bob", now=EVENING)
+    assert (
+        "upgrade by ann@ctl, process 7, began 6 hours ago, last sign of life 6 hours ago"
+        in error.value.found
+    )
+    assert "serve_takeover=true" in error.value.remedy
+    assert error.value.details["holder"]["run"] == "ann"
+    assert lock.roll()["run"] == "ann"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (NOON, NOON, "0 s"),
+        (NOON, "2026-11-22T12:01:59+00:00", "119 s"),
+        (NOON, "2026-11-22T12:02:00+00:00", "2 min"),
+        (NOON, "2026-11-22T13:30:00+00:00", "90 min"),
+        (NOON, "2026-11-22T14:00:00+00:00", "2 hours"),
+        (NOON, "2026-11-25T12:00:00+00:00", "3 days"),
+        (LATER, NOON, "0 s"),
+        ("", NOON, "some time"),
+        ("None", NOON, "some time"),
+    ],
+)
+def test_ages_are_said_in_words(then: str, now: str, said: str) -> None:
+    assert ago(then, now) == said
+
+
+def test_a_record_with_gaps_still_makes_a_sentence() -> None:
+    assert "began some time ago" in str(taken_error({}, NOON))
+
+
+def test_taking_again_keeps_the_time_it_was_taken(lock: FleetLock) -> None:
+    take(lock, "ann")
+    record = lock.take(claim("ann", targets={"gpu02": "x"}), replace="", now=LATER)
+    assert (record["taken"], record["seen"], record["targets"]) == (NOON, LATER, {"gpu02": "x"})
+    assert lock.roll() == record
+
+
+@pytest.mark.parametrize("state", [DONE, STOPPED])
+def test_a_lock_that_was_given_back_is_free_and_its_record_stays(
+    lock: FleetLock, state: str
+) -> None:
+    take(lock, "ann")
+    lock.end("ann", state, now=LATER)
+    assert lock.roll()["state"] == state
+    assert lock.roll()["targets"] == {"gpu01": "abc"}
+    assert take(lock, "bob", now=EVENING)["taken"] == EVENING
+
+
+def test_a_lock_is_taken_only_from_the_run_that_was_named(lock: FleetLock) -> None:
+    take(lock, "ann")
+    with pytest.raises(FleetError):
+        take(lock, "bob", replace="carl")
+    assert take(lock, "bob", replace="ann", now=LATER)["taken"] == LATER
+    # Who lost it notices, and cannot give away what is not its own.
+    with pytest.raises(FleetError, match="bob@ctl"):
+        lock.keep("ann", now=LATER)
+    lock.end("ann", STOPPED, now=LATER)
+    assert (lock.roll()["run"], lock.roll()["state"]) == ("bob", RUNNING)
+
+
+def test_a_lock_that_was_given_back_cannot_be_kept(lock: FleetLock) -> None:
+    take(lock, "ann")
+    lock.end("ann", DONE, now=LATER)
+    with pytest.raises(FleetError):
+        lock.keep("ann", now=LATER)
+    lock.end("ann", STOPPED, now=LATER)
+    assert lock.roll()["state"] == DONE
+
+
+def test_a_run_without_a_plan_does_not_forget_where_the_last_roll_began(lock: FleetLock) -> None:
+    lock.take(claim("ann", backs={"gpu01": "old"}), replace="", now=NOON)
+    lock.end("ann", STOPPED, now=LATER)
+    assert take(lock, "bob")["backs"] == {"gpu01": "old"}
+    record = lock.take(claim("bob", backs={"gpu01": "new"}), replace="", now=LATER)
+    assert record["backs"] == {"gpu01": "new"}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]"])
+def test_a_damaged_record_locks_nobody_out(lock: FleetLock, tmp_path: Path, damage: str) -> None:
+    take(lock, "ann")
+    (tmp_path / "glm-fleet/roll.json").write_text(damage)
+    assert take(lock, "bob")["run"] == "bob"
+
+
+def _race(folder: str, run: str) -> str:
+    """In a process of its own: take the lock, or give the owner who has it."""
+    try:
+        FleetLock(Path(folder)).take(claim(run), replace="", now=NOON)
+    except FleetError as error:
+        return str(error.details["holder"]["run"])
+    return run
+
+
+def test_of_many_takers_one_wins_and_all_agree_who(tmp_path: Path) -> None:
+    names = [f"run{number}" for number in range(8)]
+    with ProcessPoolExecutor(4) as pool:
+        winners = list(pool.map(_race, [str(tmp_path)] * len(names), names))
+    assert len(set(winners)) == 1
+    assert FleetLock(tmp_path).roll()["run"] == winners[0]
+
+
+def test_nodes_are_held_with_a_name_and_a_reason(lock: FleetLock) -> None:
+    assert lock.hold("gpu01", by="ann@ctl", reason="fans", now=NOON)
+    assert not lock.hold("gpu01", by="bob@ctl", reason="fans", now=LATER)
+    assert lock.held() == {"gpu01": {"by": "ann@ctl", "at": NOON, "reason": "fans"}}
+    assert lock.hold("gpu01", by="bob@ctl", reason="disk", now=LATER)
+    assert lock.hold("gpu02", by="bob@ctl", reason="", now=LATER)
+    assert lock.unhold("gpu01")
+    assert not lock.unhold("gpu01")
+    assert list(lock.held()) == ["gpu02"]
+
+
+def test_holds_and_the_lock_leave_each_other_alone(lock: FleetLock) -> None:
+    take(lock, "ann")
+    lock.hold("gpu01", by="ann@ctl", reason="fans", now=NOON)
+    lock.end("ann", DONE, now=LATER)
+    assert list(lock.held()) == ["gpu01"]
+
+
+# -- who asks, and does the holder live? -----------------------------------------------
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fleet_lock_action", Path(__file__).resolve().parents[2] / "plugins/action/fleet_lock.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+plugin = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(plugin)
+
+
+@pytest.fixture
+def other() -> Iterator[subprocess.Popen[bytes]]:
+    """Another run on this controller."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def holder(pid: int, **changed: Any) -> dict[str, Any]:
+    mine = plugin._claim("upgrade")
+    return {**mine, "run": "other", "pid": pid, "pid_start": plugin._start_of(pid), **changed}
+
+
+def test_a_run_says_who_it_is() -> None:
+    mine = plugin._claim("upgrade")
+    assert mine["operation"] == "upgrade"
+    assert mine["pid"] == os.getppid()
+    assert mine["pid_start"] == plugin._start_of(os.getppid()) > 0
+    assert "@" in mine["owner"]
+    # Every task of a run is the same run.
+    assert plugin._claim("other")["run"] == mine["run"]
+
+
+def test_a_living_run_is_not_dead(other: subprocess.Popen[bytes]) -> None:
+    assert not plugin._dead(holder(other.pid), plugin._claim(""))
+
+
+def test_a_killed_run_is_dead_even_before_anybody_waits_for_it(
+    other: subprocess.Popen[bytes],
+) -> None:
+    left = holder(other.pid)
+    other.kill()
+    deadline = time.monotonic() + 5
+    while not plugin._dead(left, plugin._claim("")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    other.wait()
+    assert plugin._dead(left, plugin._claim(""))
+
+
+def test_a_process_that_got_the_number_of_the_run_later_is_another_one(
+    other: subprocess.Popen[bytes],
+) -> None:
+    assert plugin._dead(holder(other.pid, pid_start=1), plugin._claim(""))
+
+
+@pytest.mark.parametrize("controller", ["another boot", "", None])
+def test_a_run_elsewhere_is_never_judged(controller: str | None) -> None:
+    gone = holder(2**22 + 1, pid_start=5, controller=controller)
+    assert not plugin._dead(gone, plugin._claim(""))
+
+
+def test_a_holder_without_a_process_is_dead() -> None:
+    assert plugin._start_of(2**22 + 1) == 0
+    assert plugin._dead(holder(2**22 + 1, pid_start=5), plugin._claim(""))
+
+
+def test_a_run_that_proc_hides_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = holder(os.getppid())
+    monkeypatch.setattr(plugin, "_start_of", lambda pid: 0)
+
+    def not_yours(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(plugin.os, "kill", not_yours)
+    assert not plugin._dead(left, {"controller": left["controller"]})

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rolls: who is taken out when, how a turn ended, and what the tables say of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet import rolling
+from glm_fleet.errors import FleetError
+from glm_fleet.rolling import JOIN, RESTART, Ending, NodeState, Plan, plan_roll
+
+CHANGE = ("release r1 -> r2",)
+
+
+def node(name: str, *, changes: bool = True, ready: bool = True, held: str = "") -> NodeState:
+    return NodeState(name, CHANGE if changes else (), ready, held=held)
+
+
+def serving(count: int) -> list[NodeState]:
+    return [node(f"gpu{number:02}") for number in range(1, count + 1)]
+
+
+def plan(nodes: list[NodeState], **given: Any) -> Plan:
+    options = {"batch": 1, "min_ready": 1, "ready": sum(each.ready for each in nodes), **given}
+    return plan_roll(nodes, **options)
+
+
+def groups(found: Plan) -> list[list[str]]:
+    """The names of each batch; also sees that sizes and numbers agree."""
+    made: list[list[str]] = [[] for _ in found.batches]
+    for turn in found.turns:
+        made[turn.batch - 1].append(turn.node)
+    assert [len(group) for group in made] == list(found.batches)
+    return made
+
+
+def test_one_canary_goes_before_the_batches() -> None:
+    assert groups(plan(serving(6), batch=2)) == [
+        ["gpu01"],
+        ["gpu02", "gpu03"],
+        ["gpu04", "gpu05"],
+        ["gpu06"],
+    ]
+
+
+def test_a_node_that_serves_nobody_is_the_canary() -> None:
+    nodes = [node("gpu01"), node("gpu02", ready=False), node("gpu03", ready=False), node("gpu04")]
+    assert groups(plan(nodes)) == [["gpu02"], ["gpu03"], ["gpu01"], ["gpu04"]]
+
+
+def test_what_only_has_to_join_comes_first_and_is_not_restarted() -> None:
+    nodes = [node("gpu01"), node("gpu02", changes=False, ready=False)]
+    found = plan(nodes)
+    assert [(turn.node, turn.kind) for turn in found.turns] == [
+        ("gpu02", JOIN),
+        ("gpu01", RESTART),
+    ]
+
+
+def test_what_runs_what_it_should_has_no_turn() -> None:
+    assert plan([node("gpu01", changes=False), node("gpu02", changes=False)]).turns == []
+
+
+def test_a_held_node_is_switched_last_and_neither_joins_nor_counts() -> None:
+    held = node("gpu03", ready=False, held="fans")
+    assert groups(plan([node("gpu01"), node("gpu02"), held])) == [["gpu01"], ["gpu02"], ["gpu03"]]
+    with pytest.raises(FleetError, match="No node can be taken out"):
+        plan([node("gpu01"), node("gpu02"), held], min_ready=2)
+    assert plan([node("gpu03", changes=False, ready=False, held="fans")]).turns == []
+
+
+def test_a_percentage_is_of_the_nodes_of_the_run() -> None:
+    assert list(plan(serving(9), batch="25%").batches) == [1, 2, 2, 2, 2]
+    assert list(plan(serving(3), batch="1%").batches) == [1, 1, 1]
+
+
+def test_a_batch_never_goes_below_what_has_to_stay_ready() -> None:
+    assert list(plan(serving(4), batch="100%", min_ready=2).batches) == [1, 2, 1]
+    # Nodes outside this run go on serving too.
+    assert list(plan(serving(2), batch=2, min_ready=2, ready=8).batches) == [1, 1]
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 1), (3, 3), (2, 5)])
+def test_a_roll_that_would_leave_too_few_is_refused(count: int, least: int) -> None:
+    with pytest.raises(FleetError, match=f"serve_min_ready={least}.*Found: {count}"):
+        plan(serving(count), min_ready=least)
+
+
+def test_nodes_that_will_join_make_room() -> None:
+    nodes = [node("gpu01"), node("gpu02", changes=False, ready=False)]
+    assert groups(plan(nodes, min_ready=1)) == [["gpu02"], ["gpu01"]]
+
+
+def test_a_fleet_of_one_rolls_when_an_outage_is_allowed() -> None:
+    assert groups(plan(serving(1), min_ready=0)) == [["gpu01"]]
+    assert groups(plan([node("gpu01", ready=False)], min_ready=1)) == [["gpu01"]]
+
+
+def test_a_dead_node_can_be_mended_when_no_other_can_be_spared() -> None:
+    nodes = [node("gpu01", ready=False), node("gpu02", changes=False)]
+    assert groups(plan(nodes, min_ready=1)) == [["gpu01"]]
+
+
+def test_the_named_canary_begins() -> None:
+    assert groups(plan(serving(3), canary="gpu03")) == [["gpu03"], ["gpu01"], ["gpu02"]]
+    idle = [node(name, ready=False) for name in ("gpu01", "gpu02", "gpu03")]
+    assert groups(plan(idle, canary="gpu02")) == [["gpu02"], ["gpu01", "gpu03"]]
+
+
+def test_an_unknown_canary_is_refused() -> None:
+    with pytest.raises(FleetError, match=r"serve_canary to be one of gpu01, gpu02\. Found: gpu09"):
+        plan(serving(2), canary="gpu09")
+
+
+@pytest.mark.parametrize("batch", ["0", "-1", "101%", "0%", "two", "", "1.5"])
+def test_a_batch_that_cannot_be_read_is_refused(batch: str) -> None:
+    with pytest.raises(FleetError, match="serve_batch"):
+        plan(serving(3), batch=batch)
+
+
+@pytest.mark.parametrize("least", ["-1", "50%", "", "many"])
+def test_a_minimum_that_cannot_be_read_is_refused(least: str) -> None:
+    with pytest.raises(FleetError, match="serve_min_ready"):
+        plan(serving(3), min_ready=least)
+
+
+def test_the_plan_says_what_happens_to_each_node_and_why() -> None:
+    nodes = [
+        node("gpu01"),
+        node("gpu02", ready=False, held="fans"),
+        node("gpu03", changes=False, ready=False),
+        node("gpu04", changes=False),
+        NodeState("gpu05", CHANGE, True, notes=("full graphs fail here",)),
+    ]
+    lines = [line.text for line in rolling.render_plan(nodes, plan(nodes), 200)]
+    assert lines[0] == "Roll: 3 of 5 nodes are restarted, 1 only joined."
+    rows = {line.split()[1]: " ".join(line.split()) for line in lines[3:]}
+    assert rows["gpu03"] == "1 gpu03 attest, join is not ready"
+    assert rows["gpu01"] == "2 gpu01 drain, switch, attest, join (canary) release r1 -> r2"
+    assert rows["gpu05"].endswith("release r1 -> r2; full graphs fail here")
+    assert rows["gpu02"] == "4 gpu02 switch, attest release r1 -> r2; held: fans"
+    assert rows["gpu04"] == "- gpu04 stays runs what it should"
+
+
+def test_a_plan_without_turns_is_one_sentence() -> None:
+    nodes = [node("gpu01", changes=False)]
+    (line,) = rolling.render_plan(nodes, plan(nodes), 80)
+    assert line.text == "Roll: nothing to do, 1 of 1 run what they should."
+
+
+# -- a turn ----------------------------------------------------------------------------
+
+NEW = {"id": "b" * 12, "release": "r2", "model": "m", "cuda_graphs": "piecewise"}
+OLD = {"id": "a" * 12, "release": "r1", "model": "m", "cuda_graphs": "piecewise"}
+ACTIVATED = {"deployment": NEW, "seconds": {"stop_s": 2.0}, "changed": True}
+PASSED = {"attestation": {"passed": True, "canary": {"tokens_per_second": 50.0}}}
+CRASHED = {
+    "failed": True,
+    "msg": "The node did not come up.\n  Found: the service died",
+    "diagnosis": "an illegal instruction: graphs",
+    "step_down": True,
+    "journal": ["ERROR illegal instruction"],
+}
+GONE = {"unreachable": True, "msg": "Failed to connect"}
+
+
+def tried(
+    attested: dict[str, Any], *, deployment: dict[str, str] | None = None, **changed: Any
+) -> dict[str, Any]:
+    used = deployment or NEW
+    made = rolling.attempt(used["id"], {**ACTIVATED, "deployment": used}, attested)
+    return {**made, **changed}
+
+
+def test_an_attempt_passes_only_with_its_attestation() -> None:
+    found = tried(PASSED)
+    assert found["passed"]
+    assert found["runs"] == NEW
+    assert found["seconds"] == {"stop_s": 2.0}
+    assert found["canary"] == {"tokens_per_second": 50.0}
+    for nothing in ({}, {"skipped": True}, {"attestation": {"passed": False}}):
+        cut = tried(nothing)
+        assert not cut["passed"]
+        assert "cut off" in cut["message"]
+
+
+def test_a_failed_attempt_carries_its_diagnosis_in_one_line() -> None:
+    found = tried(CRASHED)
+    assert not found["passed"]
+    assert not found["lost"]
+    assert found["step_down"]
+    assert found["message"] == "The node did not come up. Found: the service died"
+    assert found["diagnosis"] == CRASHED["diagnosis"]
+    assert found["journal"] == CRASHED["journal"]
+
+
+def test_an_activation_that_failed_counts_before_any_attestation() -> None:
+    found = rolling.attempt("x", {"failed": True, "msg": "model m is gone"}, PASSED)
+    assert (found["passed"], found["message"], found["runs"]) == (False, "model m is gone", {})
+
+
+@pytest.mark.parametrize(("activated", "attested"), [(GONE, {"skipped": True}), (ACTIVATED, GONE)])
+def test_a_node_that_stops_answering_is_lost(
+    activated: dict[str, Any], attested: dict[str, Any]
+) -> None:
+    found = rolling.attempt("x", activated, attested)
+    assert found["lost"]
+    assert not found["passed"]
+
+
+LADDER = ["full", "piecewise", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "rung"),
+    [
+        ([], "full"),
+        ([tried(CRASHED)], "piecewise"),
+        ([tried(CRASHED), tried(CRASHED)], "eager"),
+        ([tried(CRASHED)] * 3, ""),
+        ([tried(PASSED)], ""),
+        ([tried(CRASHED, step_down=False)], ""),
+        ([tried(CRASHED), tried(PASSED)], ""),
+        ([tried({**GONE, "step_down": True})], ""),
+    ],
+)
+def test_only_a_crash_of_cuda_graphs_steps_down(attempts: list[dict[str, Any]], rung: str) -> None:
+    assert rolling.next_rung(LADDER, attempts) == rung
+
+
+def test_there_is_nothing_to_try_on_an_empty_ladder() -> None:
+    assert rolling.next_rung([], []) == ""
+
+
+def ended(
+    attempts: list[dict[str, Any]],
+    back: dict[str, Any] | None = None,
+    *,
+    drained: list[dict[str, Any]] | None = None,
+    joined: list[dict[str, Any]] | None = None,
+    held: str = "",
+) -> tuple[str, bool, str, str]:
+    """Return state, whether the roll goes on, the release that runs, and why."""
+    found = rolling.outcome(attempts, back or {}, drained or [], joined or [], held)
+    return found["state"], found["good"], found["runs"].get("release", ""), found["why"]
+
+
+def test_a_turn_that_gets_through() -> None:
+    assert ended([tried(PASSED)], drained=[{"sessions": 0}], joined=[{"changed": True}]) == (
+        rolling.SERVES,
+        True,
+        "r2",
+        "",
+    )
+
+
+def test_requests_that_were_cut_are_counted_over_all_gateways() -> None:
+    drained = [{"sessions": 2}, {"sessions": 1}, {"skipped": True}]
+    _, good, _, why = ended([tried(PASSED)], drained=drained)
+    assert good
+    assert why == "3 requests were still running when it was stopped"
+
+
+def test_a_step_down_is_told() -> None:
+    state, good, _, why = ended([tried(CRASHED), tried(PASSED)])
+    assert (state, good) == (rolling.SERVES, True)
+    assert why == "stepped down to piecewise: an illegal instruction: graphs"
+
+
+def test_a_held_node_that_passed_stays_held() -> None:
+    assert ended([tried(PASSED)], held="fans") == (rolling.HELD, True, "r2", "held: fans")
+
+
+def test_a_roll_back_serves_the_old_release_and_stops_the_roll() -> None:
+    back = tried(PASSED, deployment=OLD)
+    found = rolling.outcome([tried(CRASHED)], back, [], [], "")
+    assert (found["state"], found["good"]) == (rolling.ROLLED_BACK, False)
+    assert found["runs"] == OLD
+    assert found["why"] == CRASHED["diagnosis"]
+    # Of the start that failed, not of the one that went well.
+    assert found["journal"] == CRASHED["journal"]
+    assert "held: fans" in ended([tried(CRASHED)], back, held="fans")[3]
+
+
+def test_a_roll_back_that_fails_leaves_the_node_drained() -> None:
+    back = tried({"failed": True, "msg": "no memory"}, deployment=OLD)
+    state, good, runs, why = ended([tried(CRASHED)], back)
+    assert (state, good, runs) == (rolling.DRAINED, False, "")
+    assert why == "an illegal instruction: graphs; going back failed too: no memory"
+
+
+def test_nothing_to_go_back_to_leaves_the_node_drained() -> None:
+    state, good, runs, why = ended([tried(CRASHED)])
+    assert (state, good, runs) == (rolling.DRAINED, False, "")
+    assert "nothing was attested here before" in why
+
+
+def test_a_node_that_is_lost_stays_drained_and_is_named() -> None:
+    assert ended([tried(GONE)]) == (
+        rolling.LOST,
+        False,
+        "",
+        "no answer: Failed to connect; it stays drained",
+    )
+    state, good, _, why = ended([tried(CRASHED)], tried(GONE, deployment=OLD))
+    assert (state, good) == (rolling.LOST, False)
+    assert why == "an illegal instruction: graphs; then no answer; it stays drained"
+
+
+REFUSED = {"failed": True, "msg": "gpu01 cannot be taken\nout", "item": "gw02"}
+
+
+@pytest.mark.parametrize("refusal", [REFUSED, {**REFUSED, "failed": False, "unreachable": True}])
+def test_a_drain_that_is_refused_leaves_the_node_untouched(refusal: dict[str, Any]) -> None:
+    state, good, _, why = ended([], drained=[{"sessions": 0, "item": "gw01"}, refusal])
+    assert (state, good) == (rolling.UNTOUCHED, False)
+    assert why == "gw02: gpu01 cannot be taken out"
+
+
+def test_a_turn_that_never_began_does_not_count_as_done() -> None:
+    assert ended([]) == (rolling.UNTOUCHED, False, "", "its turn did not begin")
+
+
+def test_a_gateway_that_does_not_take_the_node_back_hides_nothing() -> None:
+    refusal = {"failed": True, "msg": "not ready", "item": "gw01"}
+    assert ended([tried(PASSED)], joined=[refusal]) == (
+        rolling.DRAINED,
+        False,
+        "r2",
+        "gw01: not ready",
+    )
+    back = tried(PASSED, deployment=OLD)
+    assert ended([tried(CRASHED)], back, joined=[refusal]) == (
+        rolling.DRAINED,
+        False,
+        "r1",
+        "an illegal instruction: graphs; rolled back; gw01: not ready",
+    )
+
+
+# -- going back on purpose, and the end ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("roll", "wanted", "target"),
+    [
+        ({}, "", "before"),
+        ({}, "r1", "r1"),
+        ({"operation": "rollback", "state": "done", "targets": {"gpu01": "t"}}, "", "before"),
+        ({"operation": "upgrade", "state": "stopped", "targets": {"gpu01": "t"}}, "", "before"),
+        ({"operation": "rollback", "state": "running", "targets": {"gpu01": "t"}}, "", "t"),
+        ({"operation": "rollback", "state": "stopped", "targets": {"gpu01": "t"}}, "", "t"),
+        ({"operation": "rollback", "state": "stopped", "targets": {"gpu01": "t"}}, "r1", "r1"),
+        ({"operation": "rollback", "state": "stopped", "targets": {"gpu02": "t"}}, "", "before"),
+        ({"operation": "rollback", "state": "running"}, "", "before"),
+        ({"operation": "rollback", "state": "done", "backs": {"gpu01": "b"}}, "", "before"),
+        ({"operation": "upgrade", "state": "stopped", "backs": {"gpu01": "b"}}, "", "b"),
+        ({"operation": "upgrade", "state": "done", "backs": {"gpu01": "b"}}, "", "b"),
+        ({"operation": "upgrade", "state": "done", "backs": {"gpu01": "b"}}, "r1", "r1"),
+        ({"operation": "upgrade", "state": "done", "backs": {"gpu01": ""}}, "", "before"),
+    ],
+)
+def test_a_roll_back_knows_where_the_last_roll_began(
+    roll: dict[str, Any], wanted: str, target: str
+) -> None:
+    assert rolling.rollback_target(roll, "gpu01", wanted) == target
+
+
+ENDINGS = [
+    Ending("gpu01", rolling.SERVES, True, NEW, ""),
+    Ending("gpu02", rolling.ROLLED_BACK, False, OLD, "it crashed", ["ERROR it crashed"]),
+    Ending("gpu03", rolling.UNTOUCHED, True, OLD, "its turn did not come"),
+    Ending("gpu04", rolling.DRAINED, False, {}, "dead"),
+]
+
+
+def test_the_end_table_names_every_node_and_shows_the_journal_of_failures() -> None:
+    lines = rolling.render_end(ENDINGS, 200)
+    rows = {line.text.split()[0]: line for line in lines if line.text.startswith("gpu")}
+    assert [each.tone for each in rows.values()] == ["good", "bad", "", "bad"]
+    assert rows["gpu02"].text.split() == ["gpu02", "rolled", "back", "r1", "m", "it", "crashed"]
+    assert rows["gpu04"].text.split() == ["gpu04", "drained", "-", "-", "dead"]
+    assert [line.text for line in lines[-2:]] == [
+        "The journal of gpu02 said:",
+        "  ERROR it crashed",
+    ]
+
+
+def test_the_end_in_one_sentence() -> None:
+    assert rolling.end_sentence(ENDINGS) == (
+        "The roll stopped at gpu02 (rolled back), gpu04 (drained); 1 nodes were not touched. "
+        "Mend what the table names, then run again."
+    )
+
+
+# -- what the controller makes of the answers ------------------------------------------
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fleet_roll_action", Path(__file__).resolve().parents[2] / "plugins/action/fleet_roll.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+plugin = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(plugin)
+
+
+def gateway(**states: str) -> dict[str, Any]:
+    """What a gateway answers; a state is admin state and status."""
+    servers = [
+        dict(zip(("name", "admin_state", "status"), (name, *state.split())))
+        for name, state in states.items()
+    ]
+    return {"gateway": {"servers": servers}}
+
+
+def info(*changes: str, **more: Any) -> dict[str, Any]:
+    found = {"wanted": NEW, "current": OLD, "differences": list(changes), "back": OLD["id"]}
+    return {"__serving_info": {**found, **more}}
+
+
+def planned(
+    hosts: dict[str, dict[str, Any]], *gateways: dict[str, Any], **given: Any
+) -> dict[str, Any]:
+    options = {
+        "nodes": list(hosts),
+        "gateways": list(gateways),
+        "held": {},
+        "batch": "1",
+        "min_ready": "1",
+        "canary": "",
+        **given,
+    }
+    found: dict[str, Any] = plugin._plan(options, hosts)
+    return found
+
+
+def test_the_plan_remembers_where_every_node_goes_and_came_from() -> None:
+    hosts = {"gpu01": info("release r1 -> r2"), "gpu02": info()}
+    found = planned(hosts, gateway(gpu01="ready UP", gpu02="ready UP"))
+    assert (found["turns"], found["batches"]) == (["gpu01"], [1])
+    assert found["targets"] == {"gpu01": NEW["id"], "gpu02": NEW["id"]}
+    assert found["backs"] == {"gpu01": OLD["id"], "gpu02": OLD["id"]}
+
+
+def test_a_dead_node_is_mended_whoever_else_serves() -> None:
+    dead = info("the service does not run")
+    assert planned({"gpu01": dead}, gateway(gpu01="ready DOWN"))["turns"] == ["gpu01"]
+    hosts = {"gpu01": info("release r1 -> r2"), "gpu02": dead, "gpu03": info()}
+    answers = gateway(gpu01="ready UP", gpu02="ready DOWN", gpu03="ready UP")
+    assert planned(hosts, answers)["turns"] == ["gpu02", "gpu01"]
+
+
+def test_a_node_that_one_gateway_leaves_out_has_to_join() -> None:
+    both = gateway(gpu01="ready UP", gpu02="ready UP")
+    one = gateway(gpu01="ready UP", gpu02="drain DRAIN")
+    hosts = {"gpu01": info(), "gpu02": info()}
+    assert planned(hosts, both, both)["turns"] == []
+    assert planned(hosts, both, one)["turns"] == ["gpu02"]
+    assert planned(hosts, both, one, held={"gpu02": {"reason": "fans"}})["turns"] == []
+
+
+def test_a_bare_fleet_is_a_first_start_of_every_node() -> None:
+    skipped = {"__serving_info": {"skipped": True}, "__serving_staged": {"skipped": True}}
+    found = planned({"gpu01": skipped, "gpu02": skipped})
+    assert found["turns"] == ["gpu01", "gpu02"]
+    assert found["targets"] == {}
+
+
+def test_check_mode_plans_with_what_it_would_stage() -> None:
+    staged = {"__serving_staged": {"results": [{"wanted": NEW, "differences": ["--seed 1 added"]}]}}
+    unknown = {"__serving_info": {"wanted": {}, "ladder": ["b"], "differences": []}}
+    answers = gateway(gpu01="ready UP", gpu02="ready UP")
+    hosts = {"gpu01": {**staged, **unknown}, "gpu02": info()}
+    assert planned(hosts, answers)["turns"] == ["gpu01"]
+    # A node that stepped down runs what it should.
+    assert planned({**hosts, "gpu01": {**staged, **info()}}, answers)["turns"] == []
+
+
+def test_the_end_names_who_had_a_turn_and_who_had_none() -> None:
+    turn = rolling.outcome([tried(CRASHED)], tried(PASSED, deployment=OLD), [], [], "")
+    hosts = {
+        "gpu01": {**info("x"), "__serving_outcome": turn},
+        "gpu02": info("x", running={"record": OLD}),
+        "gpu03": info(running={"record": NEW}),
+    }
+    found = plugin._end(list(hosts), hosts)
+    rows = [line.text for line in found["lines"] if line.text.startswith("gpu")]
+    assert not found["good"]
+    assert found["sentence"].startswith("The roll stopped at gpu01 (rolled back); 2 nodes")
+    assert rows[1].split()[:4] == ["gpu02", "untouched", "r1", "m"]
+    assert "its turn did not come" in rows[1]
+    assert "runs what it should" in rows[2]
