@@ -119,7 +119,8 @@ def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str])
     return [
         host
         for host in batch
-        if host not in alive or not (hostvars[host].get("__serving_outcome") or {"good": True})["good"]
+        if host not in alive
+        or not (hostvars[host].get("__serving_outcome") or {"good": True})["good"]
     ]
 
 
