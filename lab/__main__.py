@@ -212,12 +212,14 @@ def shell(arguments: argparse.Namespace) -> int:
 
 
 def power(arguments: argparse.Namespace) -> None:
-    """Pull a host's power or cable, or put it back."""
+    """Pull a host's power or cable, or stop its sshd, or put them back."""
     check_root()
     host = known_host(arguments.host)
     with exclusive():
         if arguments.action == "off":
             hosts.power_off(host)
+        elif arguments.action in ("no-ssh", "ssh"):
+            hosts.set_ssh(host, on=arguments.action == "ssh")
         elif arguments.action == "on":
             (host.folder / hosts.POWERED_OFF).unlink(missing_ok=True)
             hosts.mount(host, rootfs.rootfs_folder())
@@ -227,6 +229,17 @@ def power(arguments: argparse.Namespace) -> None:
         else:
             network.set_link(host, up=arguments.action == "join")
     say(f"{host.name}: power {arguments.action} done")
+
+
+def switch_upstreams(arguments: argparse.Namespace) -> None:
+    """Stop git, hub and package repository, or start them again."""
+    check_root()
+    with exclusive():
+        stop("upstream:", grace_seconds=2)
+        if arguments.action == "on":
+            _, debs = rootfs.build()
+            upstreams.ensure(debs, source.build())
+    say(f"upstreams are {arguments.action}")
 
 
 def change_gpus(arguments: argparse.Namespace) -> None:
@@ -299,7 +312,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("command", nargs="*", help="run this instead of a login shell")
     sub = command("power", power)
     sub.add_argument("host")
-    sub.add_argument("action", choices=["off", "on", "cut", "join"])
+    sub.add_argument("action", choices=["off", "on", "cut", "join", "no-ssh", "ssh"])
+    sub = command("upstreams", switch_upstreams)
+    sub.add_argument("action", choices=["off", "on"])
     sub = command("hub", hub_faults)
     sub.add_argument("faults", help=f"keys: {', '.join(sorted(hub.FAULTS))}")
     sub = command("gpu", change_gpus)

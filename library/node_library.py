@@ -45,10 +45,31 @@ from types import ModuleType
 
 from ansible.module_utils import glm_fleet
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import artifact, errors, gate, runner, transport
+from ansible.module_utils.glm_fleet import (
+    artifact,
+    attest,
+    deployment,
+    errors,
+    gate,
+    runner,
+    sentry,
+    serving,
+    transport,
+)
 from ansible.module_utils.glm_fleet.artifact import write_atomically
 
-_MODULES: tuple[ModuleType, ...] = (glm_fleet, artifact, errors, gate, runner, transport)
+_MODULES: tuple[ModuleType, ...] = (
+    glm_fleet,
+    artifact,
+    attest,
+    deployment,
+    errors,
+    gate,
+    runner,
+    sentry,
+    serving,
+    transport,
+)
 
 
 def main() -> None:

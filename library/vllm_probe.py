@@ -85,8 +85,6 @@ watched:
   type: dict
 """
 
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -95,30 +93,7 @@ from ansible.module_utils.glm_fleet import attest
 from ansible.module_utils.glm_fleet.deployment import Deployments, Places
 from ansible.module_utils.glm_fleet.errors import FleetError
 from ansible.module_utils.glm_fleet.runner import run_program
-
-
-def _api_key(environment_file: Path) -> str:
-    try:
-        text = environment_file.read_text()
-    except OSError:
-        return ""
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        if name == "VLLM_API_KEY":
-            return "".join(shlex.split(value))
-    return ""
-
-
-def _policy(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise FleetError(
-            "This node has no attestation policy",
-            expected=f"JSON in {path}",
-            found=str(error),
-            remedy="run site.yml: the node is not set up to serve",
-        ) from error
+from ansible.module_utils.glm_fleet.sentry import api_key
 
 
 def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) -> dict[str, Any]:
@@ -175,11 +150,11 @@ def main() -> None:
     )
     params = module.params
     try:
-        policy = _policy(Path(params["policy"]))
+        policy = attest.read_policy(Path(params["policy"]))
         http = attest.local_http(
             policy["port"],
-            address=policy.get("address", "127.0.0.1"),
-            api_key=_api_key(Path(params["environment_file"])),
+            address=policy["address"],
+            api_key=api_key(Path(params["environment_file"])),
         )
         if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])

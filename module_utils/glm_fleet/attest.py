@@ -28,11 +28,15 @@ EVIDENCE = Path("/run/glm-fleet/attested.json")
 # The last word of a start: the web server's own line, or vLLM's where that one is not logged.
 _READY = re.compile(r"Application startup complete|Starting vLLM server on")
 _RECENT_LINES = 500
+# The frames of a traceback and their carets, which say less than the error below them.
+_FRAME = re.compile(r"\]\s{2,}\S|\^\^\^|Traceback \(most recent")
 _LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a short test
 _ANSWER_TOKENS = 24
 
 # What an operator sees while a node loads: the last of these that the journal holds.
 _PHASES: tuple[tuple[str, str], ...] = (
+    (r"non-default args", "reading the model's configuration"),
+    (r"Resolved architecture", "preparing the engine"),
     (r"Initializing a V1 LLM engine", "starting the engine"),
     (r"Starting to load model", "loading the model"),
     (r"Completed \| (\d+/\d+)", "loading shard {0}"),
@@ -105,7 +109,8 @@ _SIGNATURES = (
         "the GPUs lost each other: look at `nvidia-smi nvlink -s` and the driver's version",
     ),
     Signature(
-        r"start gate: ", "an earlier engine still holds the GPUs: see the line of the start gate"
+        r"start gate: An earlier",
+        "an earlier engine still holds the GPUs: see the line of the start gate",
     ),
     # The frame around every crash of a start: only when nothing better is known.
     Signature(
@@ -231,12 +236,13 @@ def phase(lines: Sequence[str]) -> str:
             found = re.search(pattern, line)
             if found:
                 return text.format(*found.groups())
-    return "waiting for the first sign"
+    return "importing vLLM"
 
 
 def _known_crash(lines: Sequence[str]) -> tuple[Signature, str] | None:
     for signature in _SIGNATURES:
-        for line in lines:
+        # From the end: the error itself stands below the line of code that raised it.
+        for line in reversed(lines):
             if re.search(signature.pattern, line):
                 return signature, line
     return None
@@ -256,7 +262,11 @@ def lower_graphs_help(lines: Sequence[str]) -> bool:
 
 def relevant_lines(lines: Sequence[str], most: int = 12) -> list[str]:
     """Pick the lines a person would look for: errors first, else the end of the journal."""
-    errors = [line for line in lines if re.search(r"\bERROR\b|Error:|error:|start gate", line)]
+    errors = [
+        line
+        for line in lines
+        if re.search(r"\bERROR\b|Error:|error:|start gate", line) and not _FRAME.search(line)
+    ]
     picked = errors[-most:] if errors else list(lines[-most:])
     return [line[-300:] for line in picked]
 
@@ -313,6 +323,29 @@ def read_record(path: Path = RECORD) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def read_policy(path: Path) -> dict[str, Any]:
+    """Return what the attestation of this node expects.
+
+    Shape: {address, port, served_model_name, required, forbidden}.
+    """
+    try:
+        policy = json.loads(path.read_text())
+        return {
+            "address": str(policy.get("address") or "127.0.0.1"),
+            "port": int(policy["port"]),
+            "served_model_name": str(policy["served_model_name"]),
+            "required": list(policy["required"]),
+            "forbidden": list(policy["forbidden"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FleetError(
+            "This node has no attestation policy",
+            expected=f"port, served_model_name, required and forbidden as JSON in {path}",
+            found=f"{type(error).__name__}: {error}",
+            remedy="run site.yml: the node is not set up to serve",
+        ) from error
 
 
 def read_running(runner: Runner, unit: str, record: Path = RECORD) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 # Ansible finds module_utils for modules only; plugins on the controller use the same code.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "module_utils"))
+_LIBRARY = Path(__file__).resolve().parents[2] / "module_utils"
+sys.path.insert(0, str(_LIBRARY))
 
 from glm_fleet import rolling, serving
 from glm_fleet.errors import FleetError
@@ -81,6 +83,14 @@ def environment_file(variables: Mapping[str, Any]) -> str:
         raise AnsibleFilterError(str(error)) from error
 
 
+def library_digest(_: str) -> str:
+    """Name the state of the logic that nodes run, in 12 hex digits."""
+    hashed = hashlib.sha256()
+    for path in sorted(_LIBRARY.glob("glm_fleet/*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:12]
+
+
 def graph_rungs(mode: str, fallback: bool) -> list[str]:
     """Give the modes of CUDA graphs to stage: the one wanted, then what a node may step down to."""
     try:
@@ -144,6 +154,7 @@ class FilterModule:
                 cuda_variant,
                 serve_command,
                 environment_file,
+                library_digest,
                 graph_rungs,
                 attempt,
                 next_rung,
