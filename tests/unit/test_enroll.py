@@ -412,15 +412,17 @@ def listener(words: bytes | None) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("words", "problem"),
+    ("words", "timeout", "problem"),
     [
-        (None, "it does not answer within 0.5 s"),
-        (b"220 mail ready\r\n", "SSH with it breaks off"),
+        (None, 0.5, "it does not answer within 0.5 s"),
+        (b"220 mail ready\r\n", 60, "SSH with it breaks off"),
     ],
 )
-def test_what_is_no_ssh_server_is_named(target: Target, words: bytes | None, problem: str) -> None:
+def test_what_is_no_ssh_server_is_named(
+    target: Target, words: bytes | None, timeout: float, problem: str
+) -> None:
     with listener(words) as port, pytest.raises(FleetError) as caught:
-        plugin.Connection(replace(target, address="127.0.0.1", port=port), [], 0.5)
+        plugin.Connection(replace(target, address="127.0.0.1", port=port), [], timeout)
     assert caught.value.message == problem
 
 
@@ -428,4 +430,4 @@ def test_a_port_where_nobody_listens_is_named(target: Target) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with pytest.raises(FleetError, match=f"refuses connections to port {port}"):
-        plugin.Connection(replace(target, address="127.0.0.1", port=port), [], 5)
+        plugin.Connection(replace(target, address="127.0.0.1", port=port), [], 60)
