@@ -98,29 +98,15 @@ watched:
   type: dict
 """
 
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import attest
+from ansible.module_utils.glm_fleet import attest, engine
 from ansible.module_utils.glm_fleet.errors import FleetError
 from ansible.module_utils.glm_fleet.gate import digest
 from ansible.module_utils.glm_fleet.runner import run_program
 from ansible.module_utils.glm_fleet.serving import differences
-
-
-def _api_key(environment_file: Path) -> str:
-    try:
-        text = environment_file.read_text()
-    except OSError:
-        return ""
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        if name == "VLLM_API_KEY":
-            return "".join(shlex.split(value))
-    return ""
 
 
 def _state(params: dict[str, Any]) -> dict[str, Any]:
@@ -132,18 +118,6 @@ def _state(params: dict[str, Any]) -> dict[str, Any]:
         "environment_sha256": digest(Path(params["environment_file"])),
     }
     return {"running": running, "differences": differences(running, wanted)}
-
-
-def _policy(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise FleetError(
-            "This node has no attestation policy",
-            expected=f"JSON in {path}",
-            found=str(error),
-            remedy="run site.yml: the node is not set up to serve",
-        ) from error
 
 
 def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) -> dict[str, Any]:
@@ -196,11 +170,11 @@ def main() -> None:
     try:
         if params["mode"] == "state":
             module.exit_json(changed=False, **_state(params))
-        policy = _policy(Path(params["policy"]))
+        policy = engine.read_policy(Path(params["policy"]))
         http = attest.local_http(
             policy["port"],
             address=policy.get("address", "127.0.0.1"),
-            api_key=_api_key(Path(params["environment_file"])),
+            api_key=engine.read_api_key(Path(params["environment_file"])),
         )
         if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
