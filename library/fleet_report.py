@@ -39,9 +39,15 @@ options:
       - Its schema is C(glm-fleet/health/1), which docs/health.md describes, or
         C(glm-fleet/preflight/1) with schema, time, hosts, problems and summary (errors,
         warnings).
-      - For O(kind=health) the folder C(history) beside it keeps the reports of the last
-        checks, without their raw facts.
+      - For O(kind=health) the same is written beside it as a page (C(.html)) and as
+        Prometheus text (C(.prom)); C(targets.json) tells Prometheus where the fleet is; and
+        the folder C(history) keeps the reports of the last checks, without their raw facts.
     type: path
+  textfile_dir:
+    description: For O(kind=health), folder of the node exporter's textfile collector, for
+      C(glm_fleet.prom); empty where there is none.
+    type: str
+    default: ""
   keep:
     description: For O(kind=health), how many reports the history keeps.
     type: int

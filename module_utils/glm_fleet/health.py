@@ -290,6 +290,7 @@ def judge_node(
             "invocation_id": unit.get("invocation_id", ""),
             "n_restarts": unit.get("n_restarts", 0),
             "ecc": _ecc(facts),
+            "gpus": _slots(facts, before, expect.gpu_count),
             "engine": after,
         },
     )
@@ -480,6 +481,18 @@ def _ecc(facts: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def missing_gpus(facts: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Return the bus ids of GPUs that an earlier check saw and that are gone now."""
+    present = {gpu["bus_id"] for gpu in facts.get("gpu", {}).get("gpus", ())}
+    return [bus for bus in before.get("gpus") or () if bus not in present]
+
+
+def _slots(facts: Mapping[str, Any], before: Mapping[str, Any], expected: int) -> list[str]:
+    """Return the bus ids of the GPUs, the lost ones included: the driver numbers the rest anew."""
+    present = [gpu["bus_id"] for gpu in facts.get("gpu", {}).get("gpus", ())]
+    return present if len(present) >= expected else sorted({*present, *missing_gpus(facts, before)})
+
+
 def _hardware(
     problems: Sequence[Problem],
     facts: Mapping[str, Any],
@@ -493,6 +506,9 @@ def _hardware(
     for each in problems:
         faulty = each.severity == ERROR or each.check in _DEGRADING
         cause = f"{each.check}: {each.found}"
+        lost = missing_gpus(facts, before)
+        if each.check == "GPU count" and lost:
+            cause += f", missing {', '.join(lost)}"
         if each.check == "ECC errors" and before:
             cause += f", {new_errors or 'none'} of them since the last check"
         yield Finding(each.check, DEGRADED if faulty else HEALTHY, cause, each.remedy)

@@ -203,10 +203,15 @@ def count_verdicts(hosts: Sequence[NodeHealth | GatewayHealth]) -> dict[str, int
     return {verdict: sum(each.verdict == verdict for each in hosts) for verdict in VERDICTS}
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Any) -> None:
     """Write ``data`` so that a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, text)
 
 
 _TONES = {"healthy": "good", "degraded": "warning", "broken": "bad", "unknown": "bad"}

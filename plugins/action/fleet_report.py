@@ -15,12 +15,16 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.color import ANSIBLE_COLOR
 from ansible.utils.display import Display
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
+sys.path.append(str(ROOT / "module_utils"))
 
 from glm_fleet import history
 from glm_fleet.errors import FleetError, from_os_error
+from glm_fleet.exposition import exposition, targets
 from glm_fleet.health import GatewayHealth, Limits, NodeHealth, judge_fleet
+from glm_fleet.page import render_page
 from glm_fleet.preflight import ERROR, Expectations, Problem, evaluate, unreachable
 from glm_fleet.report import (
     Line,
@@ -30,6 +34,7 @@ from glm_fleet.report import (
     render_health,
     render_preflight,
     write_json,
+    write_text,
 )
 
 _COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
@@ -39,6 +44,7 @@ _FAILING = {
     "degraded": ("degraded", "broken", "unknown"),
 }
 _UNTOLD_WIDTH = 120
+_TEMPLATE = ROOT / "roles/health/templates/fleet.html.j2"
 
 
 class ActionModule(ActionBase):
@@ -60,6 +66,7 @@ class ActionModule(ActionBase):
                 "dest": {"type": "path"},
                 "keep": {"type": "int", "default": 300},
                 "limits": {"type": "dict", "default": {}},
+                "textfile_dir": {"type": "str", "default": ""},
                 "fail_on": {"type": "str", "default": "degraded", "choices": list(_FAILING)},
             }
         )
@@ -79,7 +86,14 @@ class ActionModule(ActionBase):
                 lines, report, failure = _health(records, failing, limits, kept)
                 if dest and folder and not self._task.check_mode:
                     write_json(dest, report)
+                    write_text(dest.with_suffix(".html"), render_page(report, kept, _TEMPLATE))
                     history.save(folder, report, arguments["keep"])
+                    text = exposition(report)
+                    write_text(dest.with_suffix(".prom"), text)
+                    if arguments["textfile_dir"]:
+                        write_text(Path(arguments["textfile_dir"], "glm_fleet.prom"), text)
+                    found = targets((task_vars or {})["hostvars"], *_groups(records))
+                    write_json(dest.with_name("targets.json"), found)
         except FleetError as error:
             raise AnsibleActionFail(str(error)) from error
         except OSError as error:
@@ -132,6 +146,15 @@ def _health(
     since = str(report["previous"] or "")
     lines = render_health(nodes, gateways, _width(), report["changes"], since)
     return lines, report, failure
+
+
+def _groups(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return the GPU nodes and the gateways among the hosts."""
+    nodes, gateways = (
+        [host for host, record in records.items() if group in record["groups"]]
+        for group in ("gpu_nodes", "gateways")
+    )
+    return nodes, gateways
 
 
 def _records(hosts: Sequence[str], name: str, hostvars: Any) -> dict[str, dict[str, Any]]:
