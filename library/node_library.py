@@ -10,7 +10,7 @@ version_added: "0.1.0"
 short_description: Install the logic that a node runs on its own
 description:
   - Writes the Python modules of glm-fleet that units on a node need (offering artifacts, the
-    start gate) into a folder, the same code that the playbooks use, in one round trip.
+    start gate, the watch) into a folder, the same code that the playbooks use, in one round trip.
 author: glm-fleet contributors (@glm-fleet)
 attributes:
   check_mode:
@@ -45,10 +45,29 @@ from types import ModuleType
 
 from ansible.module_utils import glm_fleet
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import artifact, errors, gate, runner, transport
+from ansible.module_utils.glm_fleet import (
+    artifact,
+    attest,
+    engine,
+    errors,
+    gate,
+    runner,
+    transport,
+    watch,
+)
 from ansible.module_utils.glm_fleet.artifact import write_atomically
 
-_MODULES: tuple[ModuleType, ...] = (glm_fleet, artifact, errors, gate, runner, transport)
+_MODULES: tuple[ModuleType, ...] = (
+    glm_fleet,
+    artifact,
+    attest,
+    engine,
+    errors,
+    gate,
+    runner,
+    transport,
+    watch,
+)
 
 
 def main() -> None:
