@@ -385,14 +385,16 @@ def compare_nodes(
         # A canary among other requests measures them.
         if node.tokens_per_second and not _others_running(node)
     }
+    started = {node.name: node.baseline.get("invocation_id") for node in nodes}
     if len(speeds) > 1:
         usual_speed = median(speeds.values())
         for name, speed in speeds.items():
             if speed >= limits.slow_ratio * usual_speed:
                 continue
             slow.add(name)
-            # Once may be chance: the second time in a row is a fault.
-            again = bool((earlier.get(name) or {}).get("slow"))
+            # Once may be chance: the second time in a row of one start is a fault.
+            before = earlier.get(name) or {}
+            again = before.get("slow") and before.get("invocation_id") == started[name]
             cause = (
                 f"its canary ran at {speed:.1f} tok/s, the fleet's median is {usual_speed:.1f}"
                 f"{', again' if again else ''}"

@@ -42,6 +42,20 @@ def load(folder: Path, most: int) -> list[dict[str, Any]]:
     return reports
 
 
+def latest(kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the newest report, with the hosts that only earlier ones have.
+
+    A run with ``--limit`` must not make the next one forget the others.
+    """
+    if not kept:
+        return {}
+    merged: dict[str, Any] = dict(kept[-1])
+    for kind in ("nodes", "gateways"):
+        hosts = {host["name"]: host for report in kept for host in report[kind]}
+        merged[kind] = list(hosts.values())
+    return merged
+
+
 def save(folder: Path, report: Mapping[str, Any], keep: int) -> None:
     """Keep this report and the ``keep`` - 1 before it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +71,8 @@ def save(folder: Path, report: Mapping[str, Any], keep: int) -> None:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return what differs between two reports: {host, what, before, after}.
 
-    A fault that came has no ``before``, one that went no ``after``. [] without ``before``.
+    A fault that came has no ``before``, one that went no ``after``. [] without ``before``;
+    hosts that were not looked at this time are left out.
     """
     if not before:
         return []
@@ -65,17 +80,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
     for kind, names in (("nodes", _NODE_FIELDS), ("gateways", _GATEWAY_FIELDS)):
         old = {each["name"]: each for each in before.get(kind, ())}
         new = {each["name"]: each for each in after.get(kind, ())}
-        for name in [*new, *(each for each in old if each not in new)]:
+        for name, host in new.items():
             found += [
                 {"host": name, "what": what, "before": was, "after": now}
-                for what, was, now in _host_changes(old.get(name), new.get(name), names)
+                for what, was, now in _host_changes(old.get(name), host, names)
             ]
     return found
-
-
-def state_changes(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Pick the changes of verdict, which are what somebody is told about."""
-    return [each for each in found if each["what"] == "verdict"]
 
 
 def sentence(change: Mapping[str, str]) -> str:

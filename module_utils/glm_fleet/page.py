@@ -21,7 +21,7 @@ from .history import sentence
 from .preflight import human_bytes
 from .report import engine_words, load_words
 
-_RUNS_DRAWN = 96
+RUNS_DRAWN = 96
 _WIDTH, _HEIGHT = 320.0, 96.0
 _GIB = 1024
 
@@ -42,10 +42,7 @@ def render_page(
 
 def view(report: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return everything that the template shows."""
-    runs = [*kept, report][-_RUNS_DRAWN:]
-    earlier = {
-        node["name"]: node.get("baseline") or {} for node in (kept[-1:] or [{}])[0].get("nodes", ())
-    }
+    runs = [*kept, report][-RUNS_DRAWN:]
     hosts = [*report["nodes"], *report["gateways"]]
     return {
         "time": _moment(report["time"]),
@@ -59,7 +56,7 @@ def view(report: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> dict[s
         "attention": _by_host(hosts, notes=False),
         "notes": _by_host(hosts, notes=True),
         "changes": [sentence(each) for each in report["changes"]],
-        "nodes": [_node(node, runs, earlier.get(node["name"], {})) for node in report["nodes"]],
+        "nodes": [_node(node, runs) for node in report["nodes"]],
         "gateways": [_gateway(gateway) for gateway in report["gateways"]],
         "charts": _charts(runs),
         "runs": len(runs),
@@ -90,9 +87,7 @@ def _headline(nodes: Sequence[Mapping[str, Any]], gateways: Sequence[Mapping[str
     return f"{names}{more} need{'s' if len(bad) == 1 else ''} attention"
 
 
-def _node(
-    node: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
-) -> dict[str, Any]:
+def _node(node: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     facts = node.get("facts") or {}
     engine = node.get("engine") or {}
     since = engine.get("since") or {}
@@ -119,7 +114,7 @@ def _node(
         "verdict": node["verdict"],
         "reasons": node["reasons"],
         "next_step": node["next_step"],
-        "gpus": _gpus(facts, before),
+        "gpus": _gpus(facts, node["baseline"]),
         "gpu_words": node["gpus"],
         "brief": _brief(node),
         "rows": [{"name": name, "value": str(value)} for name, value in rows if value],
@@ -139,7 +134,7 @@ def _brief(node: Mapping[str, Any]) -> str:
     return speed or engine_words(node["unit"], node.get("engine") or {}) or "no answer"
 
 
-def _gpus(facts: Mapping[str, Any], before: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _gpus(facts: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the boards in the order of the bus, lost ones in their place where it is known."""
     boards = []
     for gpu in (facts.get("gpu") or {}).get("gpus", ()):
@@ -164,7 +159,7 @@ def _gpus(facts: Mapping[str, Any], before: Mapping[str, Any]) -> list[dict[str,
                 "heat": _heat(gpu.get("temperature_c"), gpu.get("power_draw_w")),
             }
         )
-    for bus in missing_gpus(facts, before) if boards or facts else []:
+    for bus in missing_gpus(facts, baseline) if facts else []:
         boards.append(
             {
                 "bus": bus,

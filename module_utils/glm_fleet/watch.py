@@ -102,7 +102,7 @@ class Agent:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def say(self, word: str) -> None:
-        """Answer with this from now on: ``up``, or ``down#reason``."""
+        """Answer with this from now on: ``up``, or ``down #reason`` (with the space)."""
         if word != self._word:
             self._word = word
             self._told.clear()
@@ -187,7 +187,7 @@ class Watch:
             self.canary = Canary()
         if state["active_state"] != "active":
             # HAProxy sees by itself that nothing answers.
-            self.agent.say("down#restarted" if self.must_answer else "up")
+            self.agent.say("down #restarted" if self.must_answer else "up")
             return "inactive"
         try:
             policy = engine.read_policy(self.settings.policy)
@@ -209,9 +209,9 @@ class Watch:
         if seen == HUNG:
             self._incident(state, sample)
         elif seen == SUSPECT:
-            self.agent.say("down#no progress")
+            self.agent.say("down #no progress")
         elif self.must_answer:
-            self.agent.say("down#restarted")
+            self.agent.say("down #restarted")
         else:
             self.given_up = False
             self.agent.say("up")
@@ -237,7 +237,7 @@ class Watch:
         """Tell the gateway, keep the evidence, restart: in this order."""
         if self.given_up:
             return
-        self.agent.say("down#hung")
+        self.agent.say("down #hung")
         timeout = self.settings.stall_timeout_s
         _log(3, f"the engine made no step for {timeout:g} s although it was asked to")
         if not self.agent.wait_until_told(_TELL_S):

@@ -24,7 +24,7 @@ from glm_fleet import history
 from glm_fleet.errors import FleetError, from_os_error
 from glm_fleet.exposition import exposition, targets
 from glm_fleet.health import GatewayHealth, Limits, NodeHealth, judge_fleet
-from glm_fleet.page import render_page
+from glm_fleet.page import RUNS_DRAWN, render_page
 from glm_fleet.preflight import ERROR, Expectations, Problem, evaluate, unreachable
 from glm_fleet.report import (
     Line,
@@ -80,7 +80,7 @@ class ActionModule(ActionBase):
                     write_json(dest, report)
             else:
                 folder = dest.with_name("history") if dest else None
-                kept = history.load(folder, arguments["keep"]) if folder else []
+                kept = history.load(folder, RUNS_DRAWN) if folder else []
                 limits = Limits.from_dict(arguments["limits"])
                 failing = _FAILING[arguments["fail_on"]]
                 lines, report, failure = _health(records, failing, limits, kept)
@@ -134,7 +134,7 @@ def _health(
     limits: Limits,
     kept: Sequence[Mapping[str, Any]],
 ) -> tuple[list[Line], dict[str, Any], str]:
-    previous, now = kept[-1] if kept else {}, _now()
+    previous, now = history.latest(kept), _now()
     nodes, gateways = judge_fleet(records, limits=limits, previous=previous, time=now)
     bad: list[NodeHealth | GatewayHealth] = [
         each for each in (*nodes, *gateways) if each.verdict in failing

@@ -105,4 +105,13 @@ def test_changes_tell_each_fault_that_came_or_went_once() -> None:
     assert history.sentence(went[2]).startswith("gpu01: no longer: GPU count: 7")
     assert history.changes(broken, broken) == []
     assert history.changes({}, broken) == []
-    assert [each["host"] for each in history.state_changes(came)] == ["gpu01"]
+
+
+def test_a_run_with_a_limit_makes_nobody_forgotten(tmp_path: Path) -> None:
+    full = health_json(*judge(fleet_records(3)), TIME)
+    records = {name: each for name, each in fleet_records(3).items() if name != "gpu02"}
+    limited = health_json(*judge(records), TIME, full)
+    assert limited["changes"] == []
+    merged = history.latest([full, limited])
+    assert sorted(each["name"] for each in merged["nodes"]) == ["gpu01", "gpu02", "gpu03"]
+    assert history.latest([]) == {}

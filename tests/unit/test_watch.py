@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from glm_fleet import watch
 from glm_fleet.gate import Process
+from glm_fleet.haproxy import Haproxy, unix_transport
 from glm_fleet.runner import RunResult
 
 METRICS = """\
@@ -45,14 +48,61 @@ def test_the_agent_answers_haproxy() -> None:
 
     try:
         assert ask() == "up\n"
-        agent.say("down#hung")
+        agent.say("down #hung")
         assert not agent.wait_until_told(0.01)
-        assert ask() == "down#hung\n"
+        assert ask() == "down #hung\n"
         assert agent.wait_until_told(1)
         agent.say("up")
         assert ask() == "up\n"
     finally:
         agent.close()
+
+
+HAPROXY = """
+global
+    stats socket {folder}/sock level admin
+defaults
+    timeout connect 2s
+    timeout client 2s
+    timeout server 2s
+backend glm_nodes
+    default-server disabled check inter 100ms agent-check agent-port {agent} agent-inter 100ms
+    server gpu01 127.0.0.1:{port}
+"""
+
+
+def test_a_real_haproxy_does_what_the_agent_says(tmp_path: Path) -> None:
+    agent = watch.Agent("127.0.0.1", 0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = tmp_path / "haproxy.cfg"
+    port = listener.getsockname()[1]
+    config.write_text(HAPROXY.format(folder=tmp_path, agent=agent.port, port=port))
+    haproxy = Haproxy(unix_transport(str(tmp_path / "sock")))
+
+    def status_becomes(wanted: str) -> bool:
+        end = time.monotonic() + 20
+        while haproxy.statistics()["glm_nodes", "gpu01"].status != wanted:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
+
+    with subprocess.Popen(["haproxy", "-db", "-f", str(config)], stderr=subprocess.DEVNULL) as run:
+        try:
+            while not (tmp_path / "sock").exists():
+                time.sleep(0.05)
+            assert status_becomes("MAINT"), "up does not undo what the operator set"
+            haproxy.set_state("glm_nodes", "gpu01", "ready")
+            assert status_becomes("UP")
+            for word in ("down #no progress", "up", "down #hung", "up"):
+                agent.say(word)
+                assert status_becomes("DOWN" if word.startswith("down") else "UP"), word
+            agent.close()
+            time.sleep(0.5)
+            assert status_becomes("UP"), "a watch that is gone changes nothing"
+        finally:
+            run.terminate()
+            listener.close()
 
 
 class Node:
@@ -163,11 +213,11 @@ def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) ->
     while "hung" not in seen:
         seen.append(node.look())
         if seen[-1] == "suspect":
-            assert node.word == "down#no progress", "no request is sent there meanwhile"
+            assert node.word == "down #no progress", "no request is sent there meanwhile"
     assert "suspect" in seen
     assert len(seen) <= 14, "the time-out, and the patience before the canary"
     names = [" ".join(command[:3]) for command in node.commands]
-    assert names[0] == "told down#hung"
+    assert names[0] == "told down #hung"
     assert names[1].startswith("journalctl")
     assert names[-2:] == [
         "systemctl kill --signal=SIGTERM",
@@ -181,7 +231,7 @@ def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) ->
     # Out at the gateway until it has answered again.
     node.stopped.set()
     assert node.look(3) == "starting"
-    assert node.word == "down#hung"
+    assert node.word == "down #hung"
     node.running, node.step, node.answers, node.serves = 0, 0, True, True
     node.look()
     assert node.look() == "fine"
@@ -199,7 +249,7 @@ def test_after_so_many_restarts_a_person_is_needed(node: Node) -> None:
             pass
     kills = [command for command in node.commands if "--signal=SIGKILL" in command]
     assert len(kills) == 2
-    assert node.word == "down#hung"
+    assert node.word == "down #hung"
     before = len(node.commands)
     node.look(20)
     assert len(node.commands) == before, "and the evidence is kept once"
