@@ -28,6 +28,7 @@ from .settings import (
     fleet,
 )
 from .system import (
+    building,
     exclusive,
     mounts_below,
     processes,
@@ -97,14 +98,14 @@ def up(arguments: argparse.Namespace) -> None:
     with exclusive():
         check_system(arguments.nodes)
         wanted = fleet(arguments.nodes)
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        with building(), ThreadPoolExecutor(max_workers=2) as pool:
             # Downloads and the root file system wait on different things.
             sources = pool.submit(source.build)
             root, debs = rootfs.build()
             model.build()
-            network.ensure_bridge()
-            hosts.ensure(wanted, root)
             git = sources.result()
+        network.ensure_bridge()
+        hosts.ensure(wanted, root)
         upstreams.ensure(debs, git)
         say("upstreams answer: " + ", ".join(server.url for server in upstreams.servers()))
         inventory.write(wanted, upstreams.inventory_vars(git))
@@ -123,8 +124,9 @@ def down(arguments: argparse.Namespace) -> None:
             run(["ssh", "-O", "exit", "-S", control, "lab"], check=False)
         removed += hosts.remove_all()
         removed += network.remove_all()
-        rootfs.remove_leftovers()
-        source.remove_leftovers()
+        with building():
+            rootfs.remove_leftovers()
+            source.remove_leftovers()
         for folder in (STATE, *([CACHE] if arguments.purge else [])):
             if folder.is_dir():
                 shutil.rmtree(folder)
@@ -210,12 +212,14 @@ def shell(arguments: argparse.Namespace) -> int:
 
 
 def power(arguments: argparse.Namespace) -> None:
-    """Pull a host's power or cable, or put it back."""
+    """Pull a host's power or cable, or stop its sshd, or put them back."""
     check_root()
     host = known_host(arguments.host)
     with exclusive():
         if arguments.action == "off":
             hosts.power_off(host)
+        elif arguments.action in ("no-ssh", "ssh"):
+            hosts.set_ssh(host, on=arguments.action == "ssh")
         elif arguments.action == "on":
             (host.folder / hosts.POWERED_OFF).unlink(missing_ok=True)
             hosts.mount(host, rootfs.rootfs_folder())
@@ -225,6 +229,17 @@ def power(arguments: argparse.Namespace) -> None:
         else:
             network.set_link(host, up=arguments.action == "join")
     say(f"{host.name}: power {arguments.action} done")
+
+
+def switch_upstreams(arguments: argparse.Namespace) -> None:
+    """Stop git, hub and package repository, or start them again."""
+    check_root()
+    with exclusive():
+        stop("upstream:", grace_seconds=2)
+        if arguments.action == "on":
+            _, debs = rootfs.build()
+            upstreams.ensure(debs, source.build())
+    say(f"upstreams are {arguments.action}")
 
 
 def change_gpus(arguments: argparse.Namespace) -> None:
@@ -297,7 +312,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("command", nargs="*", help="run this instead of a login shell")
     sub = command("power", power)
     sub.add_argument("host")
-    sub.add_argument("action", choices=["off", "on", "cut", "join"])
+    sub.add_argument("action", choices=["off", "on", "cut", "join", "no-ssh", "ssh"])
+    sub = command("upstreams", switch_upstreams)
+    sub.add_argument("action", choices=["off", "on"])
     sub = command("hub", hub_faults)
     sub.add_argument("faults", help=f"keys: {', '.join(sorted(hub.FAULTS))}")
     sub = command("gpu", change_gpus)

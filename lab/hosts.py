@@ -185,6 +185,23 @@ def kill_containers(name: str = "", seconds: float = 10) -> None:
         time.sleep(0.05)
 
 
+def set_ssh(host: Host, *, on: bool) -> None:
+    """Start a host's sshd, or stop it and end its sessions; everything else goes on."""
+    init = next(
+        pid
+        for pid in container_pids(host.name)
+        # The last of its ids is the one that it has in the host.
+        if Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].splitlines()[0].split()[-1]
+        == "1"
+    )
+    enter = ["nsenter", f"--target={init}", "--all"]
+    if on:
+        run([*enter, "systemctl", "start", "ssh.service"])
+    else:
+        run([*enter, "systemctl", "stop", "ssh.service", "ssh.socket"], check=False)
+        run([*enter, "pkill", "--exact", "sshd"], check=False)
+
+
 def power_off(host: Host) -> None:
     """Cut the power: SIGKILL, nothing is told. The overlay stays."""
     (host.folder / POWERED_OFF).touch()

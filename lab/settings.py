@@ -20,7 +20,8 @@ STATE = Path(f"/var/lib/glm-fleet-lab{SUFFIX}")
 HOSTS = STATE / "hosts"
 UPSTREAMS = STATE / "upstreams"
 SSH = STATE / "ssh"
-LOCK = Path("/run/lock/glm-fleet-lab.lock")
+LOCK = Path(f"/run/lock/glm-fleet-lab{SUFFIX}.lock")
+CACHE_LOCK = Path("/run/lock/glm-fleet-lab-cache.lock")
 INVENTORY = REPOSITORY / "inventory" / "lab" / "hosts.yml"
 
 BRIDGE = f"glmlab{NUMBER}"

@@ -111,7 +111,7 @@ def build_repository(tree: Path, repository: Path) -> str:
     """Make the bare repository from an unpacked source; returns the pull request's head.
 
     The base has main's source without its later additions; main and the tag are the real
-    source; the pull request is one commit on the base.
+    source; the pull request is one commit on the base. The variants are each one on main.
     """
     run(["git", "init", "--quiet", "--bare", "--initial-branch=main", repository], env=IDENTITY)
     git = ["git", "--git-dir", str(repository), "--work-tree", str(tree)]
@@ -144,6 +144,12 @@ def build_repository(tree: Path, repository: Path) -> str:
     call("config", "gc.auto", "0")
     call("config", "uploadpack.allowAnySHA1InWant", "true")
     real = snapshot()
+    variants = {}
+    for name, (_, _, path, _) in standin.VARIANTS.items():
+        before = (tree / path).read_text(encoding="utf-8")
+        write(standin.variant_changes(name, tree))
+        variants[name] = snapshot()
+        write({path: before})
     write(standin.base_changes(tree))
     base_tree = snapshot()
     write(standin.pull_request_changes(tree))
@@ -157,6 +163,9 @@ def build_repository(tree: Path, repository: Path) -> str:
         2,
         base,
     )
+    for name, (number, title, _, _) in standin.VARIANTS.items():
+        changed = commit(variants[name], f"{title}\n", 19, main)
+        call("update-ref", f"refs/pull/{number}/head", changed)
     call("update-ref", "refs/heads/main", main)
     call("tag", "--annotate", "--message", f"vLLM {VLLM_VERSION}", f"v{VLLM_VERSION}", main)
     call("update-ref", f"refs/pull/{PULL_REQUEST}/head", head)

@@ -214,6 +214,65 @@ PULL_REQUEST_EDITS: dict[str, Edit] = {
 }
 
 
+ENGINE = "vllm/v1/engine/core.py"
+SAMPLER = "vllm/v1/sample/sampler.py"
+
+
+def _at_engine_start(*lines: str) -> Edit:
+    """Add lines to the start of the engine, in its own process."""
+    anchor = "        self.vllm_config = vllm_config\n        if not vllm_config.parallel_config."
+    added = "".join(f"        {line}\n" for line in lines)
+    return lambda text: replace_once(text, anchor, added + anchor)
+
+
+# Pull requests that make another release: one that works, and one for each way to fail.
+VARIANTS: dict[str, tuple[int, str, str, Edit]] = {
+    "second": (
+        101,
+        "Say so when the engine starts",
+        ENGINE,
+        _at_engine_start('logger.info("This is the second release of the lab.")'),
+    ),
+    "crash": (
+        102,
+        "Die while the engine starts",
+        ENGINE,
+        _at_engine_start('raise RuntimeError("CUDA error 802: system not yet initialized")'),
+    ),
+    "babble": (
+        103,
+        "Answer with noise",
+        SAMPLER,
+        lambda text: replace_once(
+            text,
+            "return torch.ops._C.greedy_argmax(logits)\n",
+            "return torch.ops._C.greedy_argmax(torch.rand_like(logits))\n",
+        ),
+    ),
+    "hang": (
+        104,
+        "Wait for ever while the engine starts",
+        ENGINE,
+        _at_engine_start("import time", "time.sleep(86400)"),
+    ),
+    "graphs": (
+        105,
+        "Die of CUDA graphs while the engine starts",
+        ENGINE,
+        _at_engine_start(
+            "if not vllm_config.model_config.enforce_eager:",
+            '    raise RuntimeError("CUDA error: an illegal instruction was encountered")',
+        ),
+    ),
+}
+
+
+def variant_changes(name: str, tree: Path) -> dict[str, str]:
+    """Path -> content of the file that a variant changes, on the real source in `tree`."""
+    _, _, path, edit = VARIANTS[name]
+    return {path: edit((tree / path).read_text(encoding="utf-8"))}
+
+
 def base_changes(tree: Path) -> dict[str, str]:
     """Path -> content of what the base has differently from the source in `tree`."""
     return {INDEXER: base_indexer((tree / INDEXER).read_text(encoding="utf-8"))}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .settings import LOCK, SUFFIX, LabError
+from .settings import CACHE_LOCK, LOCK, SUFFIX, LabError
 
 # Every long-lived process of the lab carries this in its environment, so that it can be found
 # and told apart without trusting a recorded pid.
@@ -195,6 +195,19 @@ def exclusive() -> Iterator[None]:
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
+        yield
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Hold the lock of the cache, which all labs here share; waits for whoever has it."""
+    CACHE_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with CACHE_LOCK.open("a", encoding="ascii") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another lab fills the cache: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

@@ -23,7 +23,7 @@ from .settings import (
     VLLM_VERSION,
     LabError,
 )
-from .standin import CUDA_STUB
+from .standin import CUDA_STUB, VARIANTS
 from .system import processes, run, start
 
 HUB_FAULTS = UPSTREAMS / "hub-faults.json"
@@ -101,12 +101,21 @@ def ensure(debs: Path, git: Path) -> None:
 def inventory_vars(git: Path) -> dict[str, Any]:
     """The values that point the roles at the lab's upstreams."""
     repository = git / "vllm.git"
-    reference = f"refs/pull/{PULL_REQUEST}/head"
-    head = run(["git", "-C", repository, "rev-parse", reference]).stdout.strip()
+
+    def pull_request(number: int) -> dict[str, Any]:
+        reference = f"refs/pull/{number}/head"
+        head = run(["git", "-C", repository, "rev-parse", reference]).stdout.strip()
+        return {"number": number, "head": head}
+
+    main = [{**pull_request(PULL_REQUEST), "drop": [CUDA_STUB]}]
     return {
         "release_repository": f"git://{BRIDGE_ADDRESS}:{GIT_PORT}/vllm.git",
         "release_ref": f"v{VLLM_VERSION}",
-        "release_pull_requests": [{"number": PULL_REQUEST, "head": head, "drop": [CUDA_STUB]}],
+        "release_pull_requests": main,
+        # What to give as release_pull_requests for another release of the lab.
+        "lab_releases": {
+            name: [*main, pull_request(number)] for name, (number, *_) in VARIANTS.items()
+        },
         "release_find_links": [str(source.WHEELS)],
         "release_base_wheel": str(source.base_wheel()),
         "model_endpoint": f"http://{BRIDGE_ADDRESS}:{HUB_PORT}",

@@ -54,6 +54,15 @@ options:
     description: Seconds to wait.
     type: int
     default: 600
+  fail_when_busy:
+    description: With O(state=drain) and O(state=maint), whether requests that still run after
+      O(timeout) are an error. They are counted in RV(sessions) either way.
+    type: bool
+    default: true
+  min_ready:
+    description: A server that takes requests is only taken out while so many others take them.
+    type: int
+    default: 0
   socket:
     description: HAProxy's runtime socket with level admin.
     type: path
@@ -129,6 +138,8 @@ def main() -> None:
             "backend": {"type": "str", "default": BACKEND},
             "wait": {"type": "bool", "default": True},
             "timeout": {"type": "int", "default": 600},
+            "fail_when_busy": {"type": "bool", "default": True},
+            "min_ready": {"type": "int", "default": 0},
             "socket": {"type": "path", "default": SOCKET},
             "master_socket": {"type": "str", "default": MASTER_SOCKET},
             "state_file": {"type": "path", "default": STATE_FILE},
@@ -137,7 +148,12 @@ def main() -> None:
     )
     wanted = module.params
     master = wanted["master_socket"]
-    haproxy = Haproxy(unix_transport(wanted["socket"]), unix_transport(master) if master else None)
+    # A gateway that is restarted just now is waited for.
+    patience = 3.0 if module.check_mode else 20.0
+    haproxy = Haproxy(
+        unix_transport(wanted["socket"], patience=patience),
+        unix_transport(master, patience=patience) if master else None,
+    )
     try:
         change = ensure_state(
             haproxy,
@@ -147,6 +163,8 @@ def main() -> None:
             state_file=Path(wanted["state_file"]),
             wait=wanted["wait"],
             timeout=wanted["timeout"],
+            min_ready=wanted["min_ready"],
+            fail_when_busy=wanted["fail_when_busy"],
             check_mode=module.check_mode,
         )
     except (GatewayUnreachableError, UnknownServerError) as error:

@@ -48,10 +48,13 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet import (
     artifact,
     attest,
+    deployment,
     engine,
     errors,
     gate,
     runner,
+    sentry,
+    serving,
     transport,
     watch,
 )
@@ -61,10 +64,13 @@ _MODULES: tuple[ModuleType, ...] = (
     glm_fleet,
     artifact,
     attest,
+    deployment,
     engine,
     errors,
     gate,
     runner,
+    sentry,
+    serving,
     transport,
     watch,
 )

@@ -19,13 +19,12 @@ attributes:
 options:
   mode:
     description:
-      - V(state) compares what runs with what should, without asking the server.
       - V(watch) looks at a start for O(seconds).
       - V(check) is the attestation with one short canary request, fit for a node under load.
       - V(attest) waits until a start is ready, then runs the whole attestation. Progress is
         shown while it waits.
     type: str
-    choices: [state, watch, check, attest]
+    choices: [watch, check, attest]
     default: check
   unit:
     description: Name of the unit.
@@ -46,12 +45,8 @@ options:
     description: Id of the model that should run. Whatever the start gate recorded if not given.
     type: str
     default: ""
-  unit_file:
-    description: Unit file as it should be, for V(state).
-    type: path
-    default: /etc/systemd/system/glm-serving.service
   environment_file:
-    description: Environment file as it should be, for V(state). The API key is read from it.
+    description: Environment file of the unit. The API key is read from it.
     type: path
     default: /etc/glm-fleet/serving.env
   seconds:
@@ -80,18 +75,10 @@ attestation:
   description:
     - C(passed), C(checks) (name, passed, detail), C(release_id), C(model_id), C(invocation_id),
       C(started_at), C(unit), C(canary) (tokens_per_second, time_to_first_token_s in seconds,
-      completion_tokens, text), C(metrics), C(diagnosis) and C(journal).
+      completion_tokens, text), C(metrics), C(diagnosis), C(step_down) (whether a lower mode of
+      CUDA graphs may help) and C(journal).
   returned: with V(check) and V(attest)
   type: dict
-running:
-  description: C(active), C(invocation), C(record) of the start gate, and C(unit).
-  returned: with V(state)
-  type: dict
-differences:
-  description: What a restart would change. Empty when the node runs what it should.
-  returned: with V(state)
-  type: list
-  elements: str
 watched:
   description: C(ready), C(failed) with the reason, C(phase), C(progress), C(invocation_id).
   returned: with V(watch)
@@ -102,22 +89,11 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import attest, engine
+from ansible.module_utils.glm_fleet import attest
+from ansible.module_utils.glm_fleet.deployment import Deployments, Places
 from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.gate import digest
 from ansible.module_utils.glm_fleet.runner import run_program
-from ansible.module_utils.glm_fleet.serving import differences
-
-
-def _state(params: dict[str, Any]) -> dict[str, Any]:
-    running = attest.read_running(run_program, params["unit"])
-    wanted = {
-        "release": params["release"],
-        "model": params["model"],
-        "unit_sha256": digest(Path(params["unit_file"])),
-        "environment_sha256": digest(Path(params["environment_file"])),
-    }
-    return {"running": running, "differences": differences(running, wanted)}
+from ansible.module_utils.glm_fleet.sentry import api_key
 
 
 def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +116,15 @@ def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) ->
             expected="every check to pass",
             found="; ".join(failed),
             remedy=found["diagnosis"] or "read `journalctl -u glm-serving` on the node",
-            details={"attestation": found},
+            details={
+                "attestation": found,
+                **{key: found[key] for key in ("diagnosis", "step_down", "journal")},
+            },
         )
+    if found["passed"] and params["mode"] == "attest":
+        # What a later failure goes back to.
+        deployments = Deployments(Places())
+        deployments.note_attested(deployments.current())
     return {"attestation": found}
 
 
@@ -151,14 +134,13 @@ def main() -> None:
         argument_spec={
             "mode": {
                 "type": "str",
-                "choices": ["state", "watch", "check", "attest"],
+                "choices": ["watch", "check", "attest"],
                 "default": "check",
             },
             "unit": {"type": "str", "default": "glm-serving.service"},
             "policy": {"type": "path", "default": "/etc/glm-fleet/attestation.json"},
             "release": {"type": "str", "default": ""},
             "model": {"type": "str", "default": ""},
-            "unit_file": {"type": "path", "default": "/etc/systemd/system/glm-serving.service"},
             "environment_file": {"type": "path", "default": "/etc/glm-fleet/serving.env"},
             "seconds": {"type": "float", "default": 10.0},
             "stall_timeout": {"type": "float", "default": 900.0},
@@ -168,13 +150,11 @@ def main() -> None:
     )
     params = module.params
     try:
-        if params["mode"] == "state":
-            module.exit_json(changed=False, **_state(params))
-        policy = engine.read_policy(Path(params["policy"]))
+        policy = attest.read_policy(Path(params["policy"]))
         http = attest.local_http(
             policy["port"],
-            address=policy.get("address", "127.0.0.1"),
-            api_key=engine.read_api_key(Path(params["environment_file"])),
+            address=policy["address"],
+            api_key=api_key(Path(params["environment_file"])),
         )
         if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])

@@ -28,11 +28,15 @@ EVIDENCE = Path("/run/glm-fleet/attested.json")
 # The last word of a start: the web server's own line, or vLLM's where that one is not logged.
 _READY = re.compile(r"Application startup complete|Starting vLLM server on")
 _RECENT_LINES = 500
+# The frames of a traceback and their carets, which say less than the error below them.
+_FRAME = re.compile(r"\]\s{2,}\S|\^\^\^|Traceback \(most recent")
 _LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a short test
 _ANSWER_TOKENS = 24
 
 # What an operator sees while a node loads: the last of these that the journal holds.
 _PHASES: tuple[tuple[str, str], ...] = (
+    (r"non-default args", "reading the model's configuration"),
+    (r"Resolved architecture", "preparing the engine"),
     (r"Initializing a V1 LLM engine", "starting the engine"),
     (r"Starting to load model", "loading the model"),
     (r"Completed \| (\d+/\d+)", "loading shard {0}"),
@@ -46,35 +50,73 @@ _PHASES: tuple[tuple[str, str], ...] = (
     (_READY.pattern, "ready"),
 )
 
-# Crashes that people reported or we saw, with the way out.
-_SIGNATURES: tuple[tuple[str, str], ...] = (
-    (
+
+@dataclass(frozen=True)
+class Signature:
+    """A crash that people reported or we saw: how it looks, the way out, and whether a lower
+    mode of CUDA graphs is that way."""
+
+    pattern: str
+    remedy: str
+    graphs: bool = False
+
+
+_SIGNATURES = (
+    Signature(
         r"an illegal instruction was encountered",
         "CUDA graphs of this mode do not work here: set serving_cuda_graphs to piecewise, "
         "then to eager",
+        graphs=True,
     ),
-    (
+    Signature(
         r"operation not permitted when stream is capturing",
-        "CUDA graph capture fails on this driver: set serving_cuda_graphs to piecewise",
+        "CUDA graph capture fails on this driver: set serving_cuda_graphs to piecewise, "
+        "then to eager",
+        graphs=True,
     ),
-    (
+    Signature(
         r"CUDA error.*802|system not yet initialized",
         "the fabric manager is missing or of another version than the driver: install and start "
         "the nvidia-fabricmanager package of the driver's version",
     ),
-    (
+    Signature(
         r"out of memory|OutOfMemoryError",
         "the GPUs are too full: lower serving_gpu_memory_utilization or serving_max_model_len",
     ),
-    (
+    Signature(
         r"No available memory for the cache blocks",
         "nothing is left for the KV cache: lower serving_max_model_len",
     ),
-    (
+    Signature(
+        r"is larger than the maximum number of tokens that can be stored in KV cache",
+        "the context does not fit into the KV cache: lower serving_max_model_len",
+    ),
+    Signature(
+        r"No package metadata was found for vllm",
+        "the wheel of this release is not called vllm: build the release again",
+    ),
+    Signature(
+        r"Timed out waiting for engine|did not start in time|Engine core proc .* timed out",
+        "the engine took longer than VLLM_ENGINE_READY_TIMEOUT_S: raise it in "
+        "serving_environment, or find out why the weights load slowly",
+    ),
+    Signature(
+        r"vllm serve: error: |unrecognized arguments",
+        "this release of vLLM does not know a flag: look at serving_extra_arguments",
+    ),
+    Signature(
+        r"(Xid .*: 74|SXid.* 24007|NCCL error|ncclUnhandledCudaError)",
+        "the GPUs lost each other: look at `nvidia-smi nvlink -s` and the driver's version",
+    ),
+    Signature(
+        r"start gate: An earlier",
+        "an earlier engine still holds the GPUs: see the line of the start gate",
+    ),
+    # The frame around every crash of a start: only when nothing better is known.
+    Signature(
         r"Engine core initialization failed",
         "the engine died while it started: the first error above it in the journal says why",
     ),
-    (r"start gate: ", "an earlier engine still holds the GPUs: see the line of the start gate"),
 )
 
 
@@ -194,21 +236,37 @@ def phase(lines: Sequence[str]) -> str:
             found = re.search(pattern, line)
             if found:
                 return text.format(*found.groups())
-    return "waiting for the first sign"
+    return "importing vLLM"
+
+
+def _known_crash(lines: Sequence[str]) -> tuple[Signature, str] | None:
+    for signature in _SIGNATURES:
+        # From the end: the error itself stands below the line of code that raised it.
+        for line in reversed(lines):
+            if re.search(signature.pattern, line):
+                return signature, line
+    return None
 
 
 def diagnose(lines: Sequence[str]) -> str:
     """Name the known crash that the journal shows, with its remedy; '' if none is known."""
-    for pattern, remedy in _SIGNATURES:
-        for line in lines:
-            if re.search(pattern, line):
-                return f"{line.strip()[-160:]}: {remedy}"
-    return ""
+    known = _known_crash(lines)
+    return f"{known[1].strip()[-160:]}: {known[0].remedy}" if known else ""
+
+
+def lower_graphs_help(lines: Sequence[str]) -> bool:
+    """Tell whether the journal shows a crash that a lower mode of CUDA graphs avoids."""
+    known = _known_crash(lines)
+    return known is not None and known[0].graphs
 
 
 def relevant_lines(lines: Sequence[str], most: int = 12) -> list[str]:
     """Pick the lines a person would look for: errors first, else the end of the journal."""
-    errors = [line for line in lines if re.search(r"\bERROR\b|Error:|error:|start gate", line)]
+    errors = [
+        line
+        for line in lines
+        if re.search(r"\bERROR\b|Error:|error:|start gate", line) and not _FRAME.search(line)
+    ]
     picked = errors[-most:] if errors else list(lines[-most:])
     return [line[-300:] for line in picked]
 
@@ -265,6 +323,29 @@ def read_record(path: Path = RECORD) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def read_policy(path: Path) -> dict[str, Any]:
+    """Return what the attestation of this node expects.
+
+    Shape: {address, port, served_model_name, required, forbidden}.
+    """
+    try:
+        policy = json.loads(path.read_text())
+        return {
+            "address": str(policy.get("address") or "127.0.0.1"),
+            "port": int(policy["port"]),
+            "served_model_name": str(policy["served_model_name"]),
+            "required": list(policy["required"]),
+            "forbidden": list(policy["forbidden"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FleetError(
+            "This node has no attestation policy",
+            expected=f"port, served_model_name, required and forbidden as JSON in {path}",
+            found=f"{type(error).__name__}: {error}",
+            remedy="run site.yml: the node is not set up to serve",
+        ) from error
 
 
 def read_running(runner: Runner, unit: str, record: Path = RECORD) -> dict[str, Any]:
@@ -461,7 +542,7 @@ def attest(
     ``evidence_path``, for later checks of the same start.
 
     Shape: {passed, checks: [{name, passed, detail}], release_id, model_id, invocation_id,
-    started_at, unit, canary, metrics, diagnosis, journal}.
+    started_at, unit, canary, metrics, diagnosis, step_down, journal}.
     """
     running = read_running(runner, wanted.unit, record_path)
     unit, record = running["unit"], running["record"]
@@ -522,6 +603,7 @@ def attest(
         "canary": canary,
         "metrics": metrics,
         "diagnosis": "" if passed else diagnose(lines),
+        "step_down": not passed and lower_graphs_help(lines),
         "journal": [] if passed else relevant_lines(lines),
     }
 
@@ -604,5 +686,9 @@ def failed_start(watched: Mapping[str, Any], lines: Sequence[str], reason: str) 
         expected="the server to be ready",
         found=f"{reason}; last seen: {watched.get('phase', '')}",
         remedy=known or "read `journalctl -u glm-serving` on the node",
-        details={"journal": relevant_lines(lines), "diagnosis": known},
+        details={
+            "journal": relevant_lines(lines),
+            "diagnosis": known,
+            "step_down": lower_graphs_help(lines),
+        },
     )

@@ -7,18 +7,16 @@ that the engine has made: it stands still while a request waits only when the en
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
 from . import attest
-from .errors import FleetError
 from .gate import RECORD
 from .runner import Runner
+from .sentry import api_key
 
 POLICY = Path("/etc/glm-fleet/attestation.json")
 ENVIRONMENT = Path("/etc/glm-fleet/serving.env")
@@ -43,32 +41,6 @@ _HISTOGRAMS = {
     "between_tokens": "vllm:inter_token_latency_seconds",
 }
 _BUCKET = re.compile(r'^(?P<name>[\w:]+)_bucket\{.*?le="(?P<le>[^"]+)".*\}\s+(?P<count>\S+)')
-
-
-def read_policy(path: Path = POLICY) -> dict[str, Any]:
-    """Return what the attestation of this node expects, as the role serving wrote it."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise FleetError(
-            "This node has no attestation policy",
-            expected=f"JSON in {path}",
-            found=str(error),
-            remedy="run site.yml: the node is not set up to serve",
-        ) from error
-
-
-def read_api_key(environment_file: Path = ENVIRONMENT) -> str:
-    """Return the key that the server asks for, '' when it asks for none."""
-    try:
-        text = environment_file.read_text()
-    except OSError:
-        return ""
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        if name == "VLLM_API_KEY":
-            return "".join(shlex.split(value))
-    return ""
 
 
 def parse_sample(text: str, now: float) -> dict[str, Any]:
@@ -185,8 +157,8 @@ def look(
             "journal": attest.relevant_lines(words),
             "engine": {"state": "down", "phase": attest.phase(words)},
         }
-    policy = read_policy(policy_path)
-    address, key = policy.get("address", "127.0.0.1"), read_api_key(environment_path)
+    policy = attest.read_policy(policy_path)
+    address, key = policy["address"], api_key(environment_path)
 
     def open_client(timeout_s: float) -> attest.Http:
         return client(policy["port"], address=address, api_key=key, timeout_s=timeout_s)

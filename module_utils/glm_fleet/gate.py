@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The start gate of the serving unit, and the record of what was started.
 
-It runs as root before every start, also after a crash at night when no controller is
-there. An engine that was orphaned holds its GPU memory while the port is free again; a
-start on top of it dies of it, so the gate refuses and names the processes. When the way
-is clear it writes down what is about to run: the attestation compares with that, not with
-what lies on the disk by then.
+It runs as root before every start, also after a crash at night when no controller is there. An
+engine that was orphaned holds its GPU memory while the port is free again; a start on top of it
+dies of it, so the gate ends vLLM's processes of the service's user, waits for the memory, and
+refuses with names when something stays. When the way is clear it writes down what is about to
+run: the attestation compares with that, not with what lies on the disk by then.
 
 Run as a program: ``python3 -m glm_fleet.gate --help``.
 """
@@ -13,11 +13,13 @@ Run as a program: ``python3 -m glm_fleet.gate --help``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import pwd
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -87,17 +89,30 @@ def wait_until_clear(
     uid: int,
     limit_mib: int,
     patience_s: float,
+    kill: Callable[[int, int], None] = os.kill,
+    say: Callable[[str], object] = sys.stderr.write,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Return when no earlier engine lives and every GPU uses at most ``limit_mib``.
 
-    The driver gives memory back some seconds after a process ended, so the gate waits up
-    to ``patience_s`` seconds. Raises `FleetError` naming processes and GPUs after that.
+    What is left of the service's own engine gets SIGTERM, and SIGKILL when half of
+    ``patience_s`` seconds are over. The driver gives memory back some seconds after a process
+    ended, so the gate waits that long in all. Raises `FleetError` naming processes and GPUs
+    after that. Nothing of another user is touched.
     """
-    end = clock() + patience_s
+    begin = clock()
+    end = begin + patience_s
+    asked: dict[int, int] = {}
     while True:
         engines = left_over(processes(), uid)
+        number = signal.SIGTERM if clock() < begin + patience_s / 2 else signal.SIGKILL
+        for each in engines:
+            if asked.get(each.pid) != number:
+                asked[each.pid] = number
+                say(f"start gate: ended pid {each.pid} {each.command[:60]} ({number.name})\n")
+                with contextlib.suppress(ProcessLookupError):
+                    kill(each.pid, number)
         full = {index: mib for index, mib in memory_in_use(runner).items() if mib > limit_mib}
         if not engines and not full:
             return

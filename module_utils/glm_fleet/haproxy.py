@@ -30,6 +30,7 @@ STATE_FILE = "/var/lib/haproxy/server-state"
 STATES = ("ready", "drain", "maint")
 
 _RELOAD_GAP_S = 3.0
+_MENDING_S = 30.0
 
 # How the configuration carries its own fingerprint: `description glm-fleet <revision>`.
 _DESCRIPTION = "glm-fleet "
@@ -101,14 +102,19 @@ class Change:
     sessions: int
 
 
-def unix_transport(path: str, *, timeout: float = 10.0) -> Transport:
-    """Return a `Transport` over the UNIX socket at ``path``; ``timeout`` is in seconds."""
+def unix_transport(
+    path: str, *, timeout: float = 10.0, patience: float = _RELOAD_GAP_S
+) -> Transport:
+    """Return a `Transport` over the UNIX socket at ``path``.
+
+    ``timeout`` is for each reply, ``patience`` how long nobody may listen, both in seconds.
+    """
 
     def ask(command: str) -> str:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(timeout)
-                _connect(connection, path)
+                _connect(connection, path, patience)
                 connection.sendall(command.encode() + b"\n")
                 # The master's socket keeps the connection open until our side is closed.
                 connection.shutdown(socket.SHUT_WR)
@@ -126,13 +132,14 @@ def unix_transport(path: str, *, timeout: float = 10.0) -> Transport:
     return ask
 
 
-def _connect(connection: socket.socket, path: str) -> None:
-    # On a reload the master binds its socket anew a moment after the new worker is there.
-    deadline = time.monotonic() + _RELOAD_GAP_S
+def _connect(connection: socket.socket, path: str, patience: float) -> None:
+    # On a reload the master binds its socket anew a moment after the new worker is there, on
+    # a restart there is none for a while.
+    deadline = time.monotonic() + patience
     while True:
         try:
             return connection.connect(path)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.1)
@@ -338,6 +345,8 @@ def ensure_state(
     state_file: Path,
     wait: bool,
     timeout: float,
+    min_ready: int = 0,
+    fail_when_busy: bool = True,
     check_mode: bool = False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -347,8 +356,31 @@ def ensure_state(
     Waiting means: for drain and maint until no request runs on the server, for ready
     until its health check has passed. ``timeout`` is in seconds. Raises `FleetError`;
     a server that does not become ready in time is put back, one that does not empty in
-    time stays drained.
+    time stays drained, which is an error unless ``fail_when_busy`` is false.
+
+    A server that takes requests is taken out only if ``min_ready`` others go on taking them;
+    they get half a minute to come back, and two callers do not count on each other.
     """
+
+    def too_few() -> FleetError | None:
+        statistics = haproxy.statistics()
+        taking = {
+            server.name
+            for server in haproxy.servers()
+            if server.backend == backend
+            and server.admin_state == "ready"
+            and statistics[backend, server.name].status == "UP"
+        }
+        others = sorted(taking - {name})
+        if name not in taking or len(others) >= min_ready:
+            return None
+        return FleetError(
+            f"{name} cannot be taken out of service",
+            expected=f"at least {min_ready} other nodes that take requests (serve_min_ready)",
+            found=f"{len(others)}: {', '.join(others) or 'none'}",
+            remedy="mend or join the other nodes first, or allow an outage with a lower "
+            "serve_min_ready",
+        )
 
     def not_up() -> FleetError | None:
         server = haproxy.statistics()[backend, name]
@@ -378,7 +410,11 @@ def ensure_state(
     if check_mode:
         changed = changed or not _saved(state_file, haproxy.servers())
         return Change(before, state, changed, haproxy.sessions(backend, name))
-    if changed:
+    if changed and state != "ready":
+        with _locked(state_file.with_name(f"{state_file.name}.turn")):
+            _wait_while(too_few, _MENDING_S, clock, sleep)
+            haproxy.set_state(backend, name, state)
+    elif changed:
         haproxy.set_state(backend, name, state)
     if wait and state == "ready":
         try:
@@ -390,7 +426,11 @@ def ensure_state(
     # server stays out.
     saved = save_states(haproxy, state_file)
     if wait and state != "ready":
-        _wait_while(not_idle, timeout, clock, sleep)
+        try:
+            _wait_while(not_idle, timeout, clock, sleep)
+        except FleetError:
+            if fail_when_busy:
+                raise
     return Change(before, state, changed or saved, haproxy.sessions(backend, name))
 
 

@@ -13,7 +13,7 @@ from .errors import FleetError
 NODES = "gpu_nodes"
 GATEWAYS = "gateways"
 BUILDERS = "builders"
-_PORTS = ("serving_port", "gateway_port", "artifact_port", "health_watch_port")
+_PORTS = ("serving_port", "gateway_port", "artifact_port")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,23 @@ from typing import Any
 
 from .errors import FleetError
 
-# vLLM's names for the CUDA graph modes; eager has a flag of its own.
+# vLLM's names for the CUDA graph modes, best first; eager has a flag of its own.
 CUDA_GRAPHS = {"full_and_piecewise": "FULL_AND_PIECEWISE", "piecewise": "PIECEWISE", "eager": ""}
+
+
+def graph_rungs(mode: str, *, fallback: bool = False) -> list[str]:
+    """Return the mode of CUDA graphs and, with ``fallback``, the lower ones, best first.
+
+    Raises `FleetError` for a mode that nobody knows.
+    """
+    modes = list(CUDA_GRAPHS)
+    if mode not in modes:
+        raise FleetError(
+            "The mode of CUDA graphs is unknown",
+            expected=f"serving_cuda_graphs to be one of {', '.join(modes)}",
+            found=mode,
+        )
+    return modes[modes.index(mode) :] if fallback else [mode]
 
 
 def serve_command(settings: Mapping[str, Any]) -> list[str]:
@@ -21,13 +36,7 @@ def serve_command(settings: Mapping[str, Any]) -> list[str]:
     is empty or None leaves the choice to vLLM. Raises `FleetError` for a mode of CUDA
     graphs that nobody knows.
     """
-    graphs = str(settings["cuda_graphs"])
-    if graphs not in CUDA_GRAPHS:
-        raise FleetError(
-            "The mode of CUDA graphs is unknown",
-            expected=f"serving_cuda_graphs to be one of {', '.join(CUDA_GRAPHS)}",
-            found=graphs,
-        )
+    graphs = graph_rungs(str(settings["cuda_graphs"]))[0]
     options: list[tuple[str, Any]] = [
         ("--host", settings["bind_address"]),
         ("--port", settings["port"]),

@@ -4,9 +4,9 @@
 An engine hangs when somebody waits for it and it makes no step. Whether it is busy does
 not matter: a busy one makes steps. When nobody waits, the watch itself asks for one token.
 
-The gateway is told first. HAProxy asks this watch (`agent-check`) whether the node may
-get requests: ``down`` takes it out without touching what the operator set, ``up`` gives it
-back. A watch that does not run is no answer, and changes nothing.
+The gateway is told first, by way of the sentry, which HAProxy asks every second: it says
+``down`` while the file `sentry.STALLED` is there. After the restart the sentry goes on saying
+so until it has attested the new start.
 
 Run as a program: ``python3 -m glm_fleet.watch --help``.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import socketserver
 import sys
 import threading
 import time
@@ -29,14 +28,15 @@ from . import attest, engine, gate
 from .artifact import write_atomically
 from .errors import FleetError
 from .runner import Runner, run_program
+from .sentry import STALLED, api_key
 
 FINE = "fine"
 SUSPECT = "suspect"
 HUNG = "hung"
 
 _HOUR_S = 3600.0
-# The gateway asks every two seconds; it gets the time for two questions.
-_TELL_S = 6.0
+# A gateway asks every second.
+_TELL_S = 3.0
 _KILL_AFTER_S = 10.0
 _JOURNAL_LINES = 500
 _INCIDENTS_KEPT = 20
@@ -75,46 +75,25 @@ class Progress:
         return now - self.moved_at
 
 
-class Agent:
-    """What HAProxy's agent check asks: one word for each connection."""
+class Flag:
+    """A file that the sentry looks for whenever a gateway asks it, which is every second."""
 
-    def __init__(self, address: str, port: int) -> None:
-        self._word = "up"
-        self._told = threading.Event()
-        agent = self
+    def __init__(self, path: Path = STALLED, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._path, self._sleep = path, sleep
 
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                word = agent._word
-                try:
-                    self.request.sendall(f"{word}\n".encode())
-                except OSError:
-                    return
-                if word == agent._word:
-                    agent._told.set()
+    def take_out(self, reason: str) -> None:
+        """Let the gateways take the node out of service."""
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, reason + "\n")
 
-        class Server(socketserver.ThreadingTCPServer):
-            allow_reuse_address = True
-            daemon_threads = True
+    def let_in(self) -> None:
+        """Say nothing against the node any more."""
+        self._path.unlink(missing_ok=True)
 
-        self._server = Server((address, port), Handler)
-        self.port: int = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def say(self, word: str) -> None:
-        """Answer with this from now on: ``up``, or ``down #reason`` (with the space)."""
-        if word != self._word:
-            self._word = word
-            self._told.clear()
-
-    def wait_until_told(self, timeout_s: float) -> bool:
-        """Wait until a gateway has heard the present word."""
-        return self._told.wait(timeout_s)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
+    def wait_until_told(self) -> None:
+        """Wait until every gateway has asked."""
+        self._sleep(_TELL_S)
 
 
 class Canary:
@@ -161,7 +140,7 @@ class Watch:
 
     settings: Settings
     run: Runner
-    agent: Agent
+    flag: Flag
     client: Callable[..., attest.Http] = attest.local_http
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -169,8 +148,6 @@ class Watch:
     canary: Canary = field(default_factory=Canary)
     invocation: str = ""
     ready: bool = False
-    # After a restart of ours the node serves again only when it has answered.
-    must_answer: bool = False
     given_up: bool = False
     progress: Progress = field(init=False)
 
@@ -187,10 +164,10 @@ class Watch:
             self.canary = Canary()
         if state["active_state"] != "active":
             # HAProxy sees by itself that nothing answers.
-            self.agent.say("down #restarted" if self.must_answer else "up")
+            self.flag.let_in()
             return "inactive"
         try:
-            policy = engine.read_policy(self.settings.policy)
+            policy = attest.read_policy(self.settings.policy)
         except FleetError:
             return "starting"
         sample = engine.read_sample(self._http(policy, 5.0))
@@ -199,22 +176,17 @@ class Watch:
             return "starting"
         steps = sample.get("steps") if sample else None
         busy = bool(sample and (sample["running"] or sample["waiting"]))
-        if not busy and (self.must_answer or self._quiet(now)):
+        if not busy and self._quiet(now):
             self._ask(policy)
         wanted = busy or self.canary.waiting or not sample
-        moved = None not in (steps, self.progress.steps) and steps != self.progress.steps
         seen = self.progress.observe(now, steps, wanted=wanted)
-        if moved or self.canary.answered:
-            self.must_answer = False
         if seen == HUNG:
             self._incident(state, sample)
         elif seen == SUSPECT:
-            self.agent.say("down #no progress")
-        elif self.must_answer:
-            self.agent.say("down #restarted")
+            self.flag.take_out("no progress")
         else:
             self.given_up = False
-            self.agent.say("up")
+            self.flag.let_in()
         return seen
 
     def _quiet(self, now: float) -> bool:
@@ -228,8 +200,8 @@ class Watch:
     def _http(self, policy: Mapping[str, Any], timeout_s: float) -> attest.Http:
         return self.client(
             policy["port"],
-            address=policy.get("address", "127.0.0.1"),
-            api_key=engine.read_api_key(self.settings.environment),
+            address=policy["address"],
+            api_key=api_key(self.settings.environment),
             timeout_s=timeout_s,
         )
 
@@ -237,11 +209,10 @@ class Watch:
         """Tell the gateway, keep the evidence, restart: in this order."""
         if self.given_up:
             return
-        self.agent.say("down #hung")
+        self.flag.take_out("hung")
         timeout = self.settings.stall_timeout_s
         _log(3, f"the engine made no step for {timeout:g} s although it was asked to")
-        if not self.agent.wait_until_told(_TELL_S):
-            _log(4, "no gateway asked meanwhile: going on without")
+        self.flag.wait_until_told()
         folder = self._keep_evidence(state, sample)
         recent = self._recent_restarts()
         if len(recent) >= self.settings.restarts_per_hour:
@@ -254,7 +225,6 @@ class Watch:
             return
         self._write_restarts([*recent, time.time()])
         _log(4, f"restarting {self.settings.unit}; evidence in {folder}")
-        self.must_answer = True
         # Not `systemctl restart`: it would wait for requests that will never end.
         self.run(["systemctl", "kill", "--signal=SIGTERM", self.settings.unit], check=False)
         self.sleep(_KILL_AFTER_S)
@@ -326,8 +296,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--unit", default="glm-serving.service")
     parser.add_argument("--stall-timeout", type=float, required=True, help="seconds")
     parser.add_argument("--restarts-per-hour", type=int, required=True)
-    parser.add_argument("--address", default="0.0.0.0", help="where HAProxy asks")  # noqa: S104
-    parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--incidents", type=Path, default=Path("/var/lib/glm-fleet/incidents"))
     parser.add_argument("--py-spy", default="/opt/glm-fleet/bin/py-spy")
     options = parser.parse_args(argv)
@@ -340,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.py_spy,
         ),
         run_program,
-        Agent(options.address, options.port),
+        Flag(),
     )
     interval = min(max(options.stall_timeout / 20, 0.5), 5.0)
     seen = ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 # Ansible finds module_utils for modules only; plugins on the controller use the same code.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "module_utils"))
+_LIBRARY = Path(__file__).resolve().parents[2] / "module_utils"
+sys.path.insert(0, str(_LIBRARY))
 
-from glm_fleet import serving
+from glm_fleet import rolling, serving
 from glm_fleet.errors import FleetError
 from glm_fleet.variant import choose_variant
 
@@ -81,6 +83,62 @@ def environment_file(variables: Mapping[str, Any]) -> str:
         raise AnsibleFilterError(str(error)) from error
 
 
+def library_digest(_: str) -> str:
+    """Name the state of the logic that nodes run, in 12 hex digits."""
+    hashed = hashlib.sha256()
+    for path in sorted(_LIBRARY.glob("glm_fleet/*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:12]
+
+
+def graph_rungs(mode: str, fallback: bool) -> list[str]:
+    """Give the modes of CUDA graphs to stage: the one wanted, then what a node may step down to."""
+    try:
+        return serving.graph_rungs(mode, fallback=fallback)
+    except FleetError as error:
+        raise AnsibleFilterError(str(error)) from error
+
+
+def attempt(
+    identifier: str, activated: Mapping[str, Any], attested: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Judge one attempt to run a deployment."""
+    return rolling.attempt(identifier, activated, attested)
+
+
+def next_rung(ladder: Sequence[str], attempts: Sequence[Mapping[str, Any]]) -> str:
+    """Give the deployment to try next, '' when trying is over."""
+    return rolling.next_rung(ladder, attempts)
+
+
+def turn_outcome(
+    attempts: Sequence[Mapping[str, Any]],
+    back: Mapping[str, Any],
+    drained: Mapping[str, Any],
+    joined: Mapping[str, Any],
+    held: str,
+) -> dict[str, Any]:
+    """Say how a turn ended, from its attempts and the loops over the gateways."""
+    return rolling.outcome(
+        attempts, back, drained.get("results") or [], joined.get("results") or [], held
+    )
+
+
+def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str]) -> list[str]:
+    """Name the nodes whose turn did not get through."""
+    return [
+        host
+        for host in batch
+        if host not in alive
+        or not (hostvars[host].get("__serving_outcome") or {"good": True})["good"]
+    ]
+
+
+def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
+    """Give what a node goes back to: as asked, or as in the roll-back that did not end."""
+    return rolling.rollback_target(roll, node, wanted)
+
+
 class FilterModule:
     """What Ansible loads."""
 
@@ -96,5 +154,12 @@ class FilterModule:
                 cuda_variant,
                 serve_command,
                 environment_file,
+                library_digest,
+                graph_rungs,
+                attempt,
+                next_rung,
+                turn_outcome,
+                failed_turns,
+                rollback_target,
             )
         }

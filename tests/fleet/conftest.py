@@ -97,15 +97,17 @@ class Fleet:
         say(f"{name}: rc {process.returncode} after {time.monotonic() - begun:.0f} s")
         return Run(process.returncode, output)
 
-    def kill_playbook_at(self, marker: str, playbook: str) -> str:
-        """Start a playbook and kill the controller (SIGKILL) when it prints ``marker``."""
-        process = self.start_playbook(playbook)
+    def kill_playbook_at(
+        self, marker: str, playbook: str, *arguments: str, pause: float = 3
+    ) -> str:
+        """Start a playbook and kill the controller (SIGKILL) after it prints ``marker``."""
+        process = self.start_playbook(playbook, *arguments)
         seen = ""
         assert process.stdout is not None
         for line in process.stdout:
             seen += line
             if marker in line:
-                time.sleep(3)
+                time.sleep(pause)
                 os.killpg(process.pid, signal.SIGKILL)
                 break
         process.wait()
@@ -113,18 +115,21 @@ class Fleet:
         say(f"{playbook}: killed at {marker!r}")
         return seen
 
+    def ssh(self, host: str) -> list[str]:
+        """Return the command that logs in to a host as Ansible does."""
+        variables = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["vars"]
+        return [
+            "ssh",
+            "-i",
+            variables["ansible_ssh_private_key_file"],
+            *variables["ansible_ssh_common_args"].split(),
+            f"{variables['ansible_user']}@{self.addresses[host]}",
+        ]
+
     def shell(self, host: str, script: str) -> Run:
         """Run a script as root on a host, over the SSH that Ansible uses."""
-        variables = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["vars"]
         done = subprocess.run(
-            [
-                "ssh",
-                "-i",
-                variables["ansible_ssh_private_key_file"],
-                *variables["ansible_ssh_common_args"].split(),
-                f"{variables['ansible_user']}@{self.addresses[host]}",
-                "sudo bash -s",
-            ],
+            [*self.ssh(host), "sudo bash -s"],
             input=script,
             capture_output=True,
             text=True,
@@ -218,7 +223,13 @@ def lab_remains() -> list[str]:
 
 @pytest.fixture(scope="session")
 def fleet() -> Iterator[Fleet]:
-    """A fresh lab fleet of three nodes and a gateway."""
+    """A fresh lab fleet of three nodes and a gateway.
+
+    With GLM_FLEET_KEEP=1 the one that is up is used and left, for work on a single test.
+    """
+    if os.environ.get("GLM_FLEET_KEEP") == "1":
+        yield Fleet()
+        return
     lab("down")
     lab("up", "--nodes", "3")
     try:

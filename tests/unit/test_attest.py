@@ -58,7 +58,7 @@ def test_an_eager_start_that_nobody_asked_for_is_caught() -> None:
 
 
 def test_the_phase_follows_the_journal() -> None:
-    assert attest.phase([]) == "waiting for the first sign"
+    assert attest.phase([]) == "importing vLLM"
     assert attest.phase(GOOD) == "ready"
     assert attest.phase(CPU[:40]).startswith("loading")
     shard = "Loading safetensors checkpoint shards:  15% Completed | 12/83 [00:00<00:00]"

@@ -152,10 +152,3 @@ def test_quantiles() -> None:
     assert engine.quantile([[1.0, 5.0], [2.0, 10.0]], 10, 0.75) == 1.5
     assert engine.quantile([[1.0, 5.0], [2.0, 10.0]], 20, 0.99) == 2.0
     assert engine.quantile([], 0, 0.5) is None
-
-
-def test_the_api_key_is_read_as_systemd_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "serving.env"
-    path.write_text("A=1\nVLLM_API_KEY='a b'\n")
-    assert engine.read_api_key(path) == "a b"
-    assert engine.read_api_key(tmp_path / "none") == ""

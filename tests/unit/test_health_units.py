@@ -81,4 +81,3 @@ def test_the_timer_runs_the_playbook_of_this_checkout(rendered: Path) -> None:
 def test_the_watch_has_its_limits(rendered: Path) -> None:
     text = (rendered / UNITS[2]).read_text()
     assert "--stall-timeout 180 --restarts-per-hour 3" in text
-    assert "--port 8010" in text

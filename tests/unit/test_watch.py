@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+import socketserver
 import subprocess
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import watch
+from glm_fleet import sentry, watch
 from glm_fleet.gate import Process
 from glm_fleet.haproxy import Haproxy, unix_transport
 from glm_fleet.runner import RunResult
@@ -39,25 +40,6 @@ def test_progress() -> None:
     assert progress.observe(1000, None, wanted=True) == "hung", "a silent server makes no step"
 
 
-def test_the_agent_answers_haproxy() -> None:
-    agent = watch.Agent("127.0.0.1", 0)
-
-    def ask() -> str:
-        with socket.create_connection(("127.0.0.1", agent.port), timeout=5) as connection:
-            return connection.makefile().read()
-
-    try:
-        assert ask() == "up\n"
-        agent.say("down #hung")
-        assert not agent.wait_until_told(0.01)
-        assert ask() == "down #hung\n"
-        assert agent.wait_until_told(1)
-        agent.say("up")
-        assert ask() == "up\n"
-    finally:
-        agent.close()
-
-
 HAPROXY = """
 global
     stats socket {folder}/sock level admin
@@ -71,12 +53,23 @@ backend glm_nodes
 """
 
 
-def test_a_real_haproxy_does_what_the_agent_says(tmp_path: Path) -> None:
-    agent = watch.Agent("127.0.0.1", 0)
+def test_a_real_haproxy_hears_it_from_the_sentry(tmp_path: Path) -> None:
+    flag = watch.Flag(tmp_path / "stalled", lambda seconds: None)
+    record, evidence = tmp_path / "record", tmp_path / "evidence"
+    for path in (record, evidence):
+        path.write_text('{"invocation": "abc"}')
+
+    class Agent(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            word = sentry.answer(record, evidence, tmp_path / "stalled")
+            self.request.sendall(f"{word}\n".encode())
+
+    agent = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Agent)
+    threading.Thread(target=agent.serve_forever, daemon=True).start()
     listener = socket.create_server(("127.0.0.1", 0))
     config = tmp_path / "haproxy.cfg"
     port = listener.getsockname()[1]
-    config.write_text(HAPROXY.format(folder=tmp_path, agent=agent.port, port=port))
+    config.write_text(HAPROXY.format(folder=tmp_path, agent=agent.server_address[1], port=port))
     haproxy = Haproxy(unix_transport(str(tmp_path / "sock")))
 
     def status_becomes(wanted: str) -> bool:
@@ -94,14 +87,16 @@ def test_a_real_haproxy_does_what_the_agent_says(tmp_path: Path) -> None:
             assert status_becomes("MAINT"), "up does not undo what the operator set"
             haproxy.set_state("glm_nodes", "gpu01", "ready")
             assert status_becomes("UP")
-            for word in ("down #no progress", "up", "down #hung", "up"):
-                agent.say(word)
-                assert status_becomes("DOWN" if word.startswith("down") else "UP"), word
-            agent.close()
-            time.sleep(0.5)
-            assert status_becomes("UP"), "a watch that is gone changes nothing"
+            flag.take_out("hung")
+            assert status_becomes("DOWN")
+            flag.let_in()
+            assert status_becomes("UP")
+            evidence.unlink()
+            assert status_becomes("DOWN"), "a start that was not attested"
         finally:
             run.terminate()
+            agent.shutdown()
+            agent.server_close()
             listener.close()
 
 
@@ -114,10 +109,11 @@ class Node:
         self.answers, self.serves = True, True
         self.invocation = 1
         self.commands: list[list[str]] = []
-        self.word = ""
+        self.out = False
         self.stopped = threading.Event()
         policy = folder / "policy.json"
-        policy.write_text(json.dumps({"port": 1, "served_model_name": "glm-5.2"}))
+        wanted: dict[str, list[str]] = {"required": [], "forbidden": []}
+        policy.write_text(json.dumps({"port": 1, "served_model_name": "glm-5.2", **wanted}))
         settings = watch.Settings(
             "glm-serving.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
         )
@@ -135,12 +131,15 @@ class Node:
             ],
         )
 
-    def say(self, word: str) -> None:
-        self.word = word
+    def take_out(self, reason: str) -> None:
+        self.out = True
 
-    def wait_until_told(self, timeout_s: float) -> bool:
-        self.commands.append(["told", self.word])
-        return True
+    def let_in(self) -> None:
+        self.out = False
+
+    def wait_until_told(self) -> None:
+        assert self.out
+        self.commands.append(["told"])
 
     def run(self, argv: Sequence[str], **_: Any) -> RunResult:
         if argv[:2] == ["systemctl", "show"]:
@@ -193,14 +192,14 @@ def node(tmp_path: Path) -> Iterator[Node]:
 def test_a_busy_node_is_left_alone(node: Node) -> None:
     node.running = 32
     assert {node.look() for _ in range(40)} == {"fine"}
-    assert (node.word, node.commands) == ("up", [])
+    assert (node.out, node.commands) == (False, [])
     assert node.watch.canary._thread is None, "a busy engine is not asked for more"
 
 
 def test_an_idle_node_is_asked_for_a_token_and_left_alone(node: Node) -> None:
     node.step = 0
     assert {node.look() for _ in range(40)} == {"fine"}
-    assert (node.word, node.commands) == ("up", [])
+    assert (node.out, node.commands) == (False, [])
     assert node.watch.canary.answered
 
 
@@ -213,11 +212,11 @@ def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) ->
     while "hung" not in seen:
         seen.append(node.look())
         if seen[-1] == "suspect":
-            assert node.word == "down #no progress", "no request is sent there meanwhile"
+            assert node.out, "no request is sent there meanwhile"
     assert "suspect" in seen
     assert len(seen) <= 14, "the time-out, and the patience before the canary"
     names = [" ".join(command[:3]) for command in node.commands]
-    assert names[0] == "told down #hung"
+    assert names[0] == "told"
     assert names[1].startswith("journalctl")
     assert names[-2:] == [
         "systemctl kill --signal=SIGTERM",
@@ -228,14 +227,13 @@ def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) ->
     stacks = {path.name: path.read_text() for path in folder.glob("stack-*")}
     assert set(stacks) == {"stack-41-python.txt", "stack-42-VLLM-EngineCore.txt"}
     assert "stack of 42" in stacks["stack-42-VLLM-EngineCore.txt"]
-    # Out at the gateway until it has answered again.
     node.stopped.set()
     assert node.look(3) == "starting"
-    assert node.word == "down #hung"
+    assert node.out
     node.running, node.step, node.answers, node.serves = 0, 0, True, True
     node.look()
     assert node.look() == "fine"
-    assert node.word == "up"
+    assert not node.out
 
 
 def test_after_so_many_restarts_a_person_is_needed(node: Node) -> None:
@@ -249,10 +247,10 @@ def test_after_so_many_restarts_a_person_is_needed(node: Node) -> None:
             pass
     kills = [command for command in node.commands if "--signal=SIGKILL" in command]
     assert len(kills) == 2
-    assert node.word == "down #hung"
+    assert node.out
     before = len(node.commands)
     node.look(20)
     assert len(node.commands) == before, "and the evidence is kept once"
     node.step = 1
     assert node.look() == "fine"
-    assert node.word == "up", "it came back by itself"
+    assert not node.out, "it came back by itself"

@@ -1,0 +1,323 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""What a node serves: staged beside what runs, compared with it, activated."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: deployment
+version_added: "0.1.0"
+short_description: Stage, compare or activate what a node serves
+description:
+  - A deployment is release, model, unit and environment together, named by their content.
+  - Those that passed the attestation stay on the node, so that going back needs no network.
+author: glm-fleet contributors (@glm-fleet)
+attributes:
+  check_mode:
+    description: Tells what would change and changes nothing.
+    support: full
+  diff_mode:
+    description: Shows the unit before and after, and of the environment the names that differ.
+    support: full
+  idempotent:
+    description: What runs already is not restarted.
+    support: full
+options:
+  state:
+    description:
+      - V(staged) puts a deployment beside the one that runs.
+      - V(info) compares what runs with the first of O(rungs) that is not known to fail here.
+      - V(policy) installs what the attestation of the deployment O(id) expects, if it runs.
+      - V(active) stops the service, switches to O(id) and starts it, unless it runs already.
+        The node has to be drained.
+    type: str
+    choices: [staged, info, policy, active]
+    required: true
+  release:
+    description: Id of the release, for V(staged).
+    type: str
+  model:
+    description: Id of the model, for V(staged).
+    type: str
+  cuda_graphs:
+    description: Mode of CUDA graphs in the command line, for V(staged).
+    type: str
+  unit:
+    description: Text of the systemd unit, for V(staged).
+    type: str
+  environment:
+    description: Text of its environment file, for V(staged). Never shown.
+    type: str
+  policy:
+    description: Text of the attestation policy, for V(staged).
+    type: str
+  id:
+    description: Id of a deployment of this node.
+    type: str
+  rungs:
+    description: Ids of deployments, the wanted one first, then what to step down to.
+    type: list
+    elements: str
+    default: []
+  target:
+    description:
+      - For V(info), go back instead. V(before) is the newest attested deployment before the one
+        that runs. Anything else is the beginning of the id of a release, model or deployment.
+    type: str
+    default: ""
+  retry:
+    description: For V(info), forget that deployments of O(rungs) are known to fail here.
+    type: bool
+    default: false
+  refuse:
+    description: For V(active), id of the deployment that turned out not to run here.
+    type: str
+  reason:
+    description: Why O(refuse) does not run.
+    type: str
+  release_root:
+    description: Folder with C(releases/) and the link C(current).
+    type: path
+    default: /opt/glm-fleet
+  model_link:
+    description: Link to the active model.
+    type: path
+    default: /srv/glm-fleet/model
+  models:
+    description: Folder of the published models.
+    type: path
+    default: /srv/glm-fleet/artifacts/model
+  group:
+    description: Group of the service's user.
+    type: str
+    default: glm
+"""
+
+EXAMPLES = r"""
+- name: Switch to a deployment that was staged
+  deployment:
+    state: active
+    id: 0123456789ab
+"""
+
+RETURN = r"""
+id:
+  description: Id of the deployment.
+  returned: with V(staged), V(active) and V(policy)
+  type: str
+running:
+  description: C(active), C(invocation), C(record) of the start gate, and C(unit).
+  returned: with V(info)
+  type: dict
+wanted:
+  description: The deployment to run, as C(id), C(release), C(model), C(cuda_graphs). Empty when
+    O(target) has nothing to go back to.
+  returned: with V(staged) and V(info)
+  type: dict
+ladder:
+  description: Ids to try, the wanted one first.
+  returned: with V(info)
+  type: list
+  elements: str
+differences:
+  description: What a restart would change, in words. Empty when the node runs what it should.
+  returned: with V(staged) and V(info)
+  type: list
+  elements: str
+current:
+  description: The deployment activated last, shaped as RV(wanted). Empty if there is none.
+  returned: with V(info)
+  type: dict
+back:
+  description: Id of what a failure goes back to, empty if nothing was attested before.
+  returned: with V(info)
+  type: str
+skipped_rungs:
+  description: Deployments that are known to fail here, as C(cuda_graphs) and C(reason).
+  returned: with V(info)
+  type: list
+  elements: dict
+deployment:
+  description: The deployment, shaped as RV(wanted).
+  returned: with V(active)
+  type: dict
+seconds:
+  description: C(stop_s) and C(switch_s).
+  returned: with V(active)
+  type: dict
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.attest import read_running
+from ansible.module_utils.glm_fleet.deployment import (
+    UNIT,
+    Deployments,
+    Places,
+    activate,
+    compare,
+    environment_changes,
+    install_policy,
+    make,
+)
+from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.runner import run_program
+
+
+def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
+    parts = ("release", "model", "cuda_graphs", "unit", "environment", "policy")
+    wanted = make(**{part: params[part] for part in parts})
+    before = deployments.find(deployments.current())
+    words = compare(read_running(run_program, UNIT), wanted, before)
+    changed = deployments.stage(wanted, check_mode=check_mode)
+    names = environment_changes(before.environment if before else "", wanted.environment)
+    return {
+        "changed": changed,
+        "id": wanted.id,
+        "wanted": wanted.summary(),
+        "differences": words,
+        "diff": {
+            "before_header": f"{UNIT} that is active",
+            "after_header": f"{UNIT} that is staged",
+            "before": before.unit if before else "",
+            "after": wanted.unit,
+            "prepared": f"{names}\n" if not before or names != "the environment" else "",
+        },
+    }
+
+
+def _info(params: dict[str, Any], deployments: Deployments) -> dict[str, Any]:
+    running = read_running(run_program, UNIT)
+    current = deployments.find(deployments.current())
+    skipped = []
+    if params["target"]:
+        name = params["target"]
+        # What is going on when nothing was attested yet is not what to go back from.
+        served = (deployments.attested() or [""])[-1]
+        now = current.id if current else ""
+        ladder = [
+            deployments.before(now or served) if name == "before" else deployments.named(name)
+        ]
+    else:
+        ladder = list(params["rungs"])
+        for identifier in params["rungs"] if params["retry"] else []:
+            deployments.forgive(identifier)
+        while len(ladder) > 1 and deployments.refused(ladder[0]):
+            refused = deployments.read(ladder.pop(0))
+            skipped.append(
+                {
+                    "cuda_graphs": refused.cuda_graphs,
+                    "reason": deployments.refused(refused.id),
+                }
+            )
+    wanted = deployments.find(ladder[0])
+    words = compare(running, wanted, current) if wanted else []
+    return {
+        "changed": False,
+        "running": running,
+        "current": current.summary() if current else {},
+        "wanted": wanted.summary() if wanted else {},
+        "ladder": [each for each in ladder if each],
+        "skipped_rungs": skipped,
+        "differences": words,
+        "back": deployments.before(wanted.id) if wanted else "",
+    }
+
+
+def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
+    identifier = params["id"]
+    wanted = deployments.read(identifier)
+    words = compare(
+        read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
+    )
+    result: dict[str, Any] = {
+        "id": identifier,
+        "deployment": wanted.summary(),
+        "changed": bool(words),
+        "seconds": {},
+    }
+    if check_mode:
+        return result
+    if params["refuse"]:
+        deployments.refuse(params["refuse"], params["reason"] or "")
+    if words:
+        result["seconds"] = activate(run_program, deployments, identifier)
+    deployments.retire([identifier, *([params["refuse"]] if params["refuse"] else [])])
+    return result
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Do what the parameters ask for and return the module's result."""
+    params = module.params
+    deployments = Deployments(
+        Places(
+            release_link=Path(params["release_root"], "current"),
+            releases=Path(params["release_root"], "releases"),
+            model_link=Path(params["model_link"]),
+            models=Path(params["models"]),
+            group=params["group"],
+        )
+    )
+    if params["state"] == "staged":
+        return _staged(params, deployments, module.check_mode)
+    if params["state"] == "info":
+        return _info(params, deployments)
+    if params["state"] == "policy":
+        wanted = deployments.read(params["id"])
+        changed = deployments.current() == wanted.id and install_policy(
+            wanted, deployments.places, check_mode=module.check_mode
+        )
+        return {"changed": changed, "id": wanted.id}
+    return _active(params, deployments, module.check_mode)
+
+
+def main() -> None:
+    """Wire the deployment core to Ansible."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {
+                "type": "str",
+                "required": True,
+                "choices": ["staged", "info", "policy", "active"],
+            },
+            "release": {"type": "str"},
+            "model": {"type": "str"},
+            "cuda_graphs": {"type": "str"},
+            "unit": {"type": "str"},
+            "environment": {"type": "str", "no_log": True},
+            "policy": {"type": "str"},
+            "id": {"type": "str"},
+            "rungs": {"type": "list", "elements": "str", "default": []},
+            "target": {"type": "str", "default": ""},
+            "retry": {"type": "bool", "default": False},
+            "refuse": {"type": "str"},
+            "reason": {"type": "str"},
+            "release_root": {"type": "path", "default": "/opt/glm-fleet"},
+            "model_link": {"type": "path", "default": "/srv/glm-fleet/model"},
+            "models": {"type": "path", "default": "/srv/glm-fleet/artifacts/model"},
+            "group": {"type": "str", "default": "glm"},
+        },
+        required_if=[
+            (
+                "state",
+                "staged",
+                ["release", "model", "cuda_graphs", "unit", "environment", "policy"],
+            ),
+            ("state", "active", ["id"]),
+            ("state", "policy", ["id"]),
+        ],
+        supports_check_mode=True,
+    )
+    # The unit is for systemd to read, however strict the host's umask is.
+    os.umask(0o022)
+    try:
+        module.exit_json(**run(module))
+    except FleetError as error:
+        module.fail_json(**error.as_fail())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sentry of a node: tells the gateways whether what runs was attested.
+
+An engine that died at night comes back by itself and answers ``/health``, and nobody is there
+to attest it. So every gateway also asks the sentry (HAProxy's agent check, one line a second):
+``up`` while the very start that runs was attested, ``down`` otherwise. A start that nobody
+attests, because no controller is at work, the sentry attests itself.
+
+Run as a program: ``python3 -m glm_fleet.sentry --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import socketserver
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+from . import attest
+from .deployment import ENVIRONMENT, POLICY, UNIT, Deployments, Places
+from .errors import FleetError
+from .gate import RECORD
+from .runner import run_program
+
+# There while the watch of the engine sees that it makes no progress.
+STALLED = Path("/run/glm-fleet/stalled")
+# A controller that waits for the start attests it within seconds.
+_GRACE_S = 30.0
+_LONGEST_PAUSE_S = 900.0
+
+
+def answer(record: Path = RECORD, evidence: Path = attest.EVIDENCE, stalled: Path = STALLED) -> str:
+    """Return the line for HAProxy: ``up``, or ``down`` with the reason.
+
+    HAProxy (2.6) takes no notice of a word that the reason follows without a space.
+    """
+    if stalled.exists():
+        return "down #the engine makes no progress"
+    invocation = attest.read_record(record).get("invocation", "")
+    if not invocation:
+        return "down #nothing was started"
+    if attest.read_record(evidence).get("invocation") != invocation:
+        return "down #not attested"
+    return "up"
+
+
+def api_key(environment_file: Path) -> str:
+    """Return the key that clients have to send, '' if there is none."""
+    try:
+        text = environment_file.read_text()
+    except OSError:
+        return ""
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        if name == "VLLM_API_KEY":
+            return "".join(shlex.split(value))
+    return ""
+
+
+class Watch:
+    """Attests a start that nobody attests, with growing pauses while that fails."""
+
+    def __init__(
+        self,
+        *,
+        ready: Callable[[], bool],
+        attested: Callable[[], bool],
+        attest_now: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ready = ready
+        self._attested = attested
+        self._attest_now = attest_now
+        self._clock = clock
+        self._due = 0.0
+        self._pause = _GRACE_S
+
+    def look(self) -> None:
+        """Look once; called every second."""
+        if self._attested() or not self._ready():
+            self._due, self._pause = 0.0, _GRACE_S
+            return
+        now = self._clock()
+        if not self._due:
+            self._due = now + _GRACE_S
+        elif now >= self._due and not self._attest_now():
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+            self._due = self._clock() + self._pause
+
+
+def attest_now(places: Places) -> bool:
+    """Attest what runs, thoroughly; tell whether it passed, and say why not in the journal."""
+    try:
+        policy = attest.read_policy(places.etc / POLICY)
+        http = attest.local_http(
+            policy["port"], address=policy["address"], api_key=api_key(places.etc / ENVIRONMENT)
+        )
+        wanted = attest.Wanted(
+            unit=UNIT,
+            model_name=policy["served_model_name"],
+            release="",
+            model="",
+            required=policy["required"],
+            forbidden=policy["forbidden"],
+        )
+        found = attest.attest(run_program, http, wanted, thorough=True)
+    except FleetError as error:
+        sys.stderr.write(f"sentry: {error}\n")
+        return False
+    failed = [f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]]
+    if failed:
+        sys.stderr.write(f"sentry: this start takes no requests: {'; '.join(failed)}\n")
+        return False
+    deployments = Deployments(places)
+    deployments.note_attested(deployments.current())
+    sys.stderr.write("sentry: a start that nobody attended was attested\n")
+    return True
+
+
+def is_ready(places: Places) -> bool:
+    """Tell whether the server answers."""
+    try:
+        policy = attest.read_policy(places.etc / POLICY)
+    except FleetError:
+        return False
+    http = attest.local_http(policy["port"], address=policy["address"], timeout_s=10)
+    return http("/health")[0] == 200
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.sendall(f"{answer()}\n".encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until the end."""
+    parser = argparse.ArgumentParser(description="Tells gateways whether this node is attested.")
+    parser.add_argument("--bind", default="0.0.0.0", help="address to listen on")  # noqa: S104
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args(argv)
+    places = Places()
+    watch = Watch(
+        ready=lambda: is_ready(places),
+        attested=lambda: answer() == "up",
+        attest_now=lambda: attest_now(places),
+    )
+    with _Server((options.bind, options.port), _Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        while True:
+            watch.look()
+            time.sleep(1.0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

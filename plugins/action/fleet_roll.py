@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a roll and reports its end: see library/fleet_roll.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+# Ansible puts module_utils on the path of modules only, not of plugins.
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
+
+from glm_fleet.errors import FleetError
+from glm_fleet.report import Line
+from glm_fleet.rolling import (
+    UNTOUCHED,
+    Ending,
+    NodeState,
+    end_sentence,
+    plan_roll,
+    render_end,
+    render_plan,
+)
+from glm_terminal import COLORS, plain, width
+
+
+class ActionModule(ActionBase):
+    """Runs on the controller; touches no host."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(
+        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Print the plan or the end of a roll, and return it."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        _, arguments = self.validate_argument_spec(
+            argument_spec={
+                "state": {"type": "str", "required": True, "choices": ["planned", "ended"]},
+                "nodes": {"type": "list", "elements": "str", "required": True},
+                "gateways": {"type": "list", "elements": "dict", "default": []},
+                "held": {"type": "dict", "default": {}},
+                "batch": {"type": "str", "default": "1"},
+                "min_ready": {"type": "str", "default": "1"},
+                "canary": {"type": "str", "default": ""},
+            }
+        )
+        hostvars = (task_vars or {})["hostvars"]
+        try:
+            planned = arguments["state"] == "planned"
+            found = _plan(arguments, hostvars) if planned else _end(arguments["nodes"], hostvars)
+        except FleetError as error:
+            return {**result, "failed": True, **error.as_fail()}
+        lines: list[Line] = found.pop("lines")
+        display = Display()
+        display.display("")
+        for line in lines:
+            display.display(line.text, color=COLORS[line.tone])
+        return {**result, "changed": False, **found}
+
+
+def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
+    states: list[dict[str, str]] = [
+        {each["name"]: each["admin_state"] for each in answer.get("servers") or []}
+        for answer in plain([each.get("gateway") or {} for each in arguments["gateways"]])
+    ]
+    up = [
+        {each["name"] for each in answer.get("servers") or [] if each["status"] == "UP"}
+        for answer in plain([each.get("gateway") or {} for each in arguments["gateways"]])
+    ]
+
+    def ready(name: str) -> bool:
+        return bool(states) and all(state.get(name) == "ready" for state in states)
+
+    nodes = []
+    targets = {}
+    for name in arguments["nodes"]:
+        info = _info(hostvars[name])
+        wanted = info.get("wanted") or {}
+        if wanted:
+            targets[name] = wanted["id"]
+        nodes.append(
+            NodeState(
+                name,
+                (info.get("differences") or []) if wanted else ["first start"],
+                ready(name),
+                wanted,
+                info.get("current") or {},
+                str((arguments["held"].get(name) or {}).get("reason", "")),
+                [
+                    f"CUDA graphs {each['cuda_graphs']} are known to fail here: {each['reason']}"
+                    for each in info.get("skipped_rungs") or []
+                ],
+            )
+        )
+    serving = set.intersection(*up) if up else set()
+    plan = plan_roll(
+        nodes,
+        batch=arguments["batch"],
+        min_ready=arguments["min_ready"],
+        canary=arguments["canary"],
+        ready=sum(ready(name) for name in serving),
+    )
+    return {
+        "lines": render_plan(nodes, plan, width()),
+        "turns": [each.node for each in plan.turns],
+        "batches": list(plan.batches),
+        "targets": targets,
+    }
+
+
+def _info(variables: Any) -> dict[str, Any]:
+    """Return what the stage found on a node; check mode has only staged."""
+    info = plain(variables.get("__serving_info") or {})
+    if info.get("wanted") or info.get("ladder") is not None:
+        return dict(info)
+    staged = plain(variables.get("__serving_staged") or {})
+    return dict((staged.get("results") or [{}])[0])
+
+
+def _end(names: list[str], hostvars: Any) -> dict[str, Any]:
+    endings = []
+    for name in names:
+        ended = plain(hostvars[name].get("__serving_outcome") or {})
+        if not ended:
+            record = (_info(hostvars[name]).get("running") or {}).get("record") or {}
+            same = not _info(hostvars[name]).get("differences")
+            why = "runs what it should" if same else "its turn did not come"
+            endings.append(Ending(name, UNTOUCHED, True, record, why))
+            continue
+        endings.append(
+            Ending(name, ended["state"], ended["good"], ended["runs"], ended["why"],
+                   ended["journal"])
+        )  # fmt: skip
+    good = all(each.good for each in endings)
+    return {
+        "lines": render_end(endings, width()),
+        "good": good,
+        "sentence": "" if good else end_sentence(endings),
+    }

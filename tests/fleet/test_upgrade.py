@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upgrades, failures in the middle of them, and the way back, while clients ask all the time."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .conftest import INVENTORY, Fleet, Run, lab, say
+from .load import Load, under_load
+
+pytestmark = pytest.mark.fleet
+
+COLD_START_S = 60.0
+
+
+def release(name: str) -> list[str]:
+    """Return the arguments that name one of the lab's other releases."""
+    variables = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["vars"]
+    return ["-e", json.dumps({"release_pull_requests": variables["lab_releases"][name]})]
+
+
+def running(fleet: Fleet) -> dict[str, str]:
+    """Return what each node runs, by the libraries that its engine has mapped."""
+    script = (
+        "pid=$(systemctl show -P MainPID glm-serving); "
+        "grep -om1 'releases/[^/]*/lib' /proc/$pid/maps | cut -d/ -f2"
+    )
+    return {node: fleet.shell(node, script).output.strip() for node in fleet.nodes}
+
+
+def ready(fleet: Fleet) -> list[str]:
+    """Name the nodes that the gateway sends requests to."""
+    script = (
+        "echo 'show stat' | socat stdio /run/haproxy/admin.sock 2>/dev/null"
+        " || python3 -c 'import socket; s=socket.socket(socket.AF_UNIX);"
+        's.connect("/run/haproxy/admin.sock"); s.sendall(b"show stat\\n");'
+        'print(b"".join(iter(lambda: s.recv(65536), b"")).decode())\''
+    )
+    rows = fleet.shell(fleet.gateway, script).output.splitlines()
+    return sorted(row.split(",")[1] for row in rows if "glm_nodes," in row and ",UP," in row
+                  and ",BACKEND," not in row)  # fmt: skip
+
+
+def assert_no_request_was_lost(load: Load) -> None:
+    assert load.requests, "the clients asked nothing"
+    assert load.bad() == []
+
+
+def row(run: Run, node: str, outcome: str) -> str:
+    """Return the row of the end table that says so of a node."""
+    table = run.output.rpartition("node   outcome")[2] or run.output.rpartition("outcome")[2]
+    found = [line for line in table.splitlines() if line.startswith(node) and outcome in line]
+    assert found, f"{node} {outcome} is not in the end table:\n{run.output[-6000:]}"
+    return found[-1]
+
+
+def own_time(fleet: Fleet, node: str, span: tuple[float, float]) -> float:
+    """Return the seconds of an absence that were neither stopping nor starting vLLM."""
+    begin, end = span
+    script = f"journalctl -u glm-serving -o short-unix --no-pager --since @{int(begin) - 1}"
+    times: dict[str, float] = {}
+    for line in fleet.shell(node, script).output.splitlines():
+        for name, words in (
+            ("stopping", "systemd[1]: Stopping"),
+            ("stopped", "systemd[1]: Stopped"),
+            ("started", "systemd[1]: Started"),
+            ("up", "startup complete"),
+        ):
+            if words in line:
+                times.setdefault(name, float(line.split()[0]))
+    stop = times["Stopped"] - times["Stopping"]
+    vllm = stop + times["startup complete"] - times["Started"]
+    say(f"{node}: out for {end - begin:.1f} s, of which vLLM stopped and started {vllm:.1f} s")
+    return end - begin - vllm
+
+
+def test_an_upgrade_that_no_client_notices(fleet: Fleet) -> None:
+    before = running(fleet)
+    with under_load(fleet, "upgrade to another release") as load:
+        run = fleet.playbook("playbooks/upgrade.yml", *release("second"), "-e", "serve_batch=1",
+                             "-e", "serve_min_ready=2")  # fmt: skip
+        assert run.rc == 0, run.output[-6000:]
+        time.sleep(3)
+    assert_no_request_was_lost(load)
+    assert load.fewest_ready() >= 2
+    after = running(fleet)
+    assert len(set(after.values())) == 1
+    assert set(after.values()).isdisjoint(before.values())
+    assert "release " in run.output and "canary" in run.output
+    for node in fleet.nodes:
+        row(run, node, "serves")
+        (span,) = load.absence(node)
+        ours = own_time(fleet, node, span)
+        say(f"{node}: our part took {ours:.1f} s, {ours / COLD_START_S:.0%} of a cold start")
+        # Loose here, where two cores also carry the clients; the figure is what counts.
+        assert ours < 0.5 * COLD_START_S
+
+
+FAILURES = {
+    "crash": ("system not yet initialized", "nvidia-fabricmanager", []),
+    "babble": ("greedy answer repeats", "greedy answer repeats", []),
+    "hang": ("makes no progress", "makes no progress", ["-e", "serve_stall_timeout=45"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAILURES)
+def test_a_bad_release_stops_at_the_canary(fleet: Fleet, fault: str) -> None:
+    cause, remedy, arguments = FAILURES[fault]
+    before = running(fleet)
+    with under_load(fleet, f"upgrade to a release that fails: {fault}") as load:
+        run = fleet.playbook("playbooks/upgrade.yml", *release(fault), *arguments)
+    assert run.rc != 0
+    assert_no_request_was_lost(load)
+    assert running(fleet) == before
+    assert ready(fleet) == fleet.nodes
+    canary = fleet.nodes[0]
+    row(run, canary, "rolled back")
+    for node in fleet.nodes[1:]:
+        row(run, node, "untouched")
+        assert load.absence(node) == []
+    assert cause in run.output
+    assert remedy in run.output
+
+
+def test_cuda_graphs_step_down_by_themselves(fleet: Fleet) -> None:
+    """The release dies of every mode but eager, as full graphs did where they were measured."""
+    canary = fleet.nodes[0]
+    arguments = [*release("graphs"), "-e", "serving_cuda_graphs=piecewise",
+                 "--limit", f"{canary},controller,localhost"]  # fmt: skip
+    run = fleet.playbook("playbooks/upgrade.yml", *arguments)
+    assert run.rc == 0, run.output[-6000:]
+    assert "stepped down to eager" in " ".join(run.output.split())
+    assert "an illegal instruction was encountered" in run.output
+    assert ready(fleet) == fleet.nodes
+
+
+def test_back_without_any_upstream_and_only_one_run_at_a_time(fleet: Fleet) -> None:
+    before = running(fleet)
+    lab("upstreams", "off")
+    try:
+        with under_load(fleet, "roll-back of all nodes") as load:
+            process = fleet.start_playbook("playbooks/rollback.yml")
+            assert process.stdout is not None
+            output = ""
+            second: Run | None = None
+            for line in process.stdout:
+                output += line
+                if "Stop, switch and start" in line and second is None:
+                    second = fleet.playbook("playbooks/rollback.yml")
+            process.wait()
+            run = Run(process.returncode, output)
+            time.sleep(3)
+    finally:
+        lab("upstreams", "on")
+    assert run.rc == 0, run.output[-6000:]
+    assert second is not None
+    assert second.rc != 0
+    assert "Another run is changing this fleet" in second.output
+    assert "rollback by" in second.output
+    assert second.changed == {}
+    assert_no_request_was_lost(load)
+    after = running(fleet)
+    assert all(after[node] != before[node] for node in fleet.nodes)
+    assert ready(fleet) == fleet.nodes
+
+
+FLAGS = ["-e", "serving_max_model_len=3072", "-e", "serve_batch=1"]
+
+
+def test_the_controller_is_killed_and_the_gateway_restarted(fleet: Fleet) -> None:
+    """Killed in a drain, in a start and in a rejoin; each run goes on where the last one was."""
+    with under_load(fleet, "controller killed three times, gateway restarted") as load:
+        for marker, pause in (("Drain the node", 0.0), ("Watch the start", 0.0),
+                              ("Let the node take traffic", 0.0)):  # fmt: skip
+            seen = fleet.kill_playbook_at(marker, "site.yml", *FLAGS, pause=pause)
+            assert "PLAY RECAP" not in seen
+        restarted = threading.Event()
+
+        def restart_gateway() -> None:
+            time.sleep(5)
+            restarted.moment = time.time()  # type: ignore[attr-defined]
+            fleet.shell(fleet.gateway, "systemctl restart haproxy")
+            restarted.set()
+
+        process = fleet.start_playbook("site.yml", *FLAGS)
+        assert process.stdout is not None
+        output = ""
+        thread = None
+        for line in process.stdout:
+            output += line
+            if "Stop, switch and start" in line and thread is None:
+                thread = threading.Thread(target=restart_gateway)
+                thread.start()
+        process.wait()
+        assert thread is not None
+        thread.join()
+        time.sleep(3)
+    assert process.returncode == 0, output[-6000:]
+    assert ready(fleet) == fleet.nodes
+    assert "is taken over: its process is gone" in output
+    moment: float = restarted.moment  # type: ignore[attr-defined]
+    # What went through the gateway when it was restarted is lost; nothing else is.
+    for each in load.bad():
+        assert each.began <= moment + 5 and each.ended >= moment - 1, each
+    again = fleet.playbook("site.yml", *FLAGS)
+    assert again.rc == 0
+    assert again.changed == {}
+
+
+def wait_ready(fleet: Fleet, node: str, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while node not in ready(fleet):
+        assert time.monotonic() < end, f"{node} did not come back"
+        time.sleep(1)
+
+
+def test_a_node_loses_its_power_and_another_its_ssh(fleet: Fleet) -> None:
+    """Both in the middle of their turn; the next run brings the fleet to where it should be."""
+    flags = ["-e", "serving_max_model_len=2560", "-e", "serve_batch=1"]
+    first, second, third = fleet.nodes
+
+    def break_at(marker: str, action: str) -> tuple[Run, str]:
+        process = fleet.start_playbook("site.yml", *flags)
+        assert process.stdout is not None
+        output, node = "", ""
+        for line in process.stdout:
+            output += line
+            if marker in line:
+                marker = "\0"
+                node = "next"
+            elif node == "next" and line.startswith("changed: ["):
+                node = line.split("[")[1].split("]")[0]
+                lab("power", node, action)
+                say(f"{node}: {action}")
+        process.wait()
+        return Run(process.returncode, output), node
+
+    with under_load(fleet, "a node loses its power, another its SSH") as load:
+        run, node = break_at("Stop, switch and start", "off")
+        assert (run.rc != 0, node) == (True, first)
+        row(run, first, "unreachable")
+        row(run, second, "untouched")
+        assert ready(fleet) == [second, third]
+        lab("power", first, "on")
+        run, node = break_at("Stop, switch and start", "no-ssh")
+        lab("power", node, "ssh")
+        assert run.rc != 0
+        row(run, node, "unreachable")
+        assert node not in ready(fleet)
+        run = fleet.playbook("site.yml", *flags)
+        assert run.rc == 0, run.output[-6000:]
+    # Both were drained when it happened: nothing was in flight there.
+    assert_no_request_was_lost(load)
+    assert ready(fleet) == fleet.nodes
+
+
+def test_a_killed_server_comes_back_only_when_attested(fleet: Fleet) -> None:
+    """kill -9 of the API server alone, as the kernel does when memory runs out."""
+    victim = fleet.nodes[0]
+    orphan = "exec -a VLLM::EngineCore sleep 600"
+    fleet.shell(victim, f"systemd-run --unit=orphan --uid=glm bash -c '{orphan}'; sleep 1")
+    before = fleet.shell(victim, "systemctl show -P InvocationID glm-serving").output.strip()
+    with under_load(fleet, "kill -9 of the API server") as load:
+        time.sleep(5)
+        killed = time.time()
+        fleet.shell(victim, "kill -9 $(systemctl show -P MainPID glm-serving)")
+        time.sleep(3)
+        wait_ready(fleet, victim)
+        time.sleep(3)
+    script = "journalctl -u glm-serving -u glm-sentry -o cat --since -5min"
+    journal = fleet.shell(victim, script).output
+    assert "start gate: ended" in journal
+    assert "VLLM::EngineCore" in journal
+    assert "a start that nobody attended was attested" in journal
+    after = fleet.shell(victim, "systemctl show -P InvocationID glm-serving").output.strip()
+    assert after != before
+    (span,) = [each for each in load.absence(victim) if each[1] > killed]
+    say(f"{victim}: back after {span[1] - killed:.0f} s")
+    for each in load.requests:
+        if each.node == victim and each.outcome == "complete":
+            assert each.ended <= killed + 1 or each.began >= span[1] - 2, each
+    # What it was answering when it was killed is lost, and nothing else.
+    assert all(each.began <= killed <= each.ended + 1 for each in load.bad()), load.bad()
+
+
+def test_a_drained_node_stays_out_until_it_is_let_back(fleet: Fleet) -> None:
+    node = fleet.nodes[1]
+    assert fleet.playbook("playbooks/drain.yml").rc != 0
+    arguments = ["playbooks/drain.yml", "--limit", node, "-e", "drain_reason='new DIMM'"]
+    drained = fleet.playbook(*arguments)
+    assert drained.rc == 0, drained.output[-3000:]
+    assert node not in ready(fleet)
+    again = fleet.playbook(*arguments)
+    assert (again.rc, again.changed) == (0, {})
+    run = fleet.playbook("site.yml", "-e", "serving_max_model_len=2560")
+    assert run.rc == 0, run.output[-3000:]
+    assert "held: new DIMM" in run.output
+    assert node not in ready(fleet)
+    others = [each for each in fleet.nodes if each != node]
+    refused = fleet.playbook("playbooks/drain.yml", "--limit", others[0], "-e", "serve_min_ready=2")
+    assert refused.rc != 0
+    assert "cannot be taken out of service" in refused.output
+    assert ready(fleet) == others
+    back = fleet.playbook("playbooks/undrain.yml", "--limit", node)
+    assert back.rc == 0, back.output[-3000:]
+    assert ready(fleet) == fleet.nodes
+
+
+def test_maintenance_reboots_a_node_without_a_lost_request(fleet: Fleet, tmp_path: Path) -> None:
+    node = fleet.nodes[2]
+    tasks = tmp_path / "tasks.yml"
+    tasks.write_text(
+        "- name: Work on it\n  ansible.builtin.copy:\n    content: done\n    dest: /root/worked\n"
+        "    mode: '0600'\n"
+    )
+    with under_load(fleet, "maintenance with a reboot") as load:
+        run = fleet.playbook(
+            "playbooks/maintenance.yml", "--limit", node,
+            "-e", f"maintenance_tasks={tasks}", "-e", "maintenance_reboot=true",
+        )  # fmt: skip
+    assert run.rc == 0, run.output[-6000:]
+    assert_no_request_was_lost(load)
+    assert fleet.shell(node, "cat /root/worked").output == "done"
+    assert ready(fleet) == fleet.nodes
