@@ -30,23 +30,38 @@ options:
       - Name of the variable in which each host keeps what was gathered, a mapping of
         C(message) (why there are no facts, or empty), C(groups), C(node) (of M(node_info))
         and C(expect) (a list of C(gpu_node) and C(expect)).
-      - For O(kind=health) also C(attestation) (of M(vllm_probe)), C(artifacts) (C(verified)
-        of M(artifact)) and C(gateway) (of M(haproxy_info)).
     type: str
     required: true
   dest:
     description:
       - Path of a JSON file to write on the controller, replaced atomically. Not written in
         check mode.
-      - Its schema is C(glm-fleet/health/1) with schema, time, nodes, gateways and summary
-        (hosts by verdict), or C(glm-fleet/preflight/1) with schema, time, hosts, problems
-        and summary (errors, warnings).
+      - Its schema is C(glm-fleet/health/1), which docs/health.md describes, or
+        C(glm-fleet/preflight/1) with schema, time, hosts, problems and summary (errors,
+        warnings).
+      - For O(kind=health) the same is written beside it as a page (C(.html)) and as
+        Prometheus text (C(.prom)); C(targets.json) tells Prometheus where the fleet is; and
+        the folder C(history) keeps the reports of the last checks, without their raw facts.
     type: path
+  textfile_dir:
+    description: For O(kind=health), folder of the node exporter's textfile collector, for
+      C(glm_fleet.prom); empty where there is none.
+    type: str
+    default: ""
+  keep:
+    description: For O(kind=health), how many reports the history keeps.
+    type: int
+    default: 300
+  limits:
+    description: For O(kind=health), C(disk_free_percent), C(memory_free_percent),
+      C(gpu_temperature_c) and C(slow_ratio), from where on a figure is a fault.
+    type: dict
+    default: {}
   fail_on:
     description: For O(kind=health), the mildest verdict that fails the run. An unknown host
       counts as broken.
     type: str
-    default: broken
+    default: degraded
     choices: [never, broken, degraded]
 attributes:
   check_mode:

@@ -72,6 +72,25 @@ options:
     description: How far back the kernel's log of this boot is read, in seconds.
     type: int
     default: 86400
+  attest:
+    description:
+      - Whether to look at the service too, with one short canary request. Wants the release
+        and the model that the O(links) C(current) and C(model) lead to.
+    type: bool
+    default: false
+  canary_timeout_s:
+    description: How long the canary may wait for an answer, in seconds.
+    type: float
+    default: 20
+  gateway_url:
+    description: On a gateway, its own front door, such as V(http://127.0.0.1:8080/health).
+      Empty where there is no gateway.
+    type: str
+    default: ""
+  gateway_config:
+    description: HAProxy's configuration, which HAProxy itself is asked to check.
+    type: path
+    default: /etc/haproxy/haproxy.cfg
 attributes:
   check_mode:
     description: Reads only, so check mode makes no difference.
@@ -159,8 +178,8 @@ node:
       elements: dict
       returned: always
     artifacts:
-      description: Published artifacts as kind, id, bytes, published_at (seconds since 1970) and
-        provenance.
+      description: Published artifacts as kind, id, bytes, published_at (seconds since 1970), damage
+        (files that are missing, foreign or of another size) and provenance.
       type: list
       elements: dict
       returned: always
@@ -186,6 +205,21 @@ node:
       type: list
       elements: dict
       returned: when asked for
+    attestation:
+      description: The attestation of M(vllm_probe) with C(engine), which has state (serving,
+        busy, hung, starting, silent, down), phase, two samples of the metrics (before, after),
+        and the steps and tokens between them. Empty where nothing is deployed.
+      type: dict
+      returned: with O(attest)
+    attestation_error:
+      description: Why there is no attestation, or empty.
+      type: str
+      returned: with O(attest)
+    gateway:
+      description: What M(haproxy_info) returns, with config_error (what HAProxy says against its
+        configuration, or empty) and client (status, seconds, node, error of one request).
+      type: dict
+      returned: with O(gateway_url)
     errors:
       description: One sentence for each fact that could not be read.
       type: list
@@ -216,6 +250,10 @@ def main() -> None:
             "provenance_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "controller_epoch": {"type": "float"},
             "xid_window_s": {"type": "int", "default": 86400},
+            "attest": {"type": "bool", "default": False},
+            "canary_timeout_s": {"type": "float", "default": 20.0},
+            "gateway_url": {"type": "str", "default": ""},
+            "gateway_config": {"type": "path", "default": "/etc/haproxy/haproxy.cfg"},
         },
         supports_check_mode=True,
     )

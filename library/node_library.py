@@ -10,7 +10,7 @@ version_added: "0.1.0"
 short_description: Install the logic that a node runs on its own
 description:
   - Writes the Python modules of glm-fleet that units on a node need (offering artifacts, the
-    start gate) into a folder, the same code that the playbooks use, in one round trip.
+    start gate, the watch) into a folder, the same code that the playbooks use, in one round trip.
 author: glm-fleet contributors (@glm-fleet)
 attributes:
   check_mode:
@@ -49,6 +49,7 @@ from ansible.module_utils.glm_fleet import (
     artifact,
     attest,
     deployment,
+    engine,
     errors,
     gate,
     progress,
@@ -57,6 +58,7 @@ from ansible.module_utils.glm_fleet import (
     serving,
     swarm,
     torrent,
+    watch,
 )
 from ansible.module_utils.glm_fleet.artifact import write_atomically
 
@@ -65,6 +67,7 @@ _MODULES: tuple[ModuleType, ...] = (
     artifact,
     attest,
     deployment,
+    engine,
     errors,
     gate,
     progress,
@@ -73,6 +76,7 @@ _MODULES: tuple[ModuleType, ...] = (
     serving,
     swarm,
     torrent,
+    watch,
 )
 
 

@@ -7,22 +7,28 @@ Each fact is read on its own: what fails leaves its place empty and adds a sente
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import platform
 import pwd
 import re
 import shutil
+import ssl
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .artifact import PREVIOUS, protected_by
+from . import engine
+from .artifact import PREVIOUS, find_damage, load_manifest, protected_by
 from .environment import COMPLETE
 from .errors import FleetError
 from .gpu import read_gpus
+from .haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
 from .runner import Runner
 
 FABRIC_MANAGER = "nvidia-fabricmanager.service"
@@ -46,6 +52,8 @@ class NodeQuery:
     was sent; ``xid_window_s`` is how far back the kernel's log is read; ``links`` are
     {name: path} of symbolic links to what is active, ``previous`` the file that names what was
     before; ``provenance_keys`` are copied out of each manifest.
+    ``attest`` looks at the service too, wanting the release and model that the links
+    ``current`` and ``model`` name; ``gateway_url`` asks HAProxy, and itself as a client does.
     """
 
     commands: Sequence[str] = ()
@@ -61,6 +69,10 @@ class NodeQuery:
     controller_epoch: float | None = None
     xid_window_s: int = 86400
     gpus: bool = True
+    attest: bool = False
+    canary_timeout_s: float = 20.0
+    gateway_url: str = ""
+    gateway_config: str = "/etc/haproxy/haproxy.cfg"
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,10 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         fabric = attempt("fabric manager", {}, read_fabric, host)
         facts["fabric_manager"] = {**units.get(FABRIC_MANAGER, {}), **fabric}
         facts["xids"] = attempt("xids", [], read_xids, query.xid_window_s, host.run)
+    if query.attest:
+        facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
+    if query.gateway_url:
+        facts["gateway"] = read_gateway(query, host.run)
     facts["errors"] = errors
     return facts
 
@@ -275,7 +291,7 @@ def read_process(pid: int, proc: Path) -> Process | None:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:
         user = str(uid)
-    return Process(pid, name, user, unit_of(pid, proc), command.strip()[:500])
+    return Process(pid, name, user, unit_of(pid, proc), command.strip()[:2000])
 
 
 def unit_of(pid: int, proc: Path) -> str:
@@ -389,10 +405,84 @@ def parse_xids(journal: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def read_artifacts(root: Path, keys: Sequence[str], errors: list[str]) -> list[dict[str, Any]]:
-    """Return the published artifacts: {kind, id, bytes, published_at, provenance}.
+def read_attestation(
+    query: NodeQuery, facts: Mapping[str, Any], host: Host
+) -> tuple[dict[str, Any], str]:
+    """Look at the service of this node: (what `engine.look` gives, why there is nothing)."""
+    wanted = {
+        name: PurePosixPath((facts["links"].get(name) or {}).get("target") or "").name
+        for name in ("current", "model")
+    }
+    if facts["unit"].get("load_state") != "loaded":
+        return {}, ""
+    try:
+        found = engine.look(
+            host.run,
+            unit=query.unit,
+            release=wanted["current"],
+            model=wanted["model"],
+            canary_timeout_s=query.canary_timeout_s,
+            proc=host.proc,
+        )
+    except FleetError as error:
+        return {}, str(error)
+    return found, ""
 
-    ``published_at`` is in seconds since 1970; of the provenance only the asked keys.
+
+def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
+    """Return what HAProxy says of itself, of its configuration on disk and as a client sees it."""
+    found = describe(Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET)))
+    found["config_error"] = check_config(query.gateway_config, run)
+    found["client"] = ask_as_client(query.gateway_url)
+    return found
+
+
+def check_config(path: str, run: Runner) -> str:
+    """Return HAProxy's complaint about a configuration, '' when it is valid."""
+    try:
+        answer = run(["haproxy", "-c", "-q", "-f", path], timeout=_TIMEOUT_S, check=False)
+    except FleetError as error:
+        return f"{error.message}: {error.found}"
+    if answer.rc == 0:
+        return ""
+    lines = [line for line in answer.stderr.splitlines() if "[ALERT]" in line]
+    return " ".join((lines or answer.stderr.splitlines() or ["it is not valid"])[0].split())[:300]
+
+
+def ask_as_client(url: str) -> dict[str, Any]:
+    """Ask the gateway's own front door for a node's health: {status, seconds, node, error}."""
+    begun = time.monotonic()
+    result: dict[str, Any] = {"status": 0, "node": "", "error": ""}
+    # From the gateway to itself, where the certificate's name cannot match.
+    context = ssl._create_unverified_context() if url.startswith("https") else None  # noqa: S323
+    try:
+        answer = urllib.request.urlopen(url, timeout=10, context=context)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        result.update(status=error.code, node=error.headers.get("X-Glm-Fleet-Node", ""))
+        error.close()
+    except (OSError, http.client.HTTPException) as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    else:
+        with answer:
+            answer.read()
+        result.update(status=answer.status, node=answer.headers.get("X-Glm-Fleet-Node", ""))
+    return {**result, "seconds": round(time.monotonic() - begun, 4)}
+
+
+def read_damage(folder: Path) -> list[str]:
+    """Name the files of a published artifact that are missing, foreign or of another size."""
+    try:
+        damage = find_damage(folder, load_manifest(folder), deep=False)
+    except FleetError as error:
+        return [f"manifest.json damaged ({error.message}: {error.found})"]
+    return [str(each) for each in damage]
+
+
+def read_artifacts(root: Path, keys: Sequence[str], errors: list[str]) -> list[dict[str, Any]]:
+    """Return the published artifacts: {kind, id, bytes, published_at, damage, provenance}.
+
+    ``published_at`` is in seconds since 1970, ``damage`` comes from sizes alone, one look a
+    file, and of the provenance there are only the asked keys.
 
     A manifest that cannot be read is named in ``errors`` and its artifact left out.
     """
@@ -407,6 +497,7 @@ def read_artifacts(root: Path, keys: Sequence[str], errors: list[str]) -> list[d
                     "id": manifest["id"],
                     "bytes": sum(int(each["size"]) for each in manifest["files"]),
                     "published_at": path.stat().st_mtime,
+                    "damage": read_damage(path.parent),
                     "provenance": {key: provenance[key] for key in keys if key in provenance},
                 }
             )

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import write_atomically
-from .health import GatewayHealth, NodeHealth
+from .health import HEALTHY, VERDICTS, GatewayHealth, NodeHealth
+from .history import SCHEMA as HEALTH_SCHEMA
+from .history import changes, sentence
 from .preflight import ERROR, Problem
 
 PREFLIGHT_SCHEMA = "glm-fleet/preflight/1"
-HEALTH_SCHEMA = "glm-fleet/health/1"
 
 _GAP = "  "
 _NARROWEST = 6
@@ -95,77 +96,135 @@ def preflight_json(hosts: Sequence[str], problems: Sequence[Problem], time: str)
 
 
 def render_health(
-    nodes: Sequence[NodeHealth], gateways: Sequence[GatewayHealth], width: int
+    nodes: Sequence[NodeHealth],
+    gateways: Sequence[GatewayHealth],
+    width: int,
+    changed: Sequence[Mapping[str, str]] = (),
+    since: str = "",
 ) -> list[Line]:
-    """Return the fleet's table, then one line for each thing that is not healthy."""
+    """Return the fleet's table, a line for each finding, and what changed ``since``."""
     heading = (
         "node",
+        "verdict",
         "GPUs",
         "release",
         "model",
-        "unit",
+        "engine",
         "attestation",
         "tok/s",
+        "load",
         "gateway",
-        "verdict",
     )
     rows = [
         (
             node.name,
+            node.verdict,
             node.gpus,
             node.release or "-",
             node.model or "-",
-            node.unit or "-",
+            engine_words(node.unit, node.engine) or "-",
             node.attestation or "-",
             "-" if node.tokens_per_second is None else f"{node.tokens_per_second:.1f}",
+            load_words(node.engine) or "-",
             node.gateway_cell or "-",
-            node.verdict,
         )
         for node in nodes
     ]
     lines = render_table(heading, rows, width, [_TONES[node.verdict] for node in nodes])
     for gateway in gateways:
         version = f" (HAProxy {gateway.version})" if gateway.version else ""
+        sent = ", ".join(f"{each['name']} {each['sent']}" for each in gateway.servers)
         text = f"gateway {gateway.name}{version}: {gateway.verdict}, {gateway.up} UP"
-        lines.append(Line(text, _TONES[gateway.verdict]))
+        lines.append(Line(text + (f"; sent: {sent}" if sent else ""), _TONES[gateway.verdict]))
     hosts: list[NodeHealth | GatewayHealth] = [*nodes, *gateways]
     for each in hosts:
-        if each.reasons:
-            text = f"{each.name} is {each.verdict}: {'; '.join(each.reasons)}."
-            if each.next_step:
-                text += f" What to do: {each.next_step}."
-            lines += [
-                Line(part, _TONES[each.verdict])
-                for part in textwrap.wrap(text, max(width, 40), subsequent_indent="    ")
-            ]
+        for finding in each.findings:
+            note = finding.verdict == HEALTHY
+            text = f"{each.name} {'note' if note else 'is ' + finding.verdict}: {finding.cause}."
+            if finding.next_step:
+                text += f" What to do: {finding.next_step}."
+            tone = "" if note else _TONES[finding.verdict]
+            lines += _wrapped(text, width, tone)
+    if changed:
+        lines.append(Line(f"Since {since}:"))
+        for change in changed:
+            lines += _wrapped(f"  {sentence(change)}", width, "")
+    lines.append(Line(health_sentence(nodes, gateways), _TONES[_worst(hosts)]))
     return lines
 
 
+def health_sentence(nodes: Sequence[NodeHealth], gateways: Sequence[GatewayHealth]) -> str:
+    """Sum up: how many are healthy."""
+    parts = [
+        f"{sum(each.verdict == HEALTHY for each in hosts)} of {_plural(len(hosts), noun)}"
+        for hosts, noun in ((nodes, "node"), (gateways, "gateway"))
+    ]
+    return f"Health: {' and '.join(parts)} healthy."
+
+
+def engine_words(unit: str, engine: Mapping[str, Any]) -> str:
+    """Say what the engine does: its own state, or the unit's while there is no engine."""
+    state = engine.get("state") or ""
+    if state == "starting":
+        return f"starting: {engine.get('phase')}"
+    return unit if state in ("", "down") else str(state)
+
+
+def load_words(engine: Mapping[str, Any]) -> str:
+    """Say what the engine carries: requests that run and wait, and the share of KV cache."""
+    if engine.get("running") is None:
+        return ""
+    return (
+        f"{engine['running']:.0f} run, {engine['waiting']:.0f} wait, "
+        f"KV {engine['kv_cache_usage'] * 100:.0f}%"
+    )
+
+
 def health_json(
-    nodes: Sequence[NodeHealth], gateways: Sequence[GatewayHealth], time: str
+    nodes: Sequence[NodeHealth],
+    gateways: Sequence[GatewayHealth],
+    time: str,
+    previous: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return {schema, time, nodes, gateways, summary: {nodes: {verdict: n}, gateways: {...}}}."""
-    return {
+    """Return the report as docs/health.md describes it, with the changes since ``previous``."""
+    report: dict[str, Any] = {
         "schema": HEALTH_SCHEMA,
         "time": time,
+        "previous": (previous or {}).get("time"),
         "nodes": [each.as_dict() for each in nodes],
         "gateways": [each.as_dict() for each in gateways],
         "summary": {"nodes": count_verdicts(nodes), "gateways": count_verdicts(gateways)},
     }
+    return {**report, "changes": changes(previous or {}, report)}
 
 
 def count_verdicts(hosts: Sequence[NodeHealth | GatewayHealth]) -> dict[str, int]:
     """Count hosts by verdict, every verdict named."""
-    return {verdict: sum(each.verdict == verdict for each in hosts) for verdict in _TONES}
+    return {verdict: sum(each.verdict == verdict for each in hosts) for verdict in VERDICTS}
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Any) -> None:
     """Write ``data`` so that a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, text)
 
 
 _TONES = {"healthy": "good", "degraded": "warning", "broken": "bad", "unknown": "bad"}
+
+
+def _worst(hosts: Sequence[NodeHealth | GatewayHealth]) -> str:
+    return max((each.verdict for each in hosts), key=VERDICTS.index, default=HEALTHY)
+
+
+def _wrapped(text: str, width: int, tone: str) -> list[Line]:
+    return [
+        Line(part, tone) for part in textwrap.wrap(text, max(width, 40), subsequent_indent="    ")
+    ]
 
 
 def _fit(heading: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:

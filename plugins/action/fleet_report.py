@@ -15,18 +15,16 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.color import ANSIBLE_COLOR
 from ansible.utils.display import Display
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
+ROOT = Path(__file__).resolve().parents[2]
 
-from glm_fleet.errors import FleetError
-from glm_fleet.health import (
-    GatewayHealth,
-    NodeHealth,
-    judge_gateway,
-    judge_node,
-    states_of,
-    unknown_node,
-)
+# Ansible puts module_utils on the path of modules only, not of plugins.
+sys.path.append(str(ROOT / "module_utils"))
+
+from glm_fleet import history
+from glm_fleet.errors import FleetError, from_os_error
+from glm_fleet.exposition import exposition, targets
+from glm_fleet.health import GatewayHealth, Limits, NodeHealth, judge_fleet
+from glm_fleet.page import RUNS_DRAWN, render_page
 from glm_fleet.preflight import ERROR, Expectations, Problem, evaluate, unreachable
 from glm_fleet.report import (
     Line,
@@ -36,6 +34,7 @@ from glm_fleet.report import (
     render_health,
     render_preflight,
     write_json,
+    write_text,
 )
 
 _COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
@@ -45,6 +44,7 @@ _FAILING = {
     "degraded": ("degraded", "broken", "unknown"),
 }
 _UNTOLD_WIDTH = 120
+_TEMPLATE = ROOT / "roles/health/templates/fleet.html.j2"
 
 
 class ActionModule(ActionBase):
@@ -64,18 +64,40 @@ class ActionModule(ActionBase):
                 "hosts": {"type": "list", "elements": "str", "required": True},
                 "record": {"type": "str", "required": True},
                 "dest": {"type": "path"},
-                "fail_on": {"type": "str", "default": "broken", "choices": list(_FAILING)},
+                "keep": {"type": "int", "default": 300},
+                "limits": {"type": "dict", "default": {}},
+                "textfile_dir": {"type": "str", "default": ""},
+                "fail_on": {"type": "str", "default": "degraded", "choices": list(_FAILING)},
             }
         )
         hosts: list[str] = arguments["hosts"]
         records = _records(hosts, arguments["record"], (task_vars or {})["hostvars"])
-        judge = _preflight if arguments["kind"] == "preflight" else _health
+        dest = Path(arguments["dest"]) if arguments["dest"] else None
         try:
-            lines, report, failure = judge(records, _FAILING[arguments["fail_on"]])
-            if arguments["dest"] and not self._task.check_mode:
-                write_json(Path(arguments["dest"]), report)
+            if arguments["kind"] == "preflight":
+                lines, report, failure = _preflight(records)
+                if dest and not self._task.check_mode:
+                    write_json(dest, report)
+            else:
+                folder = dest.with_name("history") if dest else None
+                kept = history.load(folder, RUNS_DRAWN) if folder else []
+                limits = Limits.from_dict(arguments["limits"])
+                failing = _FAILING[arguments["fail_on"]]
+                lines, report, failure = _health(records, failing, limits, kept)
+                if dest and folder and not self._task.check_mode:
+                    write_json(dest, report)
+                    write_text(dest.with_suffix(".html"), render_page(report, kept, _TEMPLATE))
+                    history.save(folder, report, arguments["keep"])
+                    text = exposition(report)
+                    write_text(dest.with_suffix(".prom"), text)
+                    if arguments["textfile_dir"]:
+                        write_text(Path(arguments["textfile_dir"], "glm_fleet.prom"), text)
+                    found = targets((task_vars or {})["hostvars"], *_groups(records))
+                    write_json(dest.with_name("targets.json"), found)
         except FleetError as error:
             raise AnsibleActionFail(str(error)) from error
+        except OSError as error:
+            raise AnsibleActionFail(str(from_os_error(error))) from error
         display = Display()
         display.display("")
         for line in lines:
@@ -86,7 +108,7 @@ class ActionModule(ActionBase):
 
 
 def _preflight(
-    records: Mapping[str, Mapping[str, Any]], failing: Sequence[str]
+    records: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[Line], dict[str, Any], str]:
     problems: list[Problem] = []
     for host, record in records.items():
@@ -107,53 +129,39 @@ def _preflight(
 
 
 def _health(
-    records: Mapping[str, Mapping[str, Any]], failing: Sequence[str]
+    records: Mapping[str, Mapping[str, Any]],
+    failing: Sequence[str],
+    limits: Limits,
+    kept: Sequence[Mapping[str, Any]],
 ) -> tuple[list[Line], dict[str, Any], str]:
-    answers = {
-        host: record.get("gateway") or {}
-        for host, record in records.items()
-        if "gateways" in record["groups"]
-    }
-    gateways = [
-        judge_gateway(host, message=_message(records[host]), gateway=answer)
-        for host, answer in answers.items()
-    ]
-    nodes = [
-        _node(host, record, states_of(host, answers))
-        for host, record in records.items()
-        if "gpu_nodes" in record["groups"]
-    ]
+    previous, now = history.latest(kept), _now()
+    nodes, gateways = judge_fleet(records, limits=limits, previous=previous, time=now)
     bad: list[NodeHealth | GatewayHealth] = [
         each for each in (*nodes, *gateways) if each.verdict in failing
     ]
     failure = (
         "Health: " + ", ".join(f"{each.name} is {each.verdict}" for each in bad) if bad else ""
     )
-    return render_health(nodes, gateways, _width()), health_json(nodes, gateways, _now()), failure
+    report = health_json(nodes, gateways, now, previous)
+    since = str(report["previous"] or "")
+    lines = render_health(nodes, gateways, _width(), report["changes"], since)
+    return lines, report, failure
 
 
-def _message(record: Mapping[str, Any]) -> str:
-    return str(record["message"] or record.get("gateway_error") or "")
-
-
-def _node(host: str, record: Mapping[str, Any], gateway: Mapping[str, str]) -> NodeHealth:
-    if record["message"]:
-        return unknown_node(host, record["message"], gateway)
-    expect = next(part["expect"] for part in record["expect"] if part["gpu_node"])
-    return judge_node(
-        host,
-        facts=record["node"],
-        probe=record["attestation"],
-        probe_error=record["attestation_error"],
-        expect=Expectations.from_dict(expect),
-        gateway=gateway,
-        artifacts=record.get("artifacts") or (),
-        artifacts_error=record.get("artifacts_error") or "",
+def _groups(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return the GPU nodes and the gateways among the hosts."""
+    nodes, gateways = (
+        [host for host, record in records.items() if group in record["groups"]]
+        for group in ("gpu_nodes", "gateways")
     )
+    return nodes, gateways
 
 
 def _records(hosts: Sequence[str], name: str, hostvars: Any) -> dict[str, dict[str, Any]]:
-    """Return what each host's variable ``name`` holds, as plain data."""
+    """Return what each host's variable ``name`` holds, as plain data.
+
+    A host that was not read is in the report too: it is what somebody wants to know of.
+    """
     records = {}
     for host in hosts:
         record = hostvars[host].get(name)

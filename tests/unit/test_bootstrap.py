@@ -31,7 +31,16 @@ class Machine:
         self.answer("id", "echo 0")
         self.free(500)
         self.answer("dpkg-query", 'for p in "$@"; do echo "installed $p"; done')
-        self.answer("apt-get", f'echo "apt-get $*" >>{self.calls}')
+        self.answer(
+            "apt-get",
+            f'echo "apt-get $*" >>{self.calls}\n'
+            'case "$*" in *download*) : >prometheus_1_amd64.deb ;; esac',
+        )
+        self.answer(
+            "dpkg-deb",
+            'cd "$(dirname "$2")" && mkdir -p usr/bin && printf "#!/bin/sh\\n" >usr/bin/promtool\n'
+            "chmod +x usr/bin/promtool && tar -c ./usr/bin/promtool",
+        )
         # Stands for every python3: makes an environment whose pip notes what it is asked for.
         self.answer(
             "python3",
@@ -135,8 +144,11 @@ def test_it_installs_what_is_missing_and_only_once(machine: Machine) -> None:
     assert "haproxy" in install
     assert "mmdebstrap" in install
     assert " git" not in install
+    assert "chromium-headless-shell" in install
     assert rest[0] == "venv"
     assert "requirements-dev.txt" in rest[1]
+    assert rest[3].endswith("download prometheus")
+    assert (machine.checkout / ".venv/bin/promtool").is_file()
     machine.answer("dpkg-query", 'for p in "$@"; do echo "installed $p"; done')
     machine.calls.unlink()
     assert machine.run("test").returncode == 0

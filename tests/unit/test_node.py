@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from glm_fleet.artifact import make_manifest
 from glm_fleet.errors import FleetError
 from glm_fleet.node import (
     Host,
     NodeQuery,
+    ask_as_client,
+    check_config,
     parse_xids,
     read_artifacts,
     read_disk,
@@ -159,15 +162,15 @@ def test_artifacts_staging_and_links(tmp_path: Path) -> None:
     staged.mkdir(parents=True)
     (staged / "shard").write_bytes(b"x" * 5000)
     errors: list[str] = []
-    assert read_artifacts(tmp_path, ["revision", "repository"], errors) == [
-        {
-            "kind": "model",
-            "id": "tiny-0123456789ab",
-            "bytes": 7,
-            "published_at": (folder / "manifest.json").stat().st_mtime,
-            "provenance": {"revision": "r1"},
-        }
-    ]
+    (found,) = read_artifacts(tmp_path, ["revision", "repository"], errors)
+    assert found.pop("damage")[0].startswith("manifest.json damaged")
+    assert found == {
+        "kind": "model",
+        "id": "tiny-0123456789ab",
+        "bytes": 7,
+        "published_at": (folder / "manifest.json").stat().st_mtime,
+        "provenance": {"revision": "r1"},
+    }
     assert len(errors) == 1
     assert str(broken) in errors[0]
     assert read_staging(tmp_path / ".staging")["model"] >= 5000
@@ -180,6 +183,35 @@ def test_artifacts_staging_and_links(tmp_path: Path) -> None:
         "target": None,
         "exists": False,
     }
+
+
+def test_damage_is_seen_from_sizes(tmp_path: Path) -> None:
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    (folder / "shard").write_bytes(b"1234567")
+    manifest = make_manifest(folder, kind="model", slug="tiny", provenance={})
+    final = tmp_path / "model" / manifest.id
+    final.parent.mkdir()
+    folder.rename(final)
+    (final / "manifest.json").write_text(json.dumps(manifest.as_dict()))
+    assert read_artifacts(tmp_path, [], [])[0]["damage"] == []
+    (final / "shard").write_bytes(b"1234")
+    assert read_artifacts(tmp_path, [], [])[0]["damage"] == ["shard: truncated (4 of 7 bytes)"]
+
+
+def test_haproxy_says_itself_whether_its_configuration_is_valid() -> None:
+    def run(argv: Sequence[str], **_: Any) -> RunResult:
+        assert argv == ["haproxy", "-c", "-q", "-f", "/etc/haproxy/haproxy.cfg"]
+        return RunResult(1, "", "[NOTICE] x\n[ALERT]  (1) : config : unknown keyword 'foo'\n")
+
+    assert "unknown keyword" in check_config("/etc/haproxy/haproxy.cfg", run)
+    assert check_config("/x", lambda argv, **_: RunResult(0, "", "")) == ""
+
+
+def test_nobody_behind_the_front_door() -> None:
+    answer = ask_as_client("http://127.0.0.1:1/health")
+    assert answer["status"] == 0
+    assert "refused" in answer["error"]
 
 
 def test_users() -> None:

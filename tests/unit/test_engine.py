@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's own figures, and how a hung engine is told from a busy or a starting one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet import engine
+from glm_fleet.errors import FleetError
+from glm_fleet.runner import RunResult
+
+METRICS = """\
+# HELP vllm:num_requests_running x
+vllm:num_requests_running{{engine="0"}} {running}
+vllm:num_requests_waiting{{engine="0"}} 3
+vllm:kv_cache_usage_perc{{engine="0"}} 0.25
+vllm:iteration_tokens_total_count{{engine="0"}} {steps}
+vllm:generation_tokens_total{{engine="0"}} {tokens}
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1"}} 2
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.5"}} 10
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="+Inf"}} 10
+vllm:time_to_first_token_seconds_count{{engine="0"}} 10
+vllm:time_to_first_token_seconds_sum{{engine="0"}} 2.5
+"""
+
+
+class Server:
+    """Answers as vLLM does; ``steps`` are made between two looks at the metrics."""
+
+    def __init__(self, *, answers: bool = True, steps: int = 5, tokens: bool = True) -> None:
+        self.answers, self.steps, self.tokens = answers, steps, tokens
+        self.made = 100
+        self.time_outs: set[float] = set()
+
+    def client(self, port: int, **options: Any) -> Any:
+        self.time_outs.add(options["timeout_s"])
+
+        def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
+            if not self.answers:
+                return 0, iter(["refused"])
+            if path == "/metrics":
+                self.made += self.steps
+                text = METRICS.format(running=2, steps=self.made, tokens=self.made * 8)
+                return 200, iter(text.splitlines())
+            if path == "/v1/models":
+                return 200, iter([json.dumps({"data": [{"id": "glm-5.2"}]})])
+            if not self.tokens:
+                return 200, iter(["error: the stream broke off: TimeoutError"])
+            usage = {"choices": [{"text": "x"}], "usage": {"completion_tokens": 24}}
+            return 200, iter([f"data: {json.dumps(usage)}", "data: [DONE]"])
+
+        return ask
+
+
+def system(active: str = "active", restarts: int = 0, journal: str = "") -> Any:
+    def run(argv: Sequence[str], **_: Any) -> RunResult:
+        if argv[0] == "journalctl":
+            return RunResult(0, journal, "")
+        text = f"ActiveState={active}\nNRestarts={restarts}\nInvocationID=abc\nMainPID=41\n"
+        return RunResult(0, text, "")
+
+    return run
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "attestation.json"
+    path.write_text(
+        json.dumps({"port": 8000, "served_model_name": "glm-5.2", "required": [], "forbidden": []})
+    )
+    return path
+
+
+def look(server: Server, policy: Path, run: Any = None) -> dict[str, Any]:
+    return engine.look(
+        run or system(),
+        unit="glm-serving.service",
+        policy_path=policy,
+        environment_path=policy.with_name("none"),
+        record_path=policy.with_name("none"),
+        evidence_path=policy.with_name("none"),
+        proc=policy.parent,
+        canary_timeout_s=7.0,
+        client=server.client,
+    )
+
+
+@pytest.mark.parametrize(
+    ("server", "state"),
+    [
+        (Server(), "serving"),
+        (Server(tokens=False), "busy"),
+        (Server(tokens=False, steps=0), "hung"),
+    ],
+)
+def test_state_of_an_engine_that_was_ready(server: Server, state: str, policy: Path) -> None:
+    found = look(server, policy)
+    assert found["engine"]["state"] == state
+    assert found["engine"]["after"]["running"] == 2
+    # A hung engine holds a health check up for as long as the canary may wait, no longer.
+    assert server.time_outs == {5.0, 7.0}
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("journal", "state", "phase"),
+    [
+        ("Starting to load model\nshards: 4% Completed | 3/83", "starting", "loading shard 3/83"),
+        ("Application startup complete", "silent", "ready"),
+    ],
+)
+def test_a_start_is_told_from_a_server_that_fell_silent(
+    journal: str, state: str, phase: str, policy: Path
+) -> None:
+    found = look(Server(answers=False), policy, system(journal=journal))["engine"]
+    assert (found["state"], found["phase"]) == (state, phase)
+
+
+def test_a_service_that_is_down_gives_its_last_words(policy: Path) -> None:
+    journal = "fine\nERROR CUDA error: an illegal instruction was encountered"
+    found = look(Server(), policy, system(active="failed", journal=journal))
+    assert found["engine"]["state"] == "down"
+    assert "serving_cuda_graphs" in found["diagnosis"]
+
+
+def test_without_a_policy_there_is_nothing_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(FleetError, match="no attestation policy"):
+        look(Server(), tmp_path / "none")
+
+
+def test_figures_between_two_samples() -> None:
+    before = engine.parse_sample(METRICS.format(running=1, steps=100, tokens=1000), 10.0)
+    after = engine.parse_sample(METRICS.format(running=1, steps=150, tokens=3000), 20.0)
+    assert before["first_token"]["buckets"] == [[0.1, 2.0], [0.5, 10.0]]
+    figures = engine.interval(before, after)
+    assert figures["steps"] == 50
+    assert figures["tokens_per_second"] == 200.0
+    assert figures["first_token_p50_s"] is None, "no request came in between"
+    since_start = engine.interval({}, after)
+    assert since_start["tokens_per_second"] is None
+    assert since_start["first_token_p50_s"] == pytest.approx(0.25)
+    assert engine.interval(after, before)["tokens_per_second"] is None, "another start"
+    assert engine.interval(before, {}) == {}
+    assert engine.parse_sample("something else", 1.0) == {}
+
+
+def test_quantiles() -> None:
+    assert engine.quantile([[1.0, 5.0], [2.0, 10.0]], 10, 0.75) == 1.5
+    assert engine.quantile([[1.0, 5.0], [2.0, 10.0]], 20, 0.99) == 2.0
+    assert engine.quantile([], 0, 0.5) is None

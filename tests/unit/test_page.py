@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page in a real browser: a healthy fleet and a broken one, wide and narrow."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet import page
+from glm_fleet.report import health_json
+from test_health import FAULTS, fleet_records, judge
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "roles/health/templates/fleet.html.j2"
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def kept_runs(count: int) -> list[dict[str, Any]]:
+    """Return reports of checks five minutes apart, some of them with a fault."""
+    runs: list[dict[str, Any]] = []
+    for number in range(count):
+        records = fleet_records()
+        for place, record in enumerate(records.values()):
+            facts = record["node"]
+            for gpu in facts.get("gpu", {}).get("gpus", ()):
+                gpu.update(
+                    bus_id=f"00000000:{gpu['index']:02X}:00.0",
+                    temperature_c=44 + gpu["index"] + place,
+                    power_draw_w=310.0,
+                    memory_used_mib=73000,
+                )
+            if "attestation" in facts:
+                probe = facts["attestation"]
+                probe["canary"]["tokens_per_second"] = 54.0 + (number * 7 + place * 3) % 5
+                probe["engine"]["after"]["time_s"] += number * 300
+                load = number * 400 + 900 * math.sin(number / 3 + place / 5)
+                for key in ("steps", "generated_tokens", "requests"):
+                    probe["engine"]["after"][key] += load * 300
+                for key, bound in (("first_token", 0.8), ("between_tokens", 0.04)):
+                    count = 5000.0 * number
+                    late = 90 * number + 150 * math.sin(number / 2 + place)
+                    probe["engine"]["after"][key] = {
+                        "count": count,
+                        "sum": count * bound / 2,
+                        "buckets": [
+                            [bound / 4, count / 2],
+                            [bound, count - late],
+                            [bound * 2, count],
+                        ],
+                    }
+            facts["clock"]["epoch_s"] = 1_795_000_000.0 + number * 300
+        if number in (3, 4):
+            FAULTS["ECC"][0](records["gpu03"]["node"])
+        time = f"2026-11-22T{10 + number // 12:02}:{number % 12 * 5:02}:00+00:00"
+        previous = runs[-1] if runs else {}
+        runs.append(health_json(*judge(records, previous), time, previous))
+    return runs
+
+
+def broken_report(before: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of a fleet where several things went wrong at once."""
+    records = copy.deepcopy(fleet_records())
+    for name, faults in {"gpu01": ["GPU lost", "Xid", "ECC", "disk"], "gpu02": ["hung"]}.items():
+        facts = records[name]["node"]
+        for gpu in facts["gpu"]["gpus"]:
+            gpu["bus_id"] = f"00000000:{gpu['index']:02X}:00.0"
+        for fault in faults:
+            FAULTS[fault][0](facts)
+    records["gpu01"]["node"]["xids"][0]["time_s"] += 10**6
+    records["gpu03"] = {"message": "Connection timed out", "groups": ["gpu_nodes"]}
+    records["gw01"]["node"]["gateway"]["servers"][2]["status"] = "DOWN"
+    return health_json(*judge(records, before), "2026-11-22T12:00:00+00:00", before)
+
+
+RUNS = kept_runs(20)
+PAGES = {
+    "healthy": page.render_page(RUNS[-1], RUNS[:-1], TEMPLATE),
+    "broken": page.render_page(broken_report(RUNS[-1]), RUNS, TEMPLATE),
+    "first": page.render_page({**RUNS[0], "previous": None, "changes": []}, [], TEMPLATE),
+}
+
+
+def browse(folder: Path, text: str, *options: str) -> str:
+    """Open a page in Chromium and return the document as it stands then."""
+    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    assert browser, "no Chromium: run ./bootstrap test"
+    path = folder / "page.html"
+    path.write_text(text)
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--virtual-time-budget=1000",
+            f"--user-data-dir={folder / 'profile'}",
+            *options,
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_fits_the_window(name: str, width: int, tmp_path: Path) -> None:
+    # The page has no script; this one measures it and leaves the figure in the title.
+    script = (
+        "<script>onload = () => { document.title = 'wide by ' + "
+        "(document.documentElement.scrollWidth - innerWidth) }</script></body>"
+    )
+    text = PAGES[name].replace("</body>", script)
+    document = browse(tmp_path, text, f"--window-size={width},900", "--dump-dom")
+    assert "<title>wide by 0</title>" in document
+
+
+def test_the_pages_say_what_there_is_to_say(tmp_path: Path) -> None:
+    healthy = browse(tmp_path, PAGES["healthy"], "--dump-dom")
+    assert "All is well" in healthy
+    assert "What needs attention" not in healthy
+    assert healthy.count('class="board healthy"') == 24
+    broken = browse(tmp_path, PAGES["broken"], "--dump-dom")
+    assert "gpu01, gpu02, gpu03 need attention" in broken
+    for words in (
+        "GPU count: 7",
+        "Xid 79",
+        "uncorrectable on GPU 1",
+        "nearly full",
+        "the engine hangs",
+        "no answer: Connection timed out",
+        "gpu03: verdict healthy -&gt; unknown",
+        'class="board lost"',
+        'class="board broken"',
+        "ansible -i INVENTORY -b -m ping gpu03",
+    ):
+        assert words in broken, words
+
+
+def test_a_picture_of_each_is_not_blank(tmp_path: Path) -> None:
+    for name in ("healthy", "broken"):
+        picture = tmp_path / f"{name}.png"
+        browse(tmp_path, PAGES[name], "--window-size=1280,1600", f"--screenshot={picture}")
+        content = picture.read_bytes()
+        assert struct.unpack(">II", content[16:24]) == (1280, 1600)
+        assert len(content) > 60_000, "a blank page compresses to next to nothing"
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    for text in PAGES.values():
+        for word in ("<script", "http://", "https://", "url(", "@import", "src="):
+            assert word not in text
+
+
+def test_what_hosts_say_is_text_and_never_markup() -> None:
+    evil = "<img src=x onerror=alert(1)>\"'"
+    records = fleet_records(2)
+    facts = records["gpu02"]["node"]
+    facts["gpu"]["gpus"][0].update(name=evil, throttle_reasons=[evil])
+    facts["os"]["kernel"] = evil
+    facts["errors"].append(evil)
+    records["gw01"]["node"]["gateway"]["servers"][0].update(status=evil, check=evil)
+    records["gw01"]["node"]["gateway"]["version"] = evil
+    nodes, gateways = judge(records)
+    report = health_json(nodes, gateways, "2026-11-22T12:00:00+00:00")
+    text = page.render_page(report, [], TEMPLATE)
+    assert "<img" not in text
+    assert text.count("&lt;img src=x") >= 5
+    assert evil.partition(">")[2] not in text
+
+
+def test_a_gap_in_the_runs_is_a_gap_in_the_line() -> None:
+    runs = copy.deepcopy(RUNS[:6])
+    for node in runs[3]["nodes"]:
+        node["tokens_per_second"] = None
+    chart = page.view(runs[-1], runs[:-1])["charts"][1]
+    assert chart["line"].count("M") == 2
+    assert len(chart["ranges"]) == 2
+    runs[4] = runs[3]
+    chart = page.view(runs[-1], runs[:-1])["charts"][1]
+    assert len(chart["dots"]) == 1
+    assert chart["top"] == "60"

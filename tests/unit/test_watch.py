@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hung engine is told, recorded and restarted, in this order; a busy one is left alone."""
+
+from __future__ import annotations
+
+import json
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glm_fleet import sentry, watch
+from glm_fleet.gate import Process
+from glm_fleet.haproxy import Haproxy, unix_transport
+from glm_fleet.runner import RunResult
+
+METRICS = """\
+vllm:num_requests_running {running}
+vllm:num_requests_waiting 0
+vllm:iteration_tokens_total_count {steps}
+"""
+
+
+def test_progress() -> None:
+    progress = watch.Progress(100.0)
+    assert progress.observe(0, 5, wanted=True) == "fine"
+    assert progress.observe(24, 5, wanted=True) == "fine"
+    assert progress.observe(26, 5, wanted=True) == "suspect"
+    assert progress.observe(99, 6, wanted=True) == "fine", "one step is enough"
+    assert progress.observe(198, 6, wanted=True) == "suspect"
+    assert progress.observe(200, 6, wanted=True) == "hung"
+    assert progress.observe(201, 6, wanted=False) == "fine", "nobody waits any more"
+    assert progress.observe(900, 6, wanted=True) == "fine", "idle before is no stall"
+    assert progress.observe(999, 6, wanted=True) == "suspect"
+    assert progress.observe(1000, None, wanted=True) == "hung", "a silent server makes no step"
+
+
+HAPROXY = """
+global
+    stats socket {folder}/sock level admin
+defaults
+    timeout connect 2s
+    timeout client 2s
+    timeout server 2s
+backend glm_nodes
+    default-server disabled check inter 100ms agent-check agent-port {agent} agent-inter 100ms
+    server gpu01 127.0.0.1:{port}
+"""
+
+
+def test_a_real_haproxy_hears_it_from_the_sentry(tmp_path: Path) -> None:
+    flag = watch.Flag(tmp_path / "stalled", lambda seconds: None)
+    record, evidence = tmp_path / "record", tmp_path / "evidence"
+    for path in (record, evidence):
+        path.write_text('{"invocation": "abc"}')
+
+    class Agent(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            word = sentry.answer(record, evidence, tmp_path / "stalled")
+            self.request.sendall(f"{word}\n".encode())
+
+    agent = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Agent)
+    threading.Thread(target=agent.serve_forever, daemon=True).start()
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = tmp_path / "haproxy.cfg"
+    port = listener.getsockname()[1]
+    config.write_text(HAPROXY.format(folder=tmp_path, agent=agent.server_address[1], port=port))
+    haproxy = Haproxy(unix_transport(str(tmp_path / "sock")))
+
+    def status_becomes(wanted: str) -> bool:
+        end = time.monotonic() + 20
+        while haproxy.statistics()["glm_nodes", "gpu01"].status != wanted:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
+
+    with subprocess.Popen(["haproxy", "-db", "-f", str(config)], stderr=subprocess.DEVNULL) as run:
+        try:
+            while not (tmp_path / "sock").exists():
+                time.sleep(0.05)
+            assert status_becomes("MAINT"), "up does not undo what the operator set"
+            haproxy.set_state("glm_nodes", "gpu01", "ready")
+            assert status_becomes("UP")
+            flag.take_out("hung")
+            assert status_becomes("DOWN")
+            flag.let_in()
+            assert status_becomes("UP")
+            evidence.unlink()
+            assert status_becomes("DOWN"), "a start that was not attested"
+        finally:
+            run.terminate()
+            agent.shutdown()
+            agent.server_close()
+            listener.close()
+
+
+class Node:
+    """A node whose engine makes ``step`` steps from one look to the next, five seconds on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = 0.0
+        self.steps, self.step, self.running = 0.0, 1.0, 0
+        self.answers, self.serves = True, True
+        self.invocation = 1
+        self.commands: list[list[str]] = []
+        self.out = False
+        self.stopped = threading.Event()
+        policy = folder / "policy.json"
+        wanted: dict[str, list[str]] = {"required": [], "forbidden": []}
+        policy.write_text(json.dumps({"port": 1, "served_model_name": "glm-5.2", **wanted}))
+        settings = watch.Settings(
+            "glm-serving.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
+        )
+        self.watch = watch.Watch(
+            settings,
+            self.run,
+            self,  # type: ignore[arg-type]
+            client=self.client,
+            clock=lambda: self.now,
+            sleep=lambda seconds: None,
+            processes=lambda: [
+                Process(41, 999, "/opt/x/python /opt/x/bin/vllm serve /m"),
+                Process(42, 999, "VLLM::EngineCore"),
+                Process(43, 0, "VLLM::Worker of somebody else"),
+            ],
+        )
+
+    def take_out(self, reason: str) -> None:
+        self.out = True
+
+    def let_in(self) -> None:
+        self.out = False
+
+    def wait_until_told(self) -> None:
+        assert self.out
+        self.commands.append(["told"])
+
+    def run(self, argv: Sequence[str], **_: Any) -> RunResult:
+        if argv[:2] == ["systemctl", "show"]:
+            text = f"ActiveState=active\nInvocationID=i{self.invocation}\nMainPID=41\n"
+            return RunResult(0, text, "")
+        self.commands.append(list(argv))
+        if "--signal=SIGKILL" in argv:
+            self.invocation += 1
+            self.steps, self.serves = 0.0, False
+        if argv[0] == "journalctl":
+            return RunResult(0, "last words", "")
+        if argv[0] == "py-spy":
+            return RunResult(int("--nonblocking" not in argv), f"stack of {argv[3]}", "stopped")
+        return RunResult(0, "", "")
+
+    def client(self, port: int, **_: Any) -> Any:
+        def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
+            if not self.serves:
+                return 0, iter(["refused"])
+            if path == "/metrics":
+                text = METRICS.format(running=self.running, steps=self.steps)
+                return 200, iter(text.splitlines())
+            if not self.answers:
+                self.stopped.wait(20)
+                return 0, iter(["gone"])
+            self.steps += 1
+            usage = {"choices": [{"text": "x"}], "usage": {"completion_tokens": 1}}
+            return 200, iter([f"data: {json.dumps(usage)}", "data: [DONE]"])
+
+        return ask
+
+    def look(self, times: int = 1) -> str:
+        seen = ""
+        for _ in range(times):
+            self.now += 5
+            self.steps += self.step
+            seen = self.watch.look()
+            if self.answers and self.watch.canary._thread:
+                self.watch.canary._thread.join(5)
+        return seen
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    made = Node(tmp_path)
+    yield made
+    made.stopped.set()
+
+
+def test_a_busy_node_is_left_alone(node: Node) -> None:
+    node.running = 32
+    assert {node.look() for _ in range(40)} == {"fine"}
+    assert (node.out, node.commands) == (False, [])
+    assert node.watch.canary._thread is None, "a busy engine is not asked for more"
+
+
+def test_an_idle_node_is_asked_for_a_token_and_left_alone(node: Node) -> None:
+    node.step = 0
+    assert {node.look() for _ in range(40)} == {"fine"}
+    assert (node.out, node.commands) == (False, [])
+    assert node.watch.canary.answered
+
+
+@pytest.mark.parametrize("running", [0, 3])
+def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) -> None:
+    node.running = running
+    node.look(3)
+    node.step, node.answers = 0, False
+    seen = []
+    while "hung" not in seen:
+        seen.append(node.look())
+        if seen[-1] == "suspect":
+            assert node.out, "no request is sent there meanwhile"
+    assert "suspect" in seen
+    assert len(seen) <= 14, "the time-out, and the patience before the canary"
+    names = [" ".join(command[:3]) for command in node.commands]
+    assert names[0] == "told"
+    assert names[1].startswith("journalctl")
+    assert names[-2:] == [
+        "systemctl kill --signal=SIGTERM",
+        "systemctl kill --signal=SIGKILL",
+    ]
+    (folder,) = node.watch.settings.incidents.glob("20*")
+    assert (folder / "journal.txt").read_text() == "last words\n"
+    stacks = {path.name: path.read_text() for path in folder.glob("stack-*")}
+    assert set(stacks) == {"stack-41-python.txt", "stack-42-VLLM-EngineCore.txt"}
+    assert "stack of 42" in stacks["stack-42-VLLM-EngineCore.txt"]
+    node.stopped.set()
+    assert node.look(3) == "starting"
+    assert node.out
+    node.running, node.step, node.answers, node.serves = 0, 0, True, True
+    node.look()
+    assert node.look() == "fine"
+    assert not node.out
+
+
+def test_after_so_many_restarts_a_person_is_needed(node: Node) -> None:
+    node.watch.settings.incidents.mkdir()
+    node.running, node.answers = 1, False
+    for _ in range(3):
+        node.serves = True
+        node.look()
+        node.step = 0
+        while node.look() != "hung":
+            pass
+    kills = [command for command in node.commands if "--signal=SIGKILL" in command]
+    assert len(kills) == 2
+    assert node.out
+    before = len(node.commands)
+    node.look(20)
+    assert len(node.commands) == before, "and the evidence is kept once"
+    node.step = 1
+    assert node.look() == "fine"
+    assert not node.out, "it came back by itself"
