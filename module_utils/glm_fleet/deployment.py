@@ -10,6 +10,8 @@ below one root (``/etc/glm-fleet/deployments`` on a node)::
     <id>/refused.json         why it does not run on this node, if that is known
     current                   -> <id>, the one that was activated last
     attested.json             ids that passed the attestation, newest last
+
+``previous.json`` beside that root names what a roll-back would need.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ ENVIRONMENT = "serving.env"
 POLICY = "attestation.json"
 RECORD = "deployment.json"
 REFUSED = "refused.json"
+# What `artifact.protected_by` reads.
+PREVIOUS = "previous.json"
 
 _KEEP = 4
 _ID = re.compile(r"[0-9a-f]{12}")
@@ -187,6 +191,13 @@ class Deployments:
         with exclusive(self._root / ".lock"):
             known = [each for each in self.attested() if each != identifier]
             write_atomically(self._root / "attested.json", json.dumps([*known, identifier]))
+        self.note_previous()
+
+    def note_previous(self) -> None:
+        """Write down which release and model a roll-back would need, so that they are kept."""
+        found = self.find(self.before(self.current()))
+        parts = {"release": found.release, "model": found.model} if found else {}
+        write_atomically(self.places.etc / PREVIOUS, json.dumps(parts, indent=1) + "\n")
 
     def before(self, identifier: str) -> str:
         """Return the newest attested deployment other than ``identifier`` that can still run."""
@@ -357,6 +368,7 @@ def activate(
     point(places.release_link, places.releases / wanted.release)
     point(places.model_link, places.models / wanted.model)
     install(wanted, places)
+    deployments.note_previous()
     runner(["systemctl", "daemon-reload"])
     runner(["systemctl", "reset-failed", UNIT], check=False)
     runner(["systemctl", "enable", UNIT])

@@ -17,7 +17,8 @@ from typing import Any
 
 from .engine import interval
 from .errors import FleetError
-from .preflight import ERROR, Expectations, Problem, hardware_problems, human_bytes
+from .preflight import ERROR, Expectations, Problem, hardware_problems
+from .progress import human_bytes
 
 HEALTHY = "healthy"
 DEGRADED = "degraded"

@@ -18,7 +18,7 @@ import jinja2
 
 from .health import HEALTHY, VERDICTS, missing_gpus
 from .history import sentence
-from .preflight import human_bytes
+from .progress import human_bytes
 from .report import engine_words, load_words
 
 RUNS_DRAWN = 96

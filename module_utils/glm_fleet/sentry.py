@@ -30,7 +30,7 @@ from .runner import run_program
 # There while the watch of the engine sees that it makes no progress.
 STALLED = Path("/run/glm-fleet/stalled")
 # A controller that waits for the start attests it within seconds.
-_GRACE_S = 30.0
+_GRACE_S = 10.0
 _LONGEST_PAUSE_S = 900.0
 
 
