@@ -15,6 +15,7 @@ from glm_fleet.preflight import (
     Problem,
     evaluate,
     human_bytes,
+    sure_skew,
     unreachable,
     version,
 )
@@ -342,3 +343,18 @@ def test_version_and_bytes() -> None:
     assert version("580.159.04") > version("580") > version("550.9")
     assert version("unknown") == ()
     assert [human_bytes(count) for count in (5, 1500, 475e9)] == ["5 B", "1.5 kB", "475.0 GB"]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "sent", "answered", "off"),
+    [
+        (1000.0, 940.0, 1001.0, 0.0),  # sixty seconds under way
+        (1095.0, 1000.0, 1002.0, 93.0),
+        (905.0, 1000.0, 1002.0, -95.0),
+    ],
+)
+def test_the_time_under_way_is_no_fault_of_the_clock(
+    epoch: float, sent: float, answered: float, off: float
+) -> None:
+    clock = {"epoch_s": epoch, "skew_s": epoch - sent}
+    assert sure_skew(clock, answered) == off
