@@ -133,6 +133,15 @@ def unreachable(host: str, message: str) -> Problem:
     )
 
 
+def sure_skew(clock: Mapping[str, float], answered: float) -> float:
+    """Return the least that a clock is off, in seconds: on a busy controller a question is long
+    under way, and that is no fault of the host's clock.
+
+    ``clock`` is node_info's; ``answered`` is the controller's clock when the answer was there.
+    """
+    return min(clock["skew_s"], 0.0) or max(clock["epoch_s"] - answered, 0.0)
+
+
 def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations) -> list[Problem]:
     """Return the problems of GPUs, driver, links, fabric manager and kernel log."""
     report = facts.get("gpu", {})

@@ -25,7 +25,7 @@ from glm_fleet.errors import FleetError, from_os_error
 from glm_fleet.exposition import exposition, targets
 from glm_fleet.health import GatewayHealth, Limits, NodeHealth, judge_fleet
 from glm_fleet.page import RUNS_DRAWN, render_page
-from glm_fleet.preflight import ERROR, Expectations, Problem, evaluate, unreachable
+from glm_fleet.preflight import ERROR, Expectations, Problem, evaluate, sure_skew, unreachable
 from glm_fleet.report import (
     Line,
     health_json,
@@ -171,6 +171,9 @@ def _records(hosts: Sequence[str], name: str, hostvars: Any) -> dict[str, dict[s
                 "groups": hostvars[host]["group_names"],
             }
         records[host] = _plain(record)
+        clock = (records[host].get("node") or {}).get("clock") or {}
+        if "skew_s" in clock:
+            clock["skew_s"] = round(sure_skew(clock, float(record["answered"])), 3)
     return records
 
 

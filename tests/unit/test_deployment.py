@@ -507,8 +507,8 @@ def test_nothing_to_go_back_to_is_an_empty_ladder(node: Deployments, module: Mod
 def test_what_a_roll_back_needs_is_written_down(node: Deployments) -> None:
     served(node, one("r1"), one("r2"))
     places = node.places
-    activate(Systemd("stop", "daemon-reload", "reset-failed", "enable", "start"), node, one("r2").id)
+    activate(Systemd(*SWITCH), node, one("r2").id)
     previous = places.etc / "previous.json"
     assert json.loads(previous.read_text()) == {"release": "r1", "model": "m1"}
-    activate(Systemd("stop", "daemon-reload", "reset-failed", "enable", "start"), node, one("r1").id)
+    activate(Systemd(*SWITCH), node, one("r1").id)
     assert json.loads(previous.read_text()) == {"release": "r2", "model": "m1"}

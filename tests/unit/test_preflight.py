@@ -14,6 +14,7 @@ from glm_fleet.preflight import (
     Expectations,
     Problem,
     evaluate,
+    sure_skew,
     unreachable,
     version,
 )
@@ -379,3 +380,18 @@ def test_expectations_refuse_unknown_and_missing_names() -> None:
 def test_versions_compare_by_number() -> None:
     assert version("580.159.04") > version("580") > version("550.9")
     assert version("unknown") == ()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "sent", "answered", "off"),
+    [
+        (1000.0, 940.0, 1001.0, 0.0),  # sixty seconds under way
+        (1095.0, 1000.0, 1002.0, 93.0),
+        (905.0, 1000.0, 1002.0, -95.0),
+    ],
+)
+def test_the_time_under_way_is_no_fault_of_the_clock(
+    epoch: float, sent: float, answered: float, off: float
+) -> None:
+    clock = {"epoch_s": epoch, "skew_s": epoch - sent}
+    assert sure_skew(clock, answered) == off
