@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Shop:
     manifest: Manifest
     original: Path
     offer: Path
+    plays: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def store(self, node: str) -> Store:
         """The artifacts of a node, seen from this machine."""
@@ -72,7 +73,17 @@ class Shop:
 
     def start(self, **variables: Any) -> subprocess.Popen[str]:
         """Begin to distribute."""
-        return self.fleet.start_playbook(*self.arguments(**variables))
+        play = self.fleet.start_playbook(*self.arguments(**variables))
+        self.plays.append(play)
+        return play
+
+    def end(self) -> None:
+        """End what a test that failed left at work."""
+        for play in self.plays:
+            if play.poll() is None:
+                os.killpg(play.pid, signal.SIGKILL)
+                play.communicate()
+        self.plays.clear()
 
     def agent(self, node: str) -> dict[str, Any]:
         """Ask a node's agent; {} when there is none."""
@@ -137,9 +148,12 @@ def made(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sho
 
 
 @pytest.fixture
-def shop(made: Shop) -> Shop:
+def shop(made: Shop) -> Iterator[Shop]:
     made.reset()
-    return made
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 def received(run: Run, node: str) -> int:
