@@ -53,6 +53,11 @@ options:
     description: How long one look of V(watch) lasts, in seconds.
     type: float
     default: 10
+  give_up:
+    description: For V(watch), why the caller gives the start up. The module then fails with what
+      the journal says of it.
+    type: str
+    default: ""
   stall_timeout:
     description: V(attest) gives up when a start makes no progress for so many seconds.
     type: float
@@ -123,8 +128,7 @@ def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) ->
         )
     if found["passed"] and params["mode"] == "attest":
         # What a later failure goes back to.
-        deployments = Deployments(Places())
-        deployments.note_attested(deployments.current())
+        Deployments(Places()).note_passed(found["release_id"], found["model_id"])
     return {"attestation": found}
 
 
@@ -143,6 +147,7 @@ def main() -> None:
             "model": {"type": "str", "default": ""},
             "environment_file": {"type": "path", "default": "/etc/glm-fleet/serving.env"},
             "seconds": {"type": "float", "default": 10.0},
+            "give_up": {"type": "str", "default": ""},
             "stall_timeout": {"type": "float", "default": 900.0},
             "fail": {"type": "bool", "default": True},
         },
@@ -159,9 +164,10 @@ def main() -> None:
         if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
             result = {"watched": watched}
-            if watched["failed"]:
+            reason = watched["failed"] or params["give_up"]
+            if reason:
                 lines = attest.last_words(run_program, params["unit"])
-                raise attest.failed_start(watched, lines, watched["failed"])
+                raise attest.failed_start(watched, lines, reason)
         else:
             result = _attest(module, http, policy)
         module.exit_json(changed=False, **result)

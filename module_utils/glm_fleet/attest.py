@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
-from .artifact import write_atomically
+from .artifact import exclusive, write_atomically
 from .errors import FleetError
 from .gate import RECORD
 from .runner import Runner
@@ -539,11 +539,28 @@ def attest(
     """Check everything and return the attestation.
 
     A thorough one that passes leaves the lines of the journal that prove it in
-    ``evidence_path``, for later checks of the same start.
+    ``evidence_path``, for later checks of the same start. Two of them wait for each other:
+    beside other requests a greedy answer need not repeat itself.
 
     Shape: {passed, checks: [{name, passed, detail}], release_id, model_id, invocation_id,
     started_at, unit, canary, metrics, diagnosis, step_down, journal}.
     """
+    if thorough:
+        evidence_path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(evidence_path.with_name("attest.lock")):
+            return _attest(runner, http, wanted, True, record_path, evidence_path, proc)
+    return _attest(runner, http, wanted, False, record_path, evidence_path, proc)
+
+
+def _attest(
+    runner: Runner,
+    http: Http,
+    wanted: Wanted,
+    thorough: bool,
+    record_path: Path,
+    evidence_path: Path,
+    proc: Path,
+) -> dict[str, Any]:
     running = read_running(runner, wanted.unit, record_path)
     unit, record = running["unit"], running["record"]
     lines = journal(runner, running["invocation"])
@@ -588,7 +605,6 @@ def attest(
     passed = all(check.passed for check in checks)
     if passed and thorough:
         evidence = dict(zip(wanted.required, (check.detail for check in proof)))
-        evidence_path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(
             evidence_path, json.dumps({**evidence, "invocation": running["invocation"]})
         )

@@ -193,6 +193,12 @@ class Deployments:
             write_atomically(self._root / "attested.json", json.dumps([*known, identifier]))
         self.note_previous()
 
+    def note_passed(self, release: str, model: str) -> None:
+        """Remember that what runs passed, unless something else was activated meanwhile."""
+        current = self.find(self.current())
+        if current and (current.release, current.model) == (release, model):
+            self.note_attested(current.id)
+
     def note_previous(self) -> None:
         """Write down which release and model a roll-back would need, so that they are kept."""
         found = self.find(self.before(self.current()))

@@ -6,11 +6,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 _display = Display()
 _LOOK_S = 10.0
+_PATIENCE_S = 60.0
 
 
 class ActionModule(ActionBase):
@@ -42,7 +44,7 @@ class ActionModule(ActionBase):
         begun = moved = time.monotonic()
         progress = said = ""
         while True:
-            look = self._module({**arguments, "mode": "watch", "seconds": _LOOK_S}, task_vars)
+            look = self._look(arguments, task_vars)
             if look.get("failed") or look["watched"]["ready"]:
                 return look
             now = time.monotonic()
@@ -54,12 +56,17 @@ class ActionModule(ActionBase):
                 said = line
                 _display.display(f"{line} ({now - begun:.0f} s)")
             if now - moved > stall:
-                return {
-                    **look,
-                    "failed": True,
-                    "msg": (
-                        f"The node makes no progress. Expected: a start that moves within "
-                        f"{stall:.0f} s. Found: {watched['phase']}, then nothing. What to do: "
-                        "read `journalctl -u glm-serving` on the node."
-                    ),
-                }
+                reason = f"it makes no progress for {stall:.0f} s"
+                return self._look({**arguments, "give_up": reason}, task_vars)
+
+    def _look(self, arguments: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+        """Look once. One lost connection in a start of 45 minutes is not the end of it."""
+        lost = time.monotonic()
+        while True:
+            try:
+                seconds = 0.0 if arguments.get("give_up") else _LOOK_S
+                return self._module({**arguments, "mode": "watch", "seconds": seconds}, task_vars)
+            except AnsibleConnectionFailure:
+                if time.monotonic() - lost > _PATIENCE_S:
+                    raise
+                time.sleep(5)

@@ -105,7 +105,11 @@ def test_an_upgrade_that_no_client_notices(fleet: Fleet) -> None:
 FAILURES = {
     "crash": ("system not yet initialized", "nvidia-fabricmanager", []),
     "babble": ("greedy answer repeats", "greedy answer repeats", []),
-    "hang": ("makes no progress", "makes no progress", ["-e", "serve_stall_timeout=45"]),
+    "hang": (
+        "it makes no progress for 45 s",
+        "journalctl -u glm-serving",
+        ["-e", "serve_stall_timeout=45"],
+    ),
 }
 
 

@@ -512,3 +512,13 @@ def test_what_a_roll_back_needs_is_written_down(node: Deployments) -> None:
     assert json.loads(previous.read_text()) == {"release": "r1", "model": "m1"}
     activate(Systemd(*SWITCH), node, one("r1").id)
     assert json.loads(previous.read_text()) == {"release": "r2", "model": "m1"}
+
+
+def test_what_passed_counts_only_while_it_is_what_was_activated(node: Deployments) -> None:
+    served(node, one("r1"))
+    node.stage(one("r2"))
+    activate(Systemd(*SWITCH), node, one("r2").id)
+    node.note_passed("r1", "m1")
+    assert node.attested() == [one("r1").id]
+    node.note_passed("r2", "m1")
+    assert node.attested() == [one("r1").id, one("r2").id]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,15 @@ OTHERS = [
 ]
 
 
-def pass_gate(smi: Smi, *lists: list[gate.Process]) -> float:
-    """Run the gate with a clock that moves only when it sleeps; return the seconds waited."""
+def pass_gate(
+    smi: Smi, *lists: list[gate.Process], killed: list[tuple[int, int]] | None = None
+) -> float:
+    """Run the gate with a clock that moves only when it sleeps; return the seconds waited.
+
+    ``killed`` collects (pid, signal); no signal leaves the test.
+    """
     now = [0.0]
+    signals: list[tuple[int, int]] = [] if killed is None else killed
     remaining = list(lists)
 
     def look() -> list[gate.Process]:
@@ -186,6 +193,8 @@ def pass_gate(smi: Smi, *lists: list[gate.Process]) -> float:
         uid=990,
         limit_mib=1024,
         patience_s=5,
+        kill=lambda pid, number: signals.append((pid, number)),
+        say=lambda _: None,
         sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
         clock=lambda: now[0],
     )
@@ -227,3 +236,16 @@ def test_the_record_names_what_the_links_point_at(tmp_path: Path) -> None:
     assert len(record["unit_sha256"]) == 64
     assert record["environment_sha256"] == ""
     json.dumps(record)
+
+
+def test_the_gate_ends_what_is_left_of_the_own_engine_and_nothing_else() -> None:
+    killed: list[tuple[int, int]] = []
+    assert pass_gate(Smi(0), [*OTHERS, ENGINE], [*OTHERS, ENGINE], OTHERS, killed=killed) == 2
+    assert killed == [(ENGINE.pid, signal.SIGTERM)]
+
+
+def test_what_ignores_sigterm_gets_sigkill_at_half_time() -> None:
+    killed: list[tuple[int, int]] = []
+    with pytest.raises(FleetError, match="An earlier engine"):
+        pass_gate(Smi(0), [SERVER], killed=killed)
+    assert killed == [(SERVER.pid, signal.SIGTERM), (SERVER.pid, signal.SIGKILL)]
