@@ -11,12 +11,12 @@ PLAYBOOKS = site.yml $(wildcard playbooks/*.yml)
 step = @echo "==> $(1)"; begin=$$SECONDS; $(2) && echo "    $(1): $$((SECONDS - begin)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit release-test fleet-test lab-up lab-down lab-status bench clean
+.PHONY: help demo test lint unit release-test fleet-test fleet-test-all lab-up lab-down lab-status bench clean
 # Ansible and the lab use both processors by themselves, and steps print as they go.
 .NOTPARALLEL:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## A serving fleet on this machine, and an answer from it
 	@./bootstrap lab
@@ -45,7 +45,10 @@ unit: ## Unit tests: no network, no root
 release-test: ## The compiler on vLLM's real releases, from the package index
 	@python -m pytest tests/release --capture=no
 
-fleet-test: ## The real playbooks against the lab fleet, as root
+fleet-test: ## The real playbooks against the lab fleet, as root, but for what takes long
+	@python -m pytest tests/fleet -m "not long" --verbose --capture=no --exitfirst
+
+fleet-test-all: ## The same with everything that can break in an upgrade: two hours on 2 cores
 	@python -m pytest tests/fleet --verbose --capture=no --exitfirst
 
 lab-up: ## Start the lab fleet: make lab-up NODES=3
