@@ -33,6 +33,16 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+# One fleet for all: it comes to life in the first file, and the last one takes it down.
+ORDER = ("test_site", "test_upgrade", "test_health", "test_model", "test_swarm", "test_enroll",
+         "test_lab")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files in their order, and the tests of a file as they stand."""
+    items.sort(key=lambda item: ORDER.index(item.path.stem))
+
+
 @dataclass(frozen=True)
 class Run:
     """What one command said."""

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from .conftest import ROOT, Fleet, Run, lab, lab_remains, say
+from .conftest import ROOT, Fleet, Run, lab, say
 
 pytestmark = pytest.mark.fleet
 
@@ -207,24 +204,3 @@ def test_health_is_a_table_and_the_same_as_json(fleet: Fleet) -> None:
         assert each["verdict"] == "healthy"
         assert each["name"] in run.output
     say(json.dumps(report["summary"]))
-
-
-def test_down_leaves_nothing_also_after_an_up_that_was_killed(fleet: Fleet) -> None:
-    lab("down")
-    assert lab_remains() == []
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lab", "up", "--nodes", "3"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    end = time.monotonic() + 60
-    while not any("nspawn" in each for each in lab_remains()):
-        assert time.monotonic() < end, "the lab did not start a host"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert lab_remains() != []
-    lab("down")
-    assert lab_remains() == []
