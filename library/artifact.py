@@ -1,13 +1,13 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""Artifacts on one host: made, planned, fetched, published, activated, verified, retired."""
+"""Artifacts on one host: made of a folder and published, verified, retired."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: artifact
 version_added: "0.1.0"
-short_description: Publish, fetch, activate or retire an artifact
+short_description: Publish, verify or retire artifacts
 description:
   - An artifact is an immutable folder, named by its content, with a C(manifest.json).
   - Nothing half-arrived is ever visible under the published path.
@@ -19,16 +19,13 @@ attributes:
 options:
   state:
     description:
-      - V(published) makes an artifact of the folder O(source), or verifies what was staged
-        for O(manifest), and publishes it.
-      - V(active) points O(link) at the published artifact O(id).
+      - V(published) makes an artifact of the folder O(source).
       - V(verified) looks at the artifacts that O(links) lead to and names every file that is
         missing, truncated, changed, foreign, or open to changes by others.
       - V(retired) removes what is above O(keep) of each kind, the oldest first, and what was left
         behind on its way here more than a day ago.
-      - V(absent) retires the artifact O(id).
     type: str
-    choices: [published, active, verified, retired, absent]
+    choices: [published, verified, retired]
     required: true
   root:
     description: Folder of all artifacts of this host.
@@ -38,12 +35,6 @@ options:
     description: Kind of the artifact. Both kinds if not given, for V(verified) and V(retired).
     type: str
     choices: [release, model]
-  manifest:
-    description: The manifest of the artifact, as the producer made it.
-    type: dict
-  id:
-    description: Id of a published artifact.
-    type: str
   source:
     description: Finished folder to make an artifact of. It moves to its place below O(root).
     type: path
@@ -54,12 +45,6 @@ options:
     description: Where a new artifact came from, kept in its manifest.
     type: dict
     default: {}
-  link:
-    description: Symbolic link to switch.
-    type: path
-  target:
-    description: What O(link) points at. The published artifact itself if not given.
-    type: path
   links:
     description: Symbolic links to what is active, by kind. Their last part is the id.
     type: dict
@@ -103,14 +88,6 @@ options:
 """
 
 EXAMPLES = r"""
-- name: Switch to a model
-  artifact:
-    state: active
-    root: /srv/glm-fleet/artifacts
-    kind: model
-    id: tiny-0123456789ab
-    link: /srv/glm-fleet/model
-
 - name: Read every byte of what is active
   artifact:
     state: verified
@@ -163,7 +140,7 @@ protected:
   elements: str
 artifact:
   description: The artifact as it is (or would be) on this host.
-  returned: for V(published) and V(active)
+  returned: for V(published)
   type: dict
   contains:
     kind: {description: Kind., type: str}
@@ -185,10 +162,8 @@ from ansible.module_utils.glm_fleet.artifact import (
     Damage,
     Manifest,
     Store,
-    activate,
     load_manifest,
     make_manifest,
-    parse_manifest,
     protected_by,
     retire_old,
 )
@@ -289,35 +264,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return _verify_active(store, module)
     if state == "retired":
         return _retire(store, module)
-    if state == "absent":
-        path = store.published_path(params["kind"], params["id"])
-        changed = path.is_dir() if module.check_mode else store.retire(params["kind"], params["id"])
-        return {"changed": changed}
-    if state == "active":
-        folder = store.published_path(params["kind"], params["id"])
-        link, target = Path(params["link"]), Path(params["target"] or folder)
-        before = str(link.readlink()) if link.is_symlink() else ""
-        changed = before != str(target) if module.check_mode else activate(link, target)
-        return {
-            "changed": changed,
-            "artifact": _describe(store, load_manifest(folder)) if folder.is_dir() else {},
-            "diff": {"before": f"{link} -> {before}\n", "after": f"{link} -> {target}\n"},
-        }
-    if state == "published" and params["source"]:
-        return _publish_folder(store, params, module.check_mode)
-    if not params["manifest"]:
-        raise FleetError(
-            "The artifact to work on is not named",
-            expected=f"manifest with state={state}",
-            found="no manifest",
-        )
-    manifest = parse_manifest(params["manifest"])
-    changed = not store.is_published(manifest)
-    if changed and not module.check_mode:
-        path = Path(params["progress_file"]) if params["progress_file"] else None
-        with ProgressFile(path, Meter(f"verifying the {manifest.kind}", manifest.bytes)) as meter:
-            store.publish(manifest, meter.add)
-    return {"changed": changed, "artifact": _describe(store, manifest)}
+    return _publish_folder(store, params, module.check_mode)
 
 
 def main() -> None:
@@ -327,23 +274,13 @@ def main() -> None:
             "state": {
                 "type": "str",
                 "required": True,
-                "choices": [
-                    "published",
-                    "active",
-                    "verified",
-                    "retired",
-                    "absent",
-                ],
+                "choices": ["published", "verified", "retired"],
             },
             "root": {"type": "path", "required": True},
             "kind": {"type": "str", "choices": ["release", "model"]},
-            "manifest": {"type": "dict"},
-            "id": {"type": "str"},
             "source": {"type": "path"},
             "slug": {"type": "str"},
             "provenance": {"type": "dict", "default": {}},
-            "link": {"type": "path"},
-            "target": {"type": "path"},
             "links": {"type": "dict", "default": {}},
             "deep": {"type": "bool", "default": False},
             "keep": {"type": "int", "default": 2},
@@ -354,19 +291,14 @@ def main() -> None:
             "time_limit": {"type": "int", "default": 172_800},
             "progress_file": {"type": "path"},
         },
-        required_if=[
-            ("state", "published", ["kind"]),
-            ("state", "active", ["kind", "id", "link"]),
-            ("state", "absent", ["kind", "id"]),
-        ],
-        required_together=[("source", "slug")],
+        required_if=[("state", "published", ["kind", "source", "slug"])],
         supports_check_mode=True,
     )
     # What is published is for other users to read, however strict the host's umask is.
     os.umask(0o022)
     store = Store(Path(module.params["root"]))
     # Retiring takes the lock by itself, and leaves alone what others are at work on.
-    reads = module.params["state"] in ("planned", "verified", "retired")
+    reads = module.params["state"] in ("verified", "retired")
     writes = not module.check_mode and not reads
     try:
         with store.lock(module.params["kind"]) if writes else contextlib.nullcontext():

@@ -62,10 +62,6 @@ options:
     description: V(attest) gives up when a start makes no progress for so many seconds.
     type: float
     default: 900
-  fail:
-    description: Fail when the attestation does not pass. Otherwise only report it.
-    type: bool
-    default: true
 """
 
 EXAMPLES = r"""
@@ -112,7 +108,7 @@ def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) ->
         forbidden=policy["forbidden"],
     )
     found = attest.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
-    if params["fail"] and not found["passed"]:
+    if not found["passed"]:
         failed = [
             f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]
         ]
@@ -126,7 +122,7 @@ def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) ->
                 **{key: found[key] for key in ("diagnosis", "step_down", "journal")},
             },
         )
-    if found["passed"] and params["mode"] == "attest":
+    if params["mode"] == "attest":
         # What a later failure goes back to.
         Deployments(Places()).note_passed(found["release_id"], found["model_id"])
     return {"attestation": found}
@@ -149,7 +145,6 @@ def main() -> None:
             "seconds": {"type": "float", "default": 10.0},
             "give_up": {"type": "str", "default": ""},
             "stall_timeout": {"type": "float", "default": 900.0},
-            "fail": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )

@@ -68,8 +68,32 @@ class Finding:
     next_step: str = ""
 
 
+class Judged:
+    """What follows from the findings about a host."""
+
+    findings: Sequence[Finding]
+
+    @property
+    def verdict(self) -> str:
+        """Return the worst verdict of the findings."""
+        return worst(self.findings)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Return what is wrong, a sentence each."""
+        return [each.cause for each in faults(self.findings)]
+
+    @property
+    def next_step(self) -> str:
+        """Return what to do about the first fault."""
+        return next((each.next_step for each in faults(self.findings)), "")
+
+    def _summed_up(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, "reasons": self.reasons, "next_step": self.next_step}
+
+
 @dataclass(frozen=True)
-class NodeHealth:
+class NodeHealth(Judged):
     """One row of the fleet's table; ``gateway`` is {gateway: UP|DOWN|DRAIN|MAINT|absent|?}."""
 
     name: str
@@ -88,21 +112,6 @@ class NodeHealth:
     baseline: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> str:
-        """Return the worst verdict of the findings."""
-        return worst(self.findings)
-
-    @property
-    def reasons(self) -> list[str]:
-        """Return what is wrong, a sentence each."""
-        return [each.cause for each in faults(self.findings)]
-
-    @property
-    def next_step(self) -> str:
-        """Return what to do about the first fault."""
-        return next((each.next_step for each in faults(self.findings)), "")
-
-    @property
     def gateway_cell(self) -> str:
         """Return the one state at all gateways, or each by name when they differ."""
         states = set(self.gateway.values())
@@ -112,11 +121,11 @@ class NodeHealth:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data: the row, and the facts and checks that it was made from."""
-        return {**asdict(self), **_summed_up(self)}
+        return {**asdict(self), **self._summed_up()}
 
 
 @dataclass(frozen=True)
-class GatewayHealth:
+class GatewayHealth(Judged):
     """One gateway; ``up`` counts the servers that take requests.
 
     Each of ``servers`` has ``sent``: the requests it got since the last check.
@@ -130,24 +139,9 @@ class GatewayHealth:
     client: Mapping[str, Any] = field(default_factory=dict)
     baseline: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def verdict(self) -> str:
-        """Return the worst verdict of the findings."""
-        return worst(self.findings)
-
-    @property
-    def reasons(self) -> list[str]:
-        """Return what is wrong, a sentence each."""
-        return [each.cause for each in faults(self.findings)]
-
-    @property
-    def next_step(self) -> str:
-        """Return what to do about the first fault."""
-        return next((each.next_step for each in faults(self.findings)), "")
-
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return {**asdict(self), **_summed_up(self)}
+        return {**asdict(self), **self._summed_up()}
 
 
 def worst(findings: Iterable[Finding]) -> str:
@@ -457,10 +451,6 @@ def _no_answer(name: str, message: str) -> Finding:
         f"no answer: {' '.join(message.split())[:200].rstrip('.') or 'nothing was said'}",
         f"check power and network, then try: ansible -i INVENTORY -b -m ping {name}",
     )
-
-
-def _summed_up(host: NodeHealth | GatewayHealth) -> dict[str, Any]:
-    return {"verdict": host.verdict, "reasons": host.reasons, "next_step": host.next_step}
 
 
 def _restarts(unit: Mapping[str, Any], before: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from .errors import FleetError
 NODES = "gpu_nodes"
 GATEWAYS = "gateways"
 BUILDERS = "builders"
-_PORTS = ("serving_port", "gateway_port", "artifact_port")
+_PORTS = ("serving_port", "serving_sentry_port", "gateway_port", "artifact_port")
 
 
 @dataclass(frozen=True)

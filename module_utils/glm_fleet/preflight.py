@@ -60,7 +60,8 @@ class DiskNeed:
 class Expectations:
     """The ``preflight_*`` variables without their prefix; see the role's argument_specs.
 
-    The fields from ``gpu_count`` on are asked of GPU nodes only.
+    The fields from ``gpu_count`` on are asked of GPU nodes only. ``ports`` are other ports
+    than that of the service, with the unit that may hold each.
     """
 
     architectures: Sequence[str]
@@ -70,6 +71,7 @@ class Expectations:
     port: int
     unit: str
     disk: Sequence[DiskNeed]
+    ports: Sequence[Mapping[str, Any]] = ()
     commands: Sequence[str] = ()
     ram_bytes: int = 0
     user: str = ""
@@ -432,8 +434,11 @@ def _is_subset(wanted: Any, actual: Any) -> bool:
 
 
 def _port(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    units = {expect.port: expect.unit}
+    units.update({int(each["port"]): each["unit"] for each in expect.ports})
     for listener in facts.get("listeners", ()):
-        if listener["port"] == expect.port and listener["unit"] != expect.unit:
+        port = listener["port"]
+        if port in units and listener["unit"] != units[port]:
             owner = (
                 f"{listener['name']} (pid {listener['pid']}, user {listener['user']}, "
                 f"{listener['unit'] or 'no unit'})"
@@ -442,8 +447,8 @@ def _port(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable
             )
             yield Problem(
                 host,
-                f"port {expect.port}",
-                f"free, or held by {expect.unit}",
+                f"port {port}",
+                f"free, or held by {units[port]}",
                 f"held by {owner}",
                 "stop it, or choose another port",
             )

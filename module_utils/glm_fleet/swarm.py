@@ -36,7 +36,6 @@ from .progress import Meter
 from .runner import Runner, run_program
 from .torrent import Bundle, bundles
 
-DEFAULT_PORT = 8009
 RUN_FOLDER = Path("/run/glm-fleet/swarm")
 UNIT = "glm-swarm.service"
 # A controller that has not asked for this long is gone.

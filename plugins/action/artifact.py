@@ -15,7 +15,4 @@ class ActionModule(action_loader.get("hub_snapshot", class_only=True)):  # type:
 
     def is_long(self, args: dict[str, Any]) -> bool:
         """Tell whether these arguments ask for something long."""
-        state = args.get("state")
-        return (state == "published" and "manifest" in args) or (
-            state == "verified" and bool(args.get("deep"))
-        )
+        return args.get("state") == "verified" and bool(args.get("deep"))

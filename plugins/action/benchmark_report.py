@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 
 # Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
 from glm_fleet.bench_report import (
     GATEWAY,
@@ -25,8 +23,7 @@ from glm_fleet.bench_report import (
     render_benchmark,
 )
 from glm_fleet.report import write_json
-
-_COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
+from glm_terminal import plain, show, width
 
 
 class ActionModule(ActionBase):
@@ -68,7 +65,7 @@ class ActionModule(ActionBase):
             judge_target(
                 host,
                 path,
-                _plain(hostvars[host].get(arguments[f"{path}_record"]) or {}),
+                plain(hostvars[host].get(arguments[f"{path}_record"]) or {}),
                 reference,
                 arguments["min_ratio"],
             )
@@ -76,23 +73,10 @@ class ActionModule(ActionBase):
             for host in hosts
         ]
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        report = benchmark_json(targets, _plain(arguments["settings"]), now)
+        report = benchmark_json(targets, plain(arguments["settings"]), now)
         write_json(Path(arguments["dest"]), report)
-        display = Display()
-        width = os.environ.get("COLUMNS", "")
-        display.display("")
-        for line in render_benchmark(targets, int(width) if width.isdigit() else 160):
-            display.display(line.text, color=_COLORS[line.tone])
+        show(render_benchmark(targets, width(160)))
         unmeasured = [each["name"] for each in targets if each["error"]]
         if unmeasured:
             raise AnsibleActionFail(f"Not measured: {', '.join(unmeasured)}. See above for why.")
         return {**result, "changed": False, "summary": report["summary"]}
-
-
-def _plain(value: Any) -> Any:
-    """Copy Ansible's lazy containers, which resolve their values only when iterated."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, str) else value

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import socket
 import sys
@@ -21,7 +20,8 @@ from ansible.plugins.loader import connection_loader
 from ansible.utils.display import Display
 
 # Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
 from glm_fleet.enroll import (
     Enrolment,
@@ -36,15 +36,14 @@ from glm_fleet.enroll import (
 )
 from glm_fleet.errors import FleetError
 from glm_fleet.runner import RunResult, run_program
+from glm_terminal import show, width
 
 # What goes wrong is told in the table; paramiko would print a traceback beside it.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
-_COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
 _PROGRESS_S = 10.0
 _MOST_AT_ONCE = 64
 _MOST_KEYS = 5  # sshd hangs up after six attempts by default
-_UNTOLD_WIDTH = 160
 
 
 class ActionModule(ActionBase):
@@ -88,10 +87,7 @@ class ActionModule(ActionBase):
             check=self._task.check_mode,
         )
         rows = _at_once(enrolment, targets, keys, display)
-        told = os.environ.get("COLUMNS", "")
-        display.display("")
-        for line in render_enrolment(rows, int(told) if told.isdigit() else _UNTOLD_WIDTH):
-            display.display(line.text, color=_COLORS[line.tone])
+        show(render_enrolment(rows, width(160)))
         return {
             **result,
             "changed": any(row.changed for row in rows),

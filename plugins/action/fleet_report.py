@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -12,13 +11,11 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.utils.color import ANSIBLE_COLOR
-from ansible.utils.display import Display
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(ROOT / "module_utils"))
+sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
 
 from glm_fleet import history
 from glm_fleet.errors import FleetError, from_os_error
@@ -36,14 +33,13 @@ from glm_fleet.report import (
     write_json,
     write_text,
 )
+from glm_terminal import plain, show, width
 
-_COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
 _FAILING = {
     "never": (),
     "broken": ("broken", "unknown"),
     "degraded": ("degraded", "broken", "unknown"),
 }
-_UNTOLD_WIDTH = 120
 _TEMPLATE = ROOT / "roles/health/templates/fleet.html.j2"
 
 
@@ -98,10 +94,7 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(str(error)) from error
         except OSError as error:
             raise AnsibleActionFail(str(from_os_error(error))) from error
-        display = Display()
-        display.display("")
-        for line in lines:
-            display.display(line.text, color=_COLORS[line.tone])
+        show(lines)
         if failure:
             raise AnsibleActionFail(failure)
         return {**result, "changed": False, "summary": report["summary"]}
@@ -122,7 +115,7 @@ def _preflight(
     hosts = list(records)
     failed = any(each.severity == ERROR for each in problems)
     return (
-        render_preflight(hosts, problems, _width()),
+        render_preflight(hosts, problems, width()),
         preflight_json(hosts, problems, _now()),
         preflight_sentence(hosts, problems) if failed else "",
     )
@@ -144,7 +137,7 @@ def _health(
     )
     report = health_json(nodes, gateways, now, previous)
     since = str(report["previous"] or "")
-    lines = render_health(nodes, gateways, _width(), report["changes"], since)
+    lines = render_health(nodes, gateways, width(), report["changes"], since)
     return lines, report, failure
 
 
@@ -170,28 +163,11 @@ def _records(hosts: Sequence[str], name: str, hostvars: Any) -> dict[str, dict[s
                 "message": "it failed earlier in this run",
                 "groups": hostvars[host]["group_names"],
             }
-        records[host] = _plain(record)
+        records[host] = plain(record)
         clock = (records[host].get("node") or {}).get("clock") or {}
         if "skew_s" in clock:
             clock["skew_s"] = round(sure_skew(clock, float(record["answered"])), 3)
     return records
-
-
-def _plain(value: Any) -> Any:
-    """Copy Ansible's lazy containers, which resolve their values only when iterated."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, str) else value
-
-
-def _width() -> int:
-    """Return the columns to use: a worker has no terminal, but inherits what was measured."""
-    told = os.environ.get("COLUMNS", "")
-    if told.isdigit():
-        return int(told)
-    return int(Display().columns) if ANSIBLE_COLOR else _UNTOLD_WIDTH
 
 
 def _now() -> str:

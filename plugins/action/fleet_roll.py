@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 
 # Ansible puts module_utils on the path of modules only, not of plugins.
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
 from glm_fleet.errors import FleetError
-from glm_fleet.report import Line
 from glm_fleet.rolling import (
     UNTOUCHED,
     Ending,
@@ -26,7 +24,7 @@ from glm_fleet.rolling import (
     render_end,
     render_plan,
 )
-from glm_terminal import COLORS, plain, width
+from glm_terminal import plain, show, width
 
 
 class ActionModule(ActionBase):
@@ -57,11 +55,7 @@ class ActionModule(ActionBase):
             found = _plan(arguments, hostvars) if planned else _end(arguments["nodes"], hostvars)
         except FleetError as error:
             return {**result, "failed": True, **error.as_fail()}
-        lines: list[Line] = found.pop("lines")
-        display = Display()
-        display.display("")
-        for line in lines:
-            display.display(line.text, color=COLORS[line.tone])
+        show(found.pop("lines"))
         return {**result, "changed": False, **found}
 
 

@@ -4,22 +4,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ansible.utils.color import ANSIBLE_COLOR
 from ansible.utils.display import Display
+from glm_fleet.report import Line
 
-COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
-_UNTOLD_WIDTH = 120
+_COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
 
 
-def width() -> int:
+def width(untold: int = 120) -> int:
     """Return the columns to use: a worker has no terminal, but inherits what was measured."""
     told = os.environ.get("COLUMNS", "")
     if told.isdigit():
         return int(told)
-    return int(Display().columns) if ANSIBLE_COLOR else _UNTOLD_WIDTH
+    return int(Display().columns) if ANSIBLE_COLOR else untold
+
+
+def show(lines: Iterable[Line]) -> None:
+    """Print a table below an empty line, each line in the color of its tone."""
+    display = Display()
+    display.display("")
+    for line in lines:
+        display.display(line.text, color=_COLORS[line.tone])
 
 
 def plain(value: Any) -> Any:

@@ -50,17 +50,17 @@ def test_a_fleet_that_nobody_ever_changed_is_free(lock: FleetLock) -> None:
 
 
 def test_the_second_run_is_told_who_has_the_lock(lock: FleetLock) -> None:
-    take(lock, "ann")
-    lock.keep("ann", now=LATER)
+    take(lock, "first")
+    lock.keep("first", now=LATER)
     with pytest.raises(FleetError) as error:
-        take(lock, "bob", now=EVENING)
+        take(lock, "second", now=EVENING)
     assert (
-        "upgrade by ann@ctl, process 7, began 6 hours ago, last sign of life 6 hours ago"
+        "upgrade by first@ctl, process 7, began 6 hours ago, last sign of life 6 hours ago"
         in error.value.found
     )
     assert "serve_takeover=true" in error.value.remedy
-    assert error.value.details["holder"]["run"] == "ann"
-    assert lock.roll()["run"] == "ann"
+    assert error.value.details["holder"]["run"] == "first"
+    assert lock.roll()["run"] == "first"
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_a_record_with_gaps_still_makes_a_sentence() -> None:
 
 
 def test_taking_again_keeps_the_time_it_was_taken(lock: FleetLock) -> None:
-    take(lock, "ann")
-    record = lock.take(claim("ann", targets={"gpu02": "x"}), replace="", now=LATER)
+    take(lock, "first")
+    record = lock.take(claim("first", targets={"gpu02": "x"}), replace="", now=LATER)
     assert (record["taken"], record["seen"], record["targets"]) == (NOON, LATER, {"gpu02": "x"})
     assert lock.roll() == record
 
@@ -96,47 +96,47 @@ def test_taking_again_keeps_the_time_it_was_taken(lock: FleetLock) -> None:
 def test_a_lock_that_was_given_back_is_free_and_its_record_stays(
     lock: FleetLock, state: str
 ) -> None:
-    take(lock, "ann")
-    lock.end("ann", state, now=LATER)
+    take(lock, "first")
+    lock.end("first", state, now=LATER)
     assert lock.roll()["state"] == state
     assert lock.roll()["targets"] == {"gpu01": "abc"}
-    assert take(lock, "bob", now=EVENING)["taken"] == EVENING
+    assert take(lock, "second", now=EVENING)["taken"] == EVENING
 
 
 def test_a_lock_is_taken_only_from_the_run_that_was_named(lock: FleetLock) -> None:
-    take(lock, "ann")
+    take(lock, "first")
     with pytest.raises(FleetError):
-        take(lock, "bob", replace="carl")
-    assert take(lock, "bob", replace="ann", now=LATER)["taken"] == LATER
+        take(lock, "second", replace="third")
+    assert take(lock, "second", replace="first", now=LATER)["taken"] == LATER
     # Who lost it notices, and cannot give away what is not its own.
-    with pytest.raises(FleetError, match="bob@ctl"):
-        lock.keep("ann", now=LATER)
-    lock.end("ann", STOPPED, now=LATER)
-    assert (lock.roll()["run"], lock.roll()["state"]) == ("bob", RUNNING)
+    with pytest.raises(FleetError, match="second@ctl"):
+        lock.keep("first", now=LATER)
+    lock.end("first", STOPPED, now=LATER)
+    assert (lock.roll()["run"], lock.roll()["state"]) == ("second", RUNNING)
 
 
 def test_a_lock_that_was_given_back_cannot_be_kept(lock: FleetLock) -> None:
-    take(lock, "ann")
-    lock.end("ann", DONE, now=LATER)
+    take(lock, "first")
+    lock.end("first", DONE, now=LATER)
     with pytest.raises(FleetError):
-        lock.keep("ann", now=LATER)
-    lock.end("ann", STOPPED, now=LATER)
+        lock.keep("first", now=LATER)
+    lock.end("first", STOPPED, now=LATER)
     assert lock.roll()["state"] == DONE
 
 
 def test_a_run_without_a_plan_does_not_forget_where_the_last_roll_began(lock: FleetLock) -> None:
-    lock.take(claim("ann", backs={"gpu01": "old"}), replace="", now=NOON)
-    lock.end("ann", STOPPED, now=LATER)
-    assert take(lock, "bob")["backs"] == {"gpu01": "old"}
-    record = lock.take(claim("bob", backs={"gpu01": "new"}), replace="", now=LATER)
+    lock.take(claim("first", backs={"gpu01": "old"}), replace="", now=NOON)
+    lock.end("first", STOPPED, now=LATER)
+    assert take(lock, "second")["backs"] == {"gpu01": "old"}
+    record = lock.take(claim("second", backs={"gpu01": "new"}), replace="", now=LATER)
     assert record["backs"] == {"gpu01": "new"}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]"])
 def test_a_damaged_record_locks_nobody_out(lock: FleetLock, tmp_path: Path, damage: str) -> None:
-    take(lock, "ann")
+    take(lock, "first")
     (tmp_path / "glm-fleet/roll.json").write_text(damage)
-    assert take(lock, "bob")["run"] == "bob"
+    assert take(lock, "second")["run"] == "second"
 
 
 def _race(folder: str, run: str) -> str:
@@ -157,20 +157,20 @@ def test_of_many_takers_one_wins_and_all_agree_who(tmp_path: Path) -> None:
 
 
 def test_nodes_are_held_with_a_name_and_a_reason(lock: FleetLock) -> None:
-    assert lock.hold("gpu01", by="ann@ctl", reason="fans", now=NOON)
-    assert not lock.hold("gpu01", by="bob@ctl", reason="fans", now=LATER)
-    assert lock.held() == {"gpu01": {"by": "ann@ctl", "at": NOON, "reason": "fans"}}
-    assert lock.hold("gpu01", by="bob@ctl", reason="disk", now=LATER)
-    assert lock.hold("gpu02", by="bob@ctl", reason="", now=LATER)
+    assert lock.hold("gpu01", by="first@ctl", reason="fans", now=NOON)
+    assert not lock.hold("gpu01", by="second@ctl", reason="fans", now=LATER)
+    assert lock.held() == {"gpu01": {"by": "first@ctl", "at": NOON, "reason": "fans"}}
+    assert lock.hold("gpu01", by="second@ctl", reason="disk", now=LATER)
+    assert lock.hold("gpu02", by="second@ctl", reason="", now=LATER)
     assert lock.unhold("gpu01")
     assert not lock.unhold("gpu01")
     assert list(lock.held()) == ["gpu02"]
 
 
 def test_holds_and_the_lock_leave_each_other_alone(lock: FleetLock) -> None:
-    take(lock, "ann")
-    lock.hold("gpu01", by="ann@ctl", reason="fans", now=NOON)
-    lock.end("ann", DONE, now=LATER)
+    take(lock, "first")
+    lock.hold("gpu01", by="first@ctl", reason="fans", now=NOON)
+    lock.end("first", DONE, now=LATER)
     assert list(lock.held()) == ["gpu01"]
 
 

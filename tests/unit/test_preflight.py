@@ -28,6 +28,7 @@ EXPECT: dict[str, Any] = {
     "clock_skew_s": 30.0,
     "port": 8000,
     "unit": UNIT,
+    "ports": [{"port": "8002", "unit": "glm-sentry.service"}],
     "user": "glm",
     "commands": ["cc"],
     "ram_bytes": 64 * GB,
@@ -324,6 +325,10 @@ def test_port_is_free_or_ours() -> None:
     assert only(facts).found == "held by nginx (pid 7, user www, no unit)"
     owner["pid"] = None
     assert "cannot be seen" in only(facts).found
+    owner.update(port=8002, pid=8, unit=UNIT)
+    assert only(facts).expected == "free, or held by glm-sentry.service"
+    owner["unit"] = "glm-sentry.service"
+    assert check(facts) == []
 
 
 def test_our_running_service_may_hold_processes_and_memory() -> None:
