@@ -155,6 +155,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet import sentry
 from ansible.module_utils.glm_fleet.attest import read_running
 from ansible.module_utils.glm_fleet.deployment import (
     UNIT,
@@ -248,7 +249,9 @@ def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
         if params["refuse"]:
             deployments.refuse(params["refuse"], params["reason"] or "")
         if words:
-            result["seconds"] = activate(run_program, deployments, identifier)
+            result["seconds"] = activate(
+                run_program, deployments, identifier, attested_now=sentry.answer() == "up"
+            )
     refused = [params["refuse"]] if params["refuse"] else []
     deployments.retire([identifier, *refused, *params["rungs"]])
     return result

@@ -348,13 +348,15 @@ def activate(
     deployments: Deployments,
     identifier: str,
     *,
+    attested_now: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, float]:
     """Stop what runs, switch everything to the deployment, and start it.
 
-    The node must be drained. Returns {stop_s, switch_s} in seconds; the start goes on when
-    this returns. Raises `FleetError` with nothing changed when a part is not on the node.
-    A run that was cut off is repeated as a whole.
+    The node must be drained. ``attested_now`` says whether the very start that runs was
+    attested, so that it may still answer requests. Returns {stop_s, switch_s} in seconds; the
+    start goes on when this returns. Raises `FleetError` with nothing changed when a part is
+    not on the node. A run that was cut off is repeated as a whole.
     """
     places = deployments.places
     wanted = deployments.read(identifier)
@@ -367,6 +369,10 @@ def activate(
             remedy="run site.yml, which brings what is missing",
         )
     begun = clock()
+    if not attested_now:
+        # A start that is still under way serves nobody, and its server does not answer SIGTERM
+        # before its engine is up: the stop would last as long as a drain may.
+        runner(["systemctl", "kill", "--signal=SIGTERM", UNIT], check=False)
     runner(["systemctl", "stop", UNIT], check=False)
     stopped = clock()
     link = deployments.places.deployments / "current"

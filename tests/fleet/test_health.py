@@ -19,7 +19,7 @@ import pytest
 
 from .conftest import INVENTORY, ROOT, Fleet, Run, lab, say
 
-pytestmark = pytest.mark.fleet
+pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
 VICTIM = "gpu02"
 HEALTH = ("playbooks/health.yml", "-e", "health_canary_timeout=8", "-e", "ansible_ssh_timeout=5")

@@ -25,7 +25,7 @@ from lab.settings import (
 
 from .conftest import ROOT, Fleet, Run, lab
 
-pytestmark = pytest.mark.fleet
+pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
 HUB_LOG = UPSTREAMS / "hub.log"
 PLACE = "/srv/test-model"

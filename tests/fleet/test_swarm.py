@@ -26,7 +26,7 @@ from tests.bench.links import make_artifact
 
 from .conftest import Fleet, Run
 
-pytestmark = pytest.mark.fleet
+pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
 PLACE = "/srv/test-swarm"
 PLAYBOOK = "tests/fleet/playbooks/distribute.yml"

@@ -14,7 +14,7 @@ import yaml
 from .conftest import INVENTORY, Fleet, Run, lab, say
 from .load import Load, under_load
 
-pytestmark = pytest.mark.fleet
+pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
 COLD_START_S = 60.0
 
@@ -140,7 +140,6 @@ def test_a_bad_release_stops_at_the_canary(fleet: Fleet, fault: str) -> None:
     assert remedy in run.output
 
 
-@pytest.mark.long
 def test_cuda_graphs_step_down_by_themselves(fleet: Fleet) -> None:
     """The release dies of every mode but eager, as full graphs did where they were measured."""
     canary = fleet.nodes[0]
@@ -203,7 +202,6 @@ def run_and(
     return Run(process.returncode, output)
 
 
-@pytest.mark.long
 def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> None:
     """The controller killed in a drain, a start and a rejoin, the gateway restarted, SSH cut,
     power cut: every run goes on where the one before was, and clients lose what was in flight
@@ -249,7 +247,6 @@ def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> Non
     assert (again.rc, again.changed) == (0, {})
 
 
-@pytest.mark.long
 def test_a_node_that_loses_its_power_in_its_turn_stays_out(fleet: Fleet) -> None:
     flags = ["-e", "serving_max_model_len=2560", "-e", "serve_batch=1"]
     first, second, third = fleet.nodes
@@ -326,7 +323,6 @@ def test_a_drained_node_stays_out_until_it_is_let_back(fleet: Fleet) -> None:
     assert ready(fleet) == fleet.nodes
 
 
-@pytest.mark.long
 def test_maintenance_reboots_a_node_without_a_lost_request(fleet: Fleet, tmp_path: Path) -> None:
     node = fleet.nodes[2]
     tasks = tmp_path / "tasks.yml"

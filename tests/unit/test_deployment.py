@@ -522,3 +522,9 @@ def test_what_passed_counts_only_while_it_is_what_was_activated(node: Deployment
     assert node.attested() == [one("r1").id]
     node.note_passed("r2", "m1")
     assert node.attested() == [one("r1").id, one("r2").id]
+
+
+def test_a_start_that_serves_nobody_is_not_waited_for(node: Deployments) -> None:
+    node.stage(one("r1"))
+    kill = f"systemctl kill --signal=SIGTERM {UNIT}"
+    activate(Systemd(kill, *SWITCH), node, one("r1").id, attested_now=False)
