@@ -170,7 +170,7 @@ def test_the_same_inputs_build_nothing(built: Builder) -> None:
     begin = time.monotonic()
     output = built.good()
     took = time.monotonic() - begin
-    assert _CHANGED.findall(output) == ["0", "0"]
+    assert set(_CHANGED.findall(output)) == {"0"}
     assert "Cherry-pick" not in output
     assert built.releases() == before
     # Five seconds where nothing else runs; bench/ measures it.
