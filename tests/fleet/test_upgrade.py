@@ -74,8 +74,7 @@ def own_time(fleet: Fleet, node: str, span: tuple[float, float]) -> float:
         ):
             if words in line:
                 times.setdefault(name, float(line.split()[0]))
-    stop = times["Stopped"] - times["Stopping"]
-    vllm = stop + times["startup complete"] - times["Started"]
+    vllm = times["stopped"] - times["stopping"] + times["up"] - times["started"]
     say(f"{node}: out for {end - begin:.1f} s, of which vLLM stopped and started {vllm:.1f} s")
     return end - begin - vllm
 
