@@ -9,8 +9,8 @@ module: hub_snapshot
 version_added: "0.1.0"
 short_description: Fetch or adopt a model at one commit and publish it as an artifact
 description:
-  - Fetches with the client of huggingface_hub, which has to be importable on the host, and
-    goes on where an earlier run stopped, also within a file.
+  - Fetches with the client of huggingface_hub, which has to be importable on the host (see
+    O(client)), and goes on where an earlier run stopped, also within a file.
   - Compares every file with the SHA-256 (or git object id) of the hub after it lies on the
     disk, fetches a corrupt file once more, and publishes only what is proven.
   - A model that is published already costs no network at all.
@@ -76,6 +76,9 @@ options:
   manifest:
     description: The manifest that O(state=planned) gave on another host, instead of a plan here.
     type: dict
+  client:
+    description: Folder on this host that huggingface_hub can be imported from.
+    type: path
   folder:
     description:
       - Folder on this host with the files of the model. They are verified and linked or copied
@@ -163,6 +166,7 @@ commit:
 """
 
 import os
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -230,6 +234,8 @@ def _result(
 
 def _use_environment(module: AnsibleModule) -> None:
     """Set what the client takes from its environment; a command line would show it."""
+    if module.params["client"]:
+        sys.path.append(module.params["client"])
     os.environ.update(
         {
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -370,6 +376,7 @@ def main() -> None:
             "exclude": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "str"},
             "manifest": {"type": "dict"},
+            "client": {"type": "path"},
             "folder": {"type": "path"},
             "folder_manifest": {"type": "path"},
             "root": {"type": "path", "required": True},

@@ -78,10 +78,11 @@ options:
     description: Folder on the controller to push the artifact from to this host.
     type: str
     default: ""
-  fetching:
-    description: Whether a host still fetches files of the artifact from elsewhere.
-    type: bool
-    default: false
+  fetch:
+    description:
+      - Options of M(hub_snapshot) for a host that fetches files of the artifact meanwhile. Each
+        travels on to the other hosts as soon as it is proven. Used by the action plugin.
+    type: dict
 """
 
 EXAMPLES = r"""
@@ -301,7 +302,7 @@ def main() -> None:
             "run": {"type": "str"},
             "hosts": {"type": "list", "elements": "str", "default": []},
             "push": {"type": "str", "default": ""},
-            "fetching": {"type": "bool", "default": False},
+            "fetch": {"type": "dict"},
         },
         required_if=[
             ("state", "started", ["manifest", "address", "library", "engine", "run"]),

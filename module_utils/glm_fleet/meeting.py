@@ -24,6 +24,7 @@ class Record:
     unknown: Sequence[str] = ()
     busy: bool = False
     pushing: bool = False
+    fetching: Mapping[str, Any] = field(default_factory=dict)
     received: int = 0
     notes: Sequence[str] = ()
     failure: Mapping[str, Any] = field(default_factory=dict)
@@ -46,13 +47,18 @@ class Record:
         """Tell whether this host takes nothing any more. It may still give."""
         return self.standing != "working"
 
+    @property
+    def brings(self) -> bool:
+        """Tell whether it is about to have what no host has: from the controller, or the hub."""
+        return not self.has_ended and bool(self.pushing or self.fetching)
+
     def ended(self) -> Record:
         """Return the record of a host that nobody shall wait for."""
         return self if self.has_ended else replace(self, standing="gone")
 
-    def failed(self, error: FleetError) -> Record:
+    def failed(self, failure: Mapping[str, Any]) -> Record:
         """Return the record of a host that was given up."""
-        return replace(self, standing="failed", failure=error.as_fail())
+        return replace(self, standing="failed", failure=failure)
 
 
 class Meeting:
@@ -115,27 +121,28 @@ class Meeting:
             found[host] = Record(**said)
         return found
 
-    def hopeless(
-        self, record: Record, others: Mapping[str, Record], fetching: bool
-    ) -> FleetError | None:
+    def hopeless(self, record: Record, others: Mapping[str, Record]) -> FleetError | None:
         """Say why this host can never get what it lacks, if so.
 
-        That is when nobody offers a part of the artifact and nobody is about to. While
-        somebody still fetches from elsewhere, only a standstill of all tells.
+        That is when nobody offers a part of the artifact and nobody is about to. Whoever
+        still brings files from elsewhere has a patience of its own.
         """
         state = [record.progress.get("done"), record.unknown]
         state += [[host, each.progress, each.busy] for host, each in sorted(others.items())]
         now = self._clock()
-        if state != self._seen or any(each.pushing for each in others.values()):
+        if state != self._seen or record.brings or any(each.brings for each in others.values()):
             self._seen, self._moved = state, now
         if not record.unknown or set(record.unknown) <= set(self.known()):
             return None
-        waiting = record.busy or any(each.busy or each.pushing for each in others.values())
+        waiting = record.busy or any(each.busy for each in others.values())
         # A moment for what another worker has just laid down.
-        patience = self._stall_timeout if fetching or waiting else min(10.0, self._stall_timeout)
+        patience = self._stall_timeout if waiting else min(10.0, self._stall_timeout)
         if now - self._moved < patience:
             return None
         holders = ", ".join(sorted(others)) or "there is no other node"
+        broken = [host for host, each in sorted(others.items()) if each.standing == "failed"]
+        if broken:
+            holders += f"; {', '.join(broken)} failed, see there"
         return FleetError(
             "No node offers a part of the artifact",
             expected="every file on at least one node",

@@ -290,6 +290,10 @@ class Agent:
             path = staging / entry.path
             taken = path.stat().st_blocks * 512 if path.is_file() else 0
             missing += max(0, entry.size - taken)
+        # What a fetcher has in part.
+        work = self._store.work_path(self._manifest.kind, self._manifest.id)
+        begun = [path.stat().st_blocks * 512 for path in work.glob("*") if path.is_file()]
+        missing = max(0, missing - sum(begun))
         free = shutil.disk_usage(staging).free
         if missing > free:
             raise FleetError(

@@ -67,6 +67,21 @@ def bundles(manifest: Manifest) -> list[Bundle]:
     return [Bundle(f"{number:04d}", entries) for number, entries in enumerate(found)]
 
 
+def shares(manifest: Manifest, hosts: Sequence[str]) -> dict[str, list[str]]:
+    """Deal the files of an artifact to hosts that fetch it: {host: paths}, as even as can be.
+
+    Files of one bundle go to one host. The same hosts get the same files in every run, so that
+    a run goes on with what the one before left half done.
+    """
+    dealt: dict[str, list[str]] = {host: [] for host in hosts}
+    load = dict.fromkeys(hosts, 0)
+    for bundle in sorted(bundles(manifest), key=lambda each: (-each.bytes, each.name)):
+        host = min(hosts, key=lambda each: load[each])
+        load[host] += bundle.bytes
+        dealt[host] += [entry.path for entry in bundle.entries]
+    return dealt
+
+
 def bencode(value: Bencodable) -> bytes:
     """Write a value as torrents hold it. Keys of a mapping are bytes and get sorted."""
     if isinstance(value, int):

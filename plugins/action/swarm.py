@@ -13,18 +13,20 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ansible import constants
 from ansible.errors import AnsibleActionFail
-from ansible.plugins.action import ActionBase
 from ansible.utils.color import ANSIBLE_COLOR
 from ansible.utils.display import Display
 
 # Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
+from glm_background import BackgroundAction, Work
 from glm_fleet.meeting import Meeting, Record
 from glm_fleet.progress import Progress, Reporter, bar
 
@@ -35,7 +37,7 @@ _WAIT_S = 2.0
 _PUSH_LEASE_S = 6 * 3600
 
 
-class ActionModule(ActionBase):
+class ActionModule(BackgroundAction):
     """Brings one artifact to one host, while other workers do so for the others."""
 
     TRANSFERS_FILES = True
@@ -46,6 +48,7 @@ class ActionModule(ActionBase):
         """Return the module's result, or that of the whole distribution on this host."""
         super().run(tmp, task_vars)
         arguments = dict(self._task.args)
+        fetch = dict(arguments.pop("fetch", None) or {})
         if arguments.get("state") != "distributed":
             return self._module(arguments, task_vars)
         variables = task_vars or {}
@@ -65,7 +68,7 @@ class ActionModule(ActionBase):
         if self._task.check_mode:
             return {"changed": not published, "received": 0}
         forks = int(variables.get("ansible_forks", 5))
-        return self._distribute(arguments, published, forks)
+        return self._distribute(arguments, {} if published else fetch, published, forks)
 
     def _module(self, args: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
         result: dict[str, Any] = self._execute_module(
@@ -73,7 +76,9 @@ class ActionModule(ActionBase):
         )
         return result
 
-    def _distribute(self, arguments: dict[str, Any], published: bool, forks: int) -> dict[str, Any]:
+    def _distribute(
+        self, arguments: dict[str, Any], fetch: dict[str, Any], published: bool, forks: int
+    ) -> dict[str, Any]:
         base = Path(constants.DEFAULT_LOCAL_TMP)
         run = f"{base.name}-{arguments['manifest']['id']}"
         meeting = Meeting(
@@ -96,7 +101,9 @@ class ActionModule(ActionBase):
                 ]
             )
             self._push(run, meeting, arguments, started)
-            record = self._attend(run, meeting, arguments, forks)
+            # After the agent: it has made the folder that the files are fetched to.
+            work = self.start_work("hub_snapshot", fetch, self._vars) if fetch else None
+            record = self._attend(run, meeting, arguments, work, forks)
         finally:
             # The others do not wait for this host any more, whatever happened.
             meeting.say(record.ended())
@@ -155,23 +162,33 @@ class ActionModule(ActionBase):
     def _request(self, run: str, meeting: Meeting, wait: float) -> dict[str, Any]:
         return {"run": run, "wait": wait, "torrents": meeting.fresh(), "have": meeting.known()}
 
-    def _attend(self, run: str, meeting: Meeting, arguments: dict[str, Any], forks: int) -> Record:
+    def _attend(
+        self,
+        run: str,
+        meeting: Meeting,
+        arguments: dict[str, Any],
+        work: Work | None,
+        forks: int,
+    ) -> Record:
         """Carry torrents and watch until every host of the task has ended."""
         hosts = arguments["hosts"]
         leads = bool(ANSIBLE_COLOR) and self._host == hosts[0]
         reporter = Reporter(self._host, terminal=False)
+        fetched = Reporter(f"{self._host} (hub)", terminal=False)
         drawn = 0
         wait = _FIRST_WAIT_S
         while True:
             answer = self._ask(self._request(run, meeting, wait))
             meeting.keep(answer.get("torrents", {}))
             record = Record.of(answer)
+            if work:
+                record = self._beside(record, work)
             meeting.say(record)
             others = meeting.others()
             if record.standing == "working":
-                hopeless = meeting.hopeless(record, others, bool(arguments.get("fetching")))
+                hopeless = meeting.hopeless(record, others)
                 if hopeless:
-                    return record.failed(hopeless)
+                    return record.failed(hopeless.as_fail())
             if not record.progress:
                 return record
             waits = len(hosts) > forks and record.standing != "working" and not record.busy
@@ -183,8 +200,19 @@ class ActionModule(ActionBase):
                 drawn = _draw({self._host: record, **others}, drawn)
             elif not ANSIBLE_COLOR and record.standing == "working":
                 text = reporter.show(progress)
+                if record.fetching:
+                    text += fetched.show(Progress(**record.fetching))
                 if text:
                     _display.display(text, newline=False)
+
+    def _beside(self, record: Record, work: Work) -> Record:
+        """Add to a host's record how it fetches from the hub, or that it could not."""
+        result = self.look_at(work, self._vars)
+        if result is None:
+            at_work = work.progress or Progress("fetching from the hub", 0, 0, 0.0)
+            return replace(record, busy=True, fetching=vars(at_work))
+        failed = result.get("failed") and not record.has_ended
+        return record.failed({"msg": result.get("msg", "no reason given")}) if failed else record
 
 
 def _message(stopped: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,10 +221,13 @@ def _message(stopped: Mapping[str, Any]) -> dict[str, Any]:
 
 def _draw(records: Mapping[str, Record], drawn: int) -> int:
     """Draw a bar for every host over the ones drawn before; return the number of lines."""
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for host, record in sorted(records.items()):
+        rows += [(host, record.progress), (f"{host} (hub)", record.fetching)]
     lines = [
-        f"\r\033[K  {host:16} {bar(Progress(**record.progress))}\n"
-        for host, record in sorted(records.items())
-        if record.progress.get("total")
+        f"\r\033[K  {name:16} {bar(Progress(**progress))}\n"
+        for name, progress in rows
+        if progress.get("total")
     ]
     _display.display((f"\033[{drawn}A" if drawn else "") + "".join(lines), newline=False)
     return len(lines)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from ansible.errors import AnsibleFilterError
 _LIBRARY = Path(__file__).resolve().parents[2] / "module_utils"
 sys.path.insert(0, str(_LIBRARY))
 
-from glm_fleet import rolling, serving
+from glm_fleet import rolling, serving, torrent
+from glm_fleet.artifact import parse_manifest
 from glm_fleet.errors import FleetError
 from glm_fleet.variant import choose_variant
 
@@ -37,15 +39,37 @@ def lacking(
 def taking_part(
     hostvars: HostVars, hosts: Sequence[str], nodes: Sequence[str], offer: Mapping[str, Any]
 ) -> list[str]:
-    """Name the hosts that distribute an artifact: the nodes, and others that have it."""
+    """Name the hosts that distribute an artifact: the nodes, and others that have or fetch it."""
     lack = lacking(hostvars, hosts, [offer])
-    return [host for host in hosts if host in nodes or host not in lack]
+    fetch = offer.get("fetchers", [])
+    return [host for host in hosts if host in nodes or host in fetch or host not in lack]
 
 
 def pushed_to(hostvars: HostVars, hosts: Sequence[str], offer: Mapping[str, Any]) -> str:
     """Name the host that gets the first copy from the controller; "" when a host has one."""
     lack = lacking(hostvars, hosts, [offer])
     return str(hosts[0]) if offer.get("push") and len(lack) == len(hosts) else ""
+
+
+def hub_share(
+    hostvars: HostVars,
+    host: str,
+    hosts: Sequence[str],
+    offer: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Give the options by which a host fetches its share of an artifact from the hub.
+
+    {} when there is nothing for it to fetch, and when a host has the whole artifact.
+    """
+    fetchers = list(offer.get("fetchers", []))
+    if host not in fetchers or len(lacking(hostvars, hosts, [offer])) < len(hosts):
+        return {}
+    # A plain dict: Ansible's lazy one is no JSON for the module.
+    manifest = json.loads(json.dumps(offer["manifest"]))
+    dealt = torrent.shares(parse_manifest(manifest), fetchers)[host]
+    files = [path for path in dealt if path in set(offer["missing"])]
+    return {**options, "manifest": manifest, "files": files} if files else {}
 
 
 def offers(hostvars: HostVars, sources: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -197,6 +221,7 @@ class FilterModule:
             for each in (
                 lacking,
                 offers,
+                hub_share,
                 pushed_to,
                 taking_part,
                 addresses,

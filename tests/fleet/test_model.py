@@ -10,9 +10,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lab.model import HUB_FOLDER, main_revision
 from lab.settings import (
@@ -79,8 +81,10 @@ def published(fleet: Fleet) -> list[str]:
     return fleet.shell(FETCHER, f"ls {ARTIFACTS}/model 2>/dev/null; true").output.split()
 
 
-def wipe(fleet: Fleet, path: str = ARTIFACTS) -> None:
-    fleet.shell(FETCHER, f"rm -rf {path}")
+def wipe(fleet: Fleet, *nodes: str) -> None:
+    """Take the artifacts away, from every node or from these."""
+    for node in nodes or fleet.nodes:
+        fleet.shell(node, f"rm -rf {ARTIFACTS}")
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +97,8 @@ def healthy(fleet: Fleet) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def tidy(fleet: Fleet) -> Iterator[None]:
     yield
-    fleet.shell(FETCHER, f"umount {PLACE}/small 2>/dev/null; rm -rf {PLACE}")
+    for node in fleet.nodes:
+        fleet.shell(node, f"umount {PLACE}/small 2>/dev/null; rm -rf {PLACE}")
 
 
 FAULTS = [
@@ -161,9 +166,16 @@ def test_a_branch_that_moves_moves_no_fleet(fleet: Fleet) -> None:
     assert run.rc == 0
     assert hub.lines() == [], "a published model costs no network"
     # Also when the model itself is lost, the record of its commit stays.
-    fleet.shell(FETCHER, f"rm -rf {ARTIFACTS}/model")
+    for node in fleet.nodes:
+        fleet.shell(node, f"rm -rf {ARTIFACTS}/model")
     assert get_model(fleet, model_revision="main").rc == 0
     assert published(fleet) == before
+    # A fetcher that lost it gets it from the other nodes.
+    fleet.shell(FETCHER, f"rm -rf {ARTIFACTS}/model")
+    hub = Hub()
+    assert get_model(fleet, model_revision="main").rc == 0
+    assert published(fleet) == before
+    assert hub.fetched() == {}
     assert get_model(fleet, model_revision=other).rc == 0
     assert sorted(published(fleet)) != before
 
@@ -223,6 +235,40 @@ def test_a_killed_run_is_continued_within_its_files(fleet: Fleet) -> None:
     assert len(published(fleet)) == 1
 
 
+def test_fetchers_share_the_files_and_they_spread_meanwhile(fleet: Fleet, tmp_path: Path) -> None:
+    wipe(fleet)
+    first, second, third = fleet.nodes
+    more = tmp_path / "fetchers.yml"
+    more.write_text(yaml.safe_dump({"fetchers": {"hosts": {first: None, second: None}}}))
+    lab("hub", json.dumps({"rate_bytes_per_second": 8_000_000}))
+    hub = Hub()
+    play = fleet.start_playbook(
+        "playbooks/model.yml",
+        *("-i", str(more)),
+        *variables(
+            model_repository=SHARDS_REPOSITORY, model_revision="main", model_fetch_workers=1
+        ),
+    )
+    seen: set[int] = set()
+    count = f"ls {ARTIFACTS}/.staging/model/*[0-9a-f] 2>/dev/null | grep -c safetensors"
+    while play.poll() is None:
+        whole = int(fleet.shell(third, count).output.split()[0])
+        if len(hub.fetched()) < 12:
+            seen.add(whole)
+        time.sleep(0.5)
+    assert play.stdout is not None
+    output = play.stdout.read()
+    play.stdout.close()
+    assert play.returncode == 0, output[-3000:]
+    assert {len(starts) for starts in hub.fetched().values()} == {1}, "each byte is fetched once"
+    assert len(hub.fetched()) == 12
+    clients = {line.split()[0] for line in hub.lines() if "GET model-" in line}
+    assert clients == {fleet.addresses[first], fleet.addresses[second]}
+    assert max(seen) >= 4, "what has arrived is on the other nodes before the rest is fetched"
+    models = {fleet.shell(node, f"ls {ARTIFACTS}/model").output for node in fleet.nodes}
+    assert len(models) == 1
+
+
 def test_a_folder_on_a_disk_is_adopted_and_not_downloaded(fleet: Fleet) -> None:
     (model,) = published(fleet)
     more = {"model_repository": SHARDS_REPOSITORY, "model_revision": "main"}
@@ -278,8 +324,10 @@ def test_a_flipped_byte_is_found_by_a_full_pass_and_mended(fleet: Fleet) -> None
     assert f"model {model}: {name} changed" in node["reasons"][0], run.output[-3000:]
     hub = Hub()
     assert get_model(fleet).rc == 0
-    assert hub.fetched() == {name: [0]}
+    assert hub.fetched() == {}, "the other nodes have what was lost here"
     assert published(fleet) == [model]
+    shown = fleet.shell(FETCHER, f"sha256sum {PLACE}/model/{name}").output.split()[0]
+    assert shown in fleet.shell(FETCHER, f"cat {PLACE}/model/manifest.json").output
 
 
 def test_a_full_disk_is_said_before_and_while_fetching(fleet: Fleet) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from glm_fleet.artifact import FileEntry, Manifest, artifact_id
+
 _SPEC = importlib.util.spec_from_file_location(
     "fleet_filters", Path(__file__).resolve().parents[2] / "plugins/filter/fleet.py"
 )
@@ -30,6 +32,29 @@ def test_a_host_lacks_what_it_has_not_published() -> None:
     hosts = ["gpu01", "gpu02", "gpu03"]
     assert filters.lacking(HOSTVARS, hosts, [{"id": "m-1"}]) == ["gpu01"]
     assert filters.lacking(HOSTVARS, hosts, [{"id": "m-1"}, {"id": "r-1"}]) == ["gpu01", "gpu02"]
+
+
+def test_fetchers_fetch_a_share_each_of_what_no_host_has() -> None:
+    files = tuple(FileEntry(name, 70_000_000, "0" * 64) for name in "abcd")
+    made = Manifest("model", artifact_id("m", files), files, {})
+    options = {"repository": "lab/model"}
+    offer = {
+        "id": made.id, "manifest": made.as_dict(), "missing": ["a", "b", "d"],
+        "fetchers": ["gpu01", "gpu02"],
+    }  # fmt: skip
+    hosts = ["gpu01", "gpu02", "gpu03"]
+    first = filters.hub_share(HOSTVARS, "gpu01", hosts, offer, options)
+    second = filters.hub_share(HOSTVARS, "gpu02", hosts, offer, options)
+    assert sorted([*first["files"], *second["files"]]) == ["a", "b", "d"]
+    assert first["repository"] == "lab/model"
+    assert first["manifest"]["id"] == made.id
+    assert filters.hub_share(HOSTVARS, "gpu03", hosts, offer, options) == {}
+    # Who has nothing to fetch takes part, but needs no hub.
+    less = {**offer, "missing": first["files"]}
+    assert filters.hub_share(HOSTVARS, "gpu02", hosts, less, options) == {}
+    # gpu02 and gpu03 have it all: nobody asks the hub.
+    assert filters.hub_share(HOSTVARS, "gpu01", hosts, {**offer, "id": "m-1"}, options) == {}
+    assert filters.hub_share(HOSTVARS, "gpu01", hosts, {"id": "m-2"}, options) == {}
 
 
 def test_the_controller_pushes_only_what_no_host_has() -> None:

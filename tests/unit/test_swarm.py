@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from glm_fleet.artifact import FileEntry, Manifest, Store
 from glm_fleet.errors import FleetError
 from glm_fleet.meeting import Meeting, Record
 from glm_fleet.swarm import Agent, Job, session_settings, unit_command
-from glm_fleet.torrent import bundles, hash_file, make_torrent, merkle_root
+from glm_fleet.torrent import bundles, hash_file, make_torrent, merkle_root, shares
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -101,6 +102,19 @@ def fleet(
     made = Fleet(tmp_path, first[1], 3)
     yield made
     made.close()
+
+
+def test_each_file_is_dealt_to_one_fetcher_and_stays_there() -> None:
+    big = [FileEntry(f"model-{number:02}", 5_700_000_000, "0" * 64) for number in range(83)]
+    small = [FileEntry(f"config-{number}.json", 1000, "0" * 64) for number in range(5)]
+    manifest = Manifest("model", "m-1", (*big, *small), {})
+    dealt = shares(manifest, ["a", "b", "c", "d"])
+    assert sorted(path for paths in dealt.values() for path in paths) == sorted(
+        entry.path for entry in manifest.files
+    )
+    assert {len(paths) for paths in dealt.values()} <= {20, 21, 21 + 5, 20 + 5}
+    assert shares(manifest, ["a", "b", "c", "d"]) == dealt
+    assert sorted(shares(manifest, ["a"])["a"]) == sorted(entry.path for entry in manifest.files)
 
 
 def test_the_torrent_is_the_one_that_the_engine_makes(tmp_path: Path) -> None:
@@ -310,8 +324,8 @@ def test_what_nobody_offers_is_given_up(tmp_path: Path) -> None:
     met = meetings(tmp_path, clock)
     lacking = Record(unknown=["0000"])
 
-    def hopeless(fetching: bool = False) -> bool:
-        return bool(met["a"].hopeless(lacking, met["a"].others(), fetching))
+    def hopeless(**own: Any) -> bool:
+        return bool(met["a"].hopeless(replace(lacking, **own), met["a"].others()))
 
     assert not hopeless()
     met["b"].say(Record(standing="published", busy=True))
@@ -320,11 +334,19 @@ def test_what_nobody_offers_is_given_up(tmp_path: Path) -> None:
     met["b"].say(Record(standing="published"))
     assert not hopeless()
     clock[0] += 11
-    assert not hopeless(fetching=True)
     assert hopeless()
-    met["b"].say(Record(pushing=True))
-    clock[0] += 1000
+    for brings in (Record(pushing=True), Record(fetching={"what": "fetching from the hub"})):
+        met["b"].say(brings)
+        clock[0] += 1000
+        assert not hopeless()
+    met["b"].say(Record(standing="failed", fetching={"what": "fetching from the hub"}))
     assert not hopeless()
+    clock[0] += 11
+    assert not hopeless(fetching={"what": "fetching from the hub"})
+    clock[0] += 11
+    error = met["a"].hopeless(lacking, met["a"].others())
+    assert error is not None
+    assert "b failed, see there" in str(error)
     met["b"].keep({"0000": "AAAA"})
     clock[0] += 1000
     assert not hopeless()
