@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
@@ -67,18 +67,22 @@ def bundles(manifest: Manifest) -> list[Bundle]:
     return [Bundle(f"{number:04d}", entries) for number, entries in enumerate(found)]
 
 
-def shares(manifest: Manifest, hosts: Sequence[str]) -> dict[str, list[str]]:
+def shares(
+    manifest: Manifest, hosts: Sequence[str], missing: Collection[str]
+) -> dict[str, list[str]]:
     """Deal the files of an artifact to hosts that fetch it: {host: paths}, as even as can be.
 
-    Files of one bundle go to one host. The same hosts get the same files in every run, so that
-    a run goes on with what the one before left half done.
+    A bundle goes whole to one host, or no host could make its torrent; bundles of which nothing
+    is ``missing`` go to none. The same hosts get the same files in every run, so that a run goes
+    on with what the one before left half done.
     """
     dealt: dict[str, list[str]] = {host: [] for host in hosts}
     load = dict.fromkeys(hosts, 0)
     for bundle in sorted(bundles(manifest), key=lambda each: (-each.bytes, each.name)):
         host = min(hosts, key=lambda each: load[each])
         load[host] += bundle.bytes
-        dealt[host] += [entry.path for entry in bundle.entries]
+        paths = [entry.path for entry in bundle.entries]
+        dealt[host] += paths if set(paths) & set(missing) else []
     return dealt
 
 

@@ -67,8 +67,7 @@ def hub_share(
         return {}
     # A plain dict: Ansible's lazy one is no JSON for the module.
     manifest = json.loads(json.dumps(offer["manifest"]))
-    dealt = torrent.shares(parse_manifest(manifest), fetchers)[host]
-    files = [path for path in dealt if path in set(offer["missing"])]
+    files = torrent.shares(parse_manifest(manifest), fetchers, offer["missing"])[host]
     return {**options, "manifest": manifest, "files": files} if files else {}
 
 

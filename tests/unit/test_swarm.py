@@ -108,13 +108,15 @@ def test_each_file_is_dealt_to_one_fetcher_and_stays_there() -> None:
     big = [FileEntry(f"model-{number:02}", 5_700_000_000, "0" * 64) for number in range(83)]
     small = [FileEntry(f"config-{number}.json", 1000, "0" * 64) for number in range(5)]
     manifest = Manifest("model", "m-1", (*big, *small), {})
-    dealt = shares(manifest, ["a", "b", "c", "d"])
-    assert sorted(path for paths in dealt.values() for path in paths) == sorted(
-        entry.path for entry in manifest.files
-    )
+    every = [entry.path for entry in manifest.files]
+    dealt = shares(manifest, ["a", "b", "c", "d"], every)
+    assert sorted(path for paths in dealt.values() for path in paths) == sorted(every)
     assert {len(paths) for paths in dealt.values()} <= {20, 21, 21 + 5, 20 + 5}
-    assert shares(manifest, ["a", "b", "c", "d"]) == dealt
-    assert sorted(shares(manifest, ["a"])["a"]) == sorted(entry.path for entry in manifest.files)
+    # What is there already changes nothing for the others, and small files travel together.
+    assert shares(manifest, ["a", "b", "c", "d"], ["model-07"]) == {
+        host: ["model-07"] if "model-07" in paths else [] for host, paths in dealt.items()
+    }
+    assert len(shares(manifest, ["a"], ["config-3.json"])["a"]) == 5
 
 
 def test_the_torrent_is_the_one_that_the_engine_makes(tmp_path: Path) -> None:
