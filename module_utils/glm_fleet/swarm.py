@@ -48,6 +48,9 @@ _TICK_S = 0.2
 _REST_S = 0.05
 _SCAN_S = 2.0
 _ATTEMPTS = 3
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+# With less than this free, and more than is free to come, the disk is as good as full.
+_LEAST_FREE = 64 * 1024 * 1024
 
 _Result = TypeVar("_Result")
 
@@ -283,8 +286,8 @@ class Agent:
         place = self._store.published_path if self._published else self._store.staging_path
         return place(self._manifest.kind, self._manifest.id)
 
-    def _require_space(self, staging: Path) -> None:
-        """Refuse what cannot fit. The blocks of a file that was begun are taken already."""
+    def _missing_bytes(self, staging: Path) -> int:
+        """Bytes that the disk has to take yet. The blocks of a file that was begun are taken."""
         missing = 0
         for entry in self._manifest.files:
             path = staging / entry.path
@@ -293,8 +296,11 @@ class Agent:
         # What a fetcher has in part.
         work = self._store.work_path(self._manifest.kind, self._manifest.id)
         begun = [path.stat().st_blocks * 512 for path in work.glob("*") if path.is_file()]
-        missing = max(0, missing - sum(begun))
-        free = shutil.disk_usage(staging).free
+        return max(0, missing - sum(begun))
+
+    def _require_space(self, staging: Path) -> None:
+        """Refuse what cannot fit."""
+        missing, free = self._missing_bytes(staging), shutil.disk_usage(staging).free
         if missing > free:
             raise FleetError(
                 f"The disk cannot take {self._manifest.id}",
@@ -362,6 +368,7 @@ class Agent:
                 self._scanned_at = now
             if look and not self._published:
                 self._scan()
+                self._find_full_disk()
             for alert in self._session.pop_alerts():
                 self._hear(alert)
             for travel in self._travels.values():
@@ -446,12 +453,29 @@ class Agent:
 
     def _on_engine_error(self, travel: Travel, status: Any) -> None:
         code, text = status.errc.value(), status.errc.message()
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-            self._fail(from_os_error(OSError(code, f"{text}: {travel.paths}")))
+        if code in _DISK_ERRORS:
+            self._fail_disk(OSError(code, f"{text}: {travel.paths}"))
         else:
             # A folder renamed under an open file, or the like: once more from the start.
             self._note(f"{travel.paths}: {text}: checked again")
         self._remove(travel)
+
+    def _find_full_disk(self) -> None:
+        """Stop before the disk is full: not every write that fails then is an error to the engine."""
+        home = self._home()
+        free = shutil.disk_usage(home).free
+        if free < _LEAST_FREE and any(each.handle for each in self._travels.values()):
+            missing = self._missing_bytes(home)
+            if missing > free:
+                text = f"{free / 1e6:.0f} MB are free, {missing / 1e6:.0f} MB are missing: {home}"
+                self._fail_disk(OSError(errno.ENOSPC, text))
+
+    def _fail_disk(self, error: OSError) -> None:
+        """Take no more from the others: what the disk loses would be given on to them."""
+        for travel in self._travels.values():
+            if not travel.held:
+                self._remove(travel)
+        self._fail(from_os_error(error))
 
     def _hear(self, alert: Any) -> None:
         kind = type(alert).__name__
@@ -464,6 +488,8 @@ class Agent:
                     remedy="set artifact_address of this node, or another artifact_port",
                 )
             )
+        elif kind == "file_error_alert" and alert.error.value() in _DISK_ERRORS:
+            self._fail_disk(OSError(alert.error.value(), alert.message()))
         elif kind == "peer_ban_alert":
             who = self._name_of(str(alert.endpoint[0]))
             self._note(f"{who} sent wrong bytes and is not listened to any more")
