@@ -461,7 +461,7 @@ class Agent:
         self._remove(travel)
 
     def _find_full_disk(self) -> None:
-        """Stop before the disk is full: not every write that fails then is an error to the engine."""
+        """Stop before the disk is full: the engine does not tell of every write that fails."""
         home = self._home()
         free = shutil.disk_usage(home).free
         if free < _LEAST_FREE and any(each.handle for each in self._travels.values()):
