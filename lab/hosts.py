@@ -27,7 +27,7 @@ from .settings import (
     LabError,
     fleet,
 )
-from .system import mounts_below, processes, run, say, start, write_atomic
+from .system import mounts_below, processes, run, say, seconds_since_start, start, write_atomic
 
 KEY = SSH / "id_ed25519"
 KNOWN_HOSTS = SSH / "known_hosts"
@@ -161,7 +161,19 @@ def container_pids(name: str = "") -> list[int]:
             with contextlib.suppress(OSError):
                 procs = Path(folder, "cgroup.procs").read_text()
                 found.update(int(pid) for pid in procs.split())
-    return sorted(found)
+    # Not by number: numbers begin anew when they are used up.
+    ages = {pid: seconds_since_start(pid) for pid in found}
+    alive = {pid: age for pid, age in ages.items() if age is not None}
+    return sorted(alive, key=lambda pid: (-alive[pid], pid))
+
+
+def is_init(pid: int) -> bool:
+    """Whether a process is PID 1 of its host; the last of its ids is the one that it has there."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.split("NSpid:")[1].splitlines()[0].split()[-1] == "1"
 
 
 def kill_containers(name: str = "", seconds: float = 10) -> None:
@@ -187,13 +199,7 @@ def kill_containers(name: str = "", seconds: float = 10) -> None:
 
 def set_ssh(host: Host, *, on: bool) -> None:
     """Start a host's sshd, or stop it and end its sessions; everything else goes on."""
-    init = next(
-        pid
-        for pid in container_pids(host.name)
-        # The last of its ids is the one that it has in the host.
-        if Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].splitlines()[0].split()[-1]
-        == "1"
-    )
+    init = next(filter(is_init, container_pids(host.name)))
     enter = ["nsenter", f"--target={init}", "--all"]
     if on:
         run([*enter, "systemctl", "start", "ssh.service"])
