@@ -102,7 +102,8 @@ def ours(streams: int, seed: int) -> dict[str, float]:
     }
     command = [
         str(ROOT / ".venv/bin/ansible-playbook"),
-        *("-i", str(INVENTORY.parent), "playbooks/benchmark.yml", "-e", json.dumps(extra)),
+        *("-i", str(INVENTORY.parent), "playbooks/benchmark.yml", "--limit", NODE.name),
+        *("-e", json.dumps(extra)),
     ]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
