@@ -217,7 +217,8 @@ node:
       returned: with O(attest)
     gateway:
       description: What M(haproxy_info) returns, with config_error (what HAProxy says against its
-        configuration, or empty) and client (status, seconds, node, error of one request).
+        configuration, or empty), client (status, seconds, node, error of one request) and held
+        (by, at and reason of the nodes that are held out of service, by name).
       type: dict
       returned: with O(gateway_url)
     errors:

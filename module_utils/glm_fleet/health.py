@@ -28,6 +28,7 @@ VERDICTS = (HEALTHY, DEGRADED, BROKEN, UNKNOWN)
 
 _DEGRADING = ("throttling",)
 _SITE = "run site.yml: it drains, restarts and attests the node"
+_UNDRAIN = "playbooks/undrain.yml lets it back when that is over"
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,11 @@ def judge_fleet(
         for host, record in records.items()
         if "gateways" in record["groups"]
     }
+    held = {
+        node: f"held out of service by {each['by']}: {each['reason']}"
+        for answer in answers.values()
+        for node, each in (answer.get("held") or {}).items()
+    }
     gateways = []
     for host, answer in answers.items():
         judged = judge_gateway(
@@ -208,6 +214,7 @@ def judge_fleet(
                 limits=limits,
                 before=before,
                 time=time,
+                held=held.get(host, ""),
             )
         )
     return compare_nodes(nodes, limits, earlier["nodes"]), gateways
@@ -229,11 +236,12 @@ def judge_node(
     limits: Limits | None = None,
     before: Mapping[str, Any] | None = None,
     time: str = "",
+    held: str = "",
 ) -> NodeHealth:
     """Judge one node from its ``facts``, of which ``attestation`` is `engine.look`'s.
 
     ``gateway`` is the node's state at each gateway, ``before`` its baseline from the last
-    check that reached it.
+    check that reached it, ``held`` says who keeps it out of service and why.
     """
     limits, before = limits or Limits(), before or {}
     probe: Mapping[str, Any] = facts.get("attestation") or {}
@@ -247,11 +255,15 @@ def judge_node(
         *_artifacts(facts),
     ]
     broken = worst(findings) == BROKEN
+    # On purpose is no fault, however long it lasts.
+    findings += [Finding("gateway", HEALTHY, held, _UNDRAIN)] if held else []
     findings += [
         Finding("gateway", DEGRADED, f"{state} at {where}", _gateway_step(state))
         for where, state in gateway.items()
         # A server that is down is what a broken node looks like from the gateway.
-        if state not in ("UP", "?") and not (broken and state == "DOWN")
+        if state not in ("UP", "?")
+        and not (broken and state == "DOWN")
+        and not (held and state in ("DRAIN", "MAINT"))
     ]
     engine = probe.get("engine") or {}
     after = engine.get("after") or {}

@@ -27,6 +27,7 @@ from . import engine
 from .artifact import PREVIOUS, find_damage, load_manifest, protected_by
 from .environment import COMPLETE
 from .errors import FleetError
+from .fleet_lock import FleetLock
 from .gpu import read_gpus
 from .haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
 from .runner import Runner
@@ -434,6 +435,7 @@ def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
     found = describe(Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET)))
     found["config_error"] = check_config(query.gateway_config, run)
     found["client"] = ask_as_client(query.gateway_url)
+    found["held"] = FleetLock().held()
     return found
 
 

@@ -27,6 +27,16 @@ _RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+
 _STARTED = time.monotonic()
 
 
+LOGS = ROOT / "build/fleet-test"
+
+
+def keep(what: str, output: str) -> None:
+    """Write down all that a command said: an assertion shows only its end."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", what).strip("-")[:60]
+    (LOGS / f"{time.monotonic() - _STARTED:06.0f}-{name}.log").write_text(output)
+
+
 def say(text: str) -> None:
     """Print a line with the time since the tests began: these tests take minutes."""
     sys.stderr.write(f"[{time.monotonic() - _STARTED:6.0f} s] {text}\n")
@@ -105,6 +115,7 @@ class Fleet:
             output = process.communicate(timeout=1500)[0]
         name = " ".join([playbook, *arguments])
         say(f"{name}: rc {process.returncode} after {time.monotonic() - begun:.0f} s")
+        keep(name, output)
         return Run(process.returncode, output)
 
     def kill_playbook_at(
@@ -123,6 +134,7 @@ class Fleet:
         process.wait()
         process.stdout.close()
         say(f"{playbook}: killed at {marker!r}")
+        keep(f"{playbook} killed", seen)
         return seen
 
     def ssh(self, host: str) -> list[str]:

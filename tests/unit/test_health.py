@@ -297,6 +297,12 @@ def test_a_server_in_maintenance_is_named_at_its_node() -> None:
     assert nodes[1].reasons == ["MAINT at gw01"]
     assert "site.yml" in nodes[1].next_step
     assert gateways[0].verdict == "healthy"
+    # Who was held on purpose is named, and is no fault.
+    held = {nodes[1].name: {"by": "root@ctl", "at": "", "reason": "new fans"}}
+    records["gw01"]["node"]["gateway"]["held"] = held
+    nodes, _ = judge_fleet(records, limits=Limits(), previous={}, time="")
+    assert nodes[1].verdict == "healthy"
+    assert "held out of service by root@ctl: new fans" in [each.cause for each in nodes[1].findings]
 
 
 def test_an_unreachable_node_is_unknown_and_keeps_its_baseline() -> None:
