@@ -67,7 +67,9 @@ class ActionModule(ActionBase):
             }
         )
         hosts: list[str] = arguments["hosts"]
-        records = _records(hosts, arguments["record"], (task_vars or {})["hostvars"])
+        variables = task_vars or {}
+        alive = variables["ansible_play_hosts"]
+        records = _records(hosts, alive, arguments["record"], variables["hostvars"])
         dest = Path(arguments["dest"]) if arguments["dest"] else None
         try:
             if arguments["kind"] == "preflight":
@@ -88,7 +90,7 @@ class ActionModule(ActionBase):
                     write_text(dest.with_suffix(".prom"), text)
                     if arguments["textfile_dir"]:
                         write_text(Path(arguments["textfile_dir"], "glm_fleet.prom"), text)
-                    found = targets((task_vars or {})["hostvars"], *_groups(records))
+                    found = targets(variables["hostvars"], *_groups(records))
                     write_json(dest.with_name("targets.json"), found)
         except FleetError as error:
             raise AnsibleActionFail(str(error)) from error
@@ -150,17 +152,20 @@ def _groups(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[s
     return nodes, gateways
 
 
-def _records(hosts: Sequence[str], name: str, hostvars: Any) -> dict[str, dict[str, Any]]:
+def _records(
+    hosts: Sequence[str], alive: Sequence[str], name: str, hostvars: Any
+) -> dict[str, dict[str, Any]]:
     """Return what each host's variable ``name`` holds, as plain data.
 
-    A host that was not read is in the report too: it is what somebody wants to know of.
+    A host that was not read is in the report too: it is what somebody wants to know of. One that
+    left the run has at most what an earlier phase read, which is not how it is now.
     """
     records = {}
     for host in hosts:
-        record = hostvars[host].get(name)
+        record = hostvars[host].get(name) if host in alive else None
         if record is None:
             record = {
-                "message": "it failed earlier in this run",
+                "message": "it failed, or was lost, earlier in this run",
                 "groups": hostvars[host]["group_names"],
             }
         records[host] = plain(record)

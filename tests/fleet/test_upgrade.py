@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,9 +55,11 @@ def assert_no_request_was_lost(load: Load) -> None:
 
 def row(run: Run, node: str, outcome: str) -> str:
     """Return the row of the end table that says so of a node."""
-    table = run.output.rpartition("node   outcome")[2] or run.output.rpartition("outcome")[2]
-    found = [line for line in table.splitlines() if line.startswith(node) and outcome in line]
-    assert found, f"{node} {outcome} is not in the end table:\n{run.output[-6000:]}"
+    heads = [found.end() for found in re.finditer(r"^node +outcome +release .*$", run.output, re.M)]
+    assert heads, f"there is no end table:\n{run.output[-6000:]}"
+    table = run.output[heads[-1] :].lstrip("\n").partition("\n\n")[0]
+    found = [line for line in table.splitlines() if re.match(rf"{node} +{outcome}\b", line)]
+    assert found, f"{node} {outcome} is not in the end table:\n{table}"
     return found[-1]
 
 
