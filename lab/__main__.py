@@ -148,7 +148,8 @@ def down(arguments: argparse.Namespace) -> None:
 def host_row(host: Host) -> list[str]:
     """name, role, address, state, ssh, uptime, GPUs."""
     container = hosts.container_pids(host.name)
-    age = seconds_since_start(container[0]) if container else None
+    init = next(filter(hosts.is_init, container), None)
+    age = seconds_since_start(init) if init else None
     ssh = "yes" if container and hosts.answers_ssh(host) else "no"
     if not container:
         state = "stopped"
