@@ -158,7 +158,10 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line
             rows.append(("-", node.name, "stays", "; ".join([stays, *node.notes])))
             tones.append("")
     if not plan.turns:
-        return [Line(f"Roll: nothing to do, {len(nodes)} of {len(nodes)} run what they should.")]
+        return [
+            Line(f"Roll: nothing to do, {len(nodes)} of {len(nodes)} run what they should."),
+            *(Line(f"  {each.name} stays out, held: {each.held}") for each in nodes if each.held),
+        ]
     return [
         Line(
             f"Roll: {len(restarts)} of {len(nodes)} nodes are restarted, "
