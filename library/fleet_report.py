@@ -27,9 +27,8 @@ options:
     required: true
   record:
     description:
-      - Name of the variable in which each host keeps what was gathered, a mapping of
-        C(message) (why there are no facts, or empty), C(groups), C(node) (of M(node_info))
-        and C(expect) (a list of C(gpu_node) and C(expect)).
+      - Name of the variable in which each host keeps the result of M(node_info), of which
+        C(record) is judged.
     type: str
     required: true
   dest:
@@ -77,7 +76,7 @@ EXAMPLES = r"""
   fleet_report:
     kind: preflight
     hosts: "{{ ansible_play_hosts_all }}"
-    record: __preflight_record
+    record: __preflight_read
   run_once: true
 """
 

@@ -91,6 +91,13 @@ options:
     description: HAProxy's configuration, which HAProxy itself is asked to check.
     type: path
     default: /etc/haproxy/haproxy.cfg
+  expect:
+    description:
+      - What the facts will be compared with, as C(asked), C(gpu_node) and C(expect). The action
+        plugin keeps what is C(asked) beside the facts, in RV(record).
+    type: list
+    elements: dict
+    default: []
 attributes:
   check_mode:
     description: Reads only, so check mode makes no difference.
@@ -106,12 +113,18 @@ EXAMPLES = r"""
     paths: [/srv/glm-fleet/artifacts]
     ports: [8000]
     controller_epoch: "{{ now().timestamp() }}"
-  register: answer
+  register: answer # and answer.record.node has them
 """
 
 RETURN = r"""
+record:
+  description:
+    - What a report is made of, as C(answered) (the controller's clock then), C(message) (why there
+      are no facts, or empty), C(groups), C(node) (the facts, as RV(node)) and C(expect).
+  returned: always
+  type: dict
 node:
-  description: The facts.
+  description: The facts, as the module gives them to the action plugin.
   returned: always
   type: dict
   contains:
@@ -255,10 +268,12 @@ def main() -> None:
             "canary_timeout_s": {"type": "float", "default": 20.0},
             "gateway_url": {"type": "str", "default": ""},
             "gateway_config": {"type": "path", "default": "/etc/haproxy/haproxy.cfg"},
+            "expect": {"type": "list", "elements": "dict", "default": []},
         },
         supports_check_mode=True,
     )
-    module.exit_json(changed=False, node=read_node(NodeQuery(**module.params), Host(run_program)))
+    query = NodeQuery(**{key: each for key, each in module.params.items() if key != "expect"})
+    module.exit_json(changed=False, node=read_node(query, Host(run_program)))
 
 
 if __name__ == "__main__":

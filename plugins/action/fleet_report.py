@@ -162,7 +162,7 @@ def _records(
     """
     records = {}
     for host in hosts:
-        record = hostvars[host].get(name) if host in alive else None
+        record = (hostvars[host].get(name) or {}).get("record") if host in alive else None
         if record is None:
             record = {
                 "message": "it failed, or was lost, earlier in this run",

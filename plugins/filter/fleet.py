@@ -120,7 +120,7 @@ def drivers(hostvars: HostVars, hosts: Sequence[str]) -> dict[str, str]:
     """Give the NVIDIA driver of every host that preflight looked at in this run."""
     found = {}
     for host in hosts:
-        node = hostvars[host].get("__preflight_record", {}).get("node", {})
+        node = hostvars[host].get("__preflight_read", {}).get("record", {}).get("node", {})
         driver = node.get("gpu", {}).get("driver_version")
         if driver:
             found[host] = str(driver)

@@ -185,7 +185,8 @@ def systemd(
     argv: Sequence[str], *, state: str = "active", sub: str = "running", log: Sequence[str] = CPU
 ) -> RunResult:
     if argv[0] == "journalctl":
-        return RunResult(0, "\n".join(log), "")
+        most = next((int(word[8:]) for word in argv if word.startswith("--lines=")), len(log))
+        return RunResult(0, "\n".join(log[-most:]), "")
     return RunResult(
         0,
         f"ActiveState={state}\nSubState={sub}\nNRestarts=0\nMainPID=7\nInvocationID=i1\n"
@@ -356,6 +357,31 @@ def test_a_node_that_died_once_and_serves_now_is_ready(tmp_path: Path) -> None:
         proc=tmp_path,
     )
     assert found["ready"]
+
+
+def test_a_server_that_has_answered_for_long_is_ready_at_once(tmp_path: Path) -> None:
+    """Its first words are far behind the requests that it has logged since."""
+    requests = [f'INFO: 10.0.0.9:{port} - "GET /health HTTP/1.1" 200 OK' for port in range(1000)]
+    log = [*CPU, *requests]
+    evidence = tmp_path / "attested.json"
+
+    def ready() -> bool:
+        found = attest.watch(
+            lambda argv, **_: systemd(argv, log=log),
+            lambda path, body=None: (200, iter([])),
+            "glm-serving.service",
+            seconds=0,
+            evidence_path=evidence,
+            proc=tmp_path,
+        )
+        return bool(found["ready"])
+
+    assert ready()
+    # The journal has lost its first lines, and nobody attested this start.
+    log[:] = requests
+    assert not ready()
+    evidence.write_text(json.dumps({"KV cache": "a line", "invocation": "i1"}))
+    assert ready()
 
 
 def test_a_start_stays_proven_when_the_journal_has_rotated(host: Path) -> None:
