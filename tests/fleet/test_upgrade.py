@@ -217,14 +217,16 @@ def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> Non
         fleet.shell(fleet.gateway, "systemctl restart haproxy")
 
     with under_load(fleet, "everything breaks") as load:
-        for marker in ("Drain the node at every", "Watch the start"):
-            assert "PLAY RECAP" not in fleet.kill_playbook_at(marker, "site.yml", *FLAGS, pause=0)
-        # The start goes on without a controller. The next one attests it.
-        seen = fleet.kill_playbook_at("Join | Let the node", "site.yml", *FLAGS, pause=0)
-        assert "PLAY RECAP" not in seen
+        # A task is named when its first result is there: what comes before it tells that it began.
+        drain, start, rejoin = "Begin the turn", f"  {first}: ", "Attempt | Note what came of it"
+        for marker, pause in ((drain, 1.0), (start, 0.0), (rejoin, 1.0)):
+            # The start goes on without a controller. The next one attests it.
+            seen = fleet.kill_playbook_at(marker, "site.yml", *FLAGS, pause=pause)
+            assert "PLAY RECAP" not in seen
+            assert marker in seen
         assert "is taken over: its process is gone" in seen
 
-        run = run_and(fleet, "Watch the start", lambda: lab("power", second, "no-ssh").rc)
+        run = run_and(fleet, f"  {second}: ", lambda: lab("power", second, "no-ssh").rc)
         lab("power", second, "ssh")
         assert run.rc != 0
         row(run, second, "unreachable")
