@@ -149,6 +149,7 @@ class Watch:
     invocation: str = ""
     ready: bool = False
     given_up: bool = False
+    ending_until: float = 0.0
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class Watch:
         now = self.clock()
         if state["invocation_id"] != self.invocation:
             self.invocation, self.ready, self.given_up = state["invocation_id"], False, False
+            self.ending_until = 0.0
             self.progress = Progress(self.settings.stall_timeout_s, moved_at=now)
             self.canary = Canary()
         if state["active_state"] != "active":
@@ -207,7 +209,8 @@ class Watch:
 
     def _incident(self, state: Mapping[str, Any], sample: Mapping[str, Any]) -> None:
         """Tell the gateway, keep the evidence, restart: in this order."""
-        if self.given_up:
+        # A start that was killed takes a while to die, and is no second incident.
+        if self.given_up or self.clock() < self.ending_until:
             return
         self.flag.take_out("hung")
         timeout = self.settings.stall_timeout_s
@@ -231,6 +234,7 @@ class Watch:
         now = attest.unit_state(self.run, self.settings.unit)
         if now["invocation_id"] == state["invocation_id"]:
             self.run(["systemctl", "kill", "--signal=SIGKILL", self.settings.unit], check=False)
+        self.ending_until = self.clock() + timeout
 
     def _keep_evidence(self, state: Mapping[str, Any], sample: Mapping[str, Any]) -> Path:
         stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())

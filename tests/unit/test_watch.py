@@ -117,6 +117,7 @@ class Node:
         settings = watch.Settings(
             "glm-serving.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
         )
+        self.dies_at_once = True
         self.watch = watch.Watch(
             settings,
             self.run,
@@ -147,7 +148,7 @@ class Node:
             return RunResult(0, text, "")
         self.commands.append(list(argv))
         if "--signal=SIGKILL" in argv:
-            self.invocation += 1
+            self.invocation += int(self.dies_at_once)
             self.steps, self.serves = 0.0, False
         if argv[0] == "journalctl":
             return RunResult(0, "last words", "")
@@ -234,6 +235,20 @@ def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) ->
     node.look()
     assert node.look() == "fine"
     assert not node.out
+
+
+def test_a_start_that_dies_slowly_is_one_incident(node: Node) -> None:
+    node.running, node.dies_at_once = 1, False
+    node.look(3)
+    node.step, node.answers = 0, False
+    while node.look() != "hung":
+        pass
+    known = len(node.commands)
+    assert node.look(3) == "hung"
+    assert node.out
+    assert len(node.commands) == known, "it was killed, and is left to die"
+    node.invocation += 1
+    assert node.look() == "starting"
 
 
 def test_after_so_many_restarts_a_person_is_needed(node: Node) -> None:
