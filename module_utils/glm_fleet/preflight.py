@@ -472,7 +472,9 @@ def _left_over(host: str, facts: Mapping[str, Any], expect: Expectations) -> Ite
     A SIGKILL of the API server leaves engine and workers behind with the memory held while
     the port is free.
     """
-    serving = facts.get("unit", {}).get("active_state") in ("active", "activating", "reloading")
+    # A unit that is being stopped, by a run that was killed since, ends its processes by itself.
+    alive = ("active", "activating", "deactivating", "reloading")
+    serving = facts.get("unit", {}).get("active_state") in alive
 
     def ours(process: Mapping[str, Any]) -> bool:
         return serving and process["unit"] == expect.unit

@@ -15,14 +15,15 @@ import pytest
 
 from lab import __main__ as command
 from lab import inventory, model, network, rootfs, source, system
-from lab.settings import LabError, fleet
+from lab.settings import NUMBER, LabError, fleet
 
 
 def test_hosts_have_the_documented_addresses() -> None:
     hosts = fleet(64)
     assert len({host.address for host in hosts}) == 65
-    assert [hosts[0].address, hosts[63].address] == ["10.77.0.11", "10.77.0.74"]
-    assert (hosts[-1].name, hosts[-1].address) == ("gw01", "10.77.0.101")
+    lab = f"10.77.{NUMBER}"
+    assert [hosts[0].address, hosts[63].address] == [f"{lab}.11", f"{lab}.74"]
+    assert (hosts[-1].name, hosts[-1].address) == ("gw01", f"{lab}.101")
     assert all(len(host.veth) < 16 for host in hosts), "the kernel's limit"
 
 

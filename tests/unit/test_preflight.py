@@ -340,8 +340,9 @@ def test_our_running_service_may_hold_processes_and_memory() -> None:
         gpu["memory_used_mib"] = 70000
         gpu["processes"] = [{"pid": 41, "name": "vllm", "used_mib": 70000, "unit": UNIT}]
     assert {each.check for each in check(facts)} == {"vLLM processes", "GPU memory in use"}
-    facts["unit"]["active_state"] = "active"
-    assert check(facts) == []
+    for state in ("deactivating", "active"):
+        facts["unit"]["active_state"] = state
+        assert check(facts) == []
     hidden = copy.deepcopy(facts)
     for gpu in hidden["gpu"]["gpus"]:
         gpu["processes"] = []
