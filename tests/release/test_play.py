@@ -167,14 +167,10 @@ def test_the_manifest_tells_everything(built: Builder, upstream: Upstream) -> No
 
 def test_the_same_inputs_build_nothing(built: Builder) -> None:
     before = built.releases()
-    begin = time.monotonic()
     output = built.good()
-    took = time.monotonic() - begin
     assert set(_CHANGED.findall(output)) == {"0"}
     assert "Cherry-pick" not in output
     assert built.releases() == before
-    # Five seconds where nothing else runs; bench/ measures it.
-    assert took < 20
 
 
 def test_another_builder_makes_the_same_release(
