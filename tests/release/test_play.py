@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
