@@ -261,7 +261,7 @@ def test_a_hung_engine_comes_back_by_itself(serving: Fleet) -> None:
         sent = server_line(serving)["stot"]
         while (line := server_line(serving))["status"] != "UP":
             assert line["stot"] == sent, "a request was routed to a hung node"
-            assert time.monotonic() - begun < 300
+            assert time.monotonic() - begun < 480
             time.sleep(0.5)
         back = time.monotonic() - begun
         time.sleep(3)
