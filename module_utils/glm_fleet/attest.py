@@ -676,9 +676,7 @@ def watch(
         sleep(1.0)
 
 
-def _came_up(
-    runner: Runner, invocation: str, lines: Sequence[str], evidence_path: Path = EVIDENCE
-) -> bool:
+def _came_up(runner: Runner, invocation: str, lines: Sequence[str], evidence_path: Path) -> bool:
     """Tell whether the journal of a start says, or said, that the server is up.
 
     ``lines`` are its last ones. A server that has answered for a while has pushed its own first

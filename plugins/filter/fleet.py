@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 # Ansible finds module_utils for modules only; plugins on the controller use the same code.
-_LIBRARY = Path(__file__).resolve().parents[2] / "module_utils"
-sys.path.insert(0, str(_LIBRARY))
+_ROOT = Path(__file__).resolve().parents[2]
+_LIBRARY = _ROOT / "module_utils"
+sys.path[:0] = [str(_LIBRARY), str(_ROOT / "plugins/plugin_utils")]
 
 from glm_fleet import rolling, serving, torrent
 from glm_fleet.artifact import parse_manifest
 from glm_fleet.errors import FleetError
 from glm_fleet.variant import choose_variant
+from glm_terminal import plain
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
@@ -65,8 +66,7 @@ def hub_share(
     fetchers = list(offer.get("fetchers", []))
     if host not in fetchers or len(lacking(hostvars, hosts, [offer])) < len(hosts):
         return {}
-    # A plain dict: Ansible's lazy one is no JSON for the module.
-    manifest = json.loads(json.dumps(offer["manifest"]))
+    manifest = plain(offer["manifest"])
     files = torrent.shares(parse_manifest(manifest), fetchers, offer["missing"])[host]
     return {**options, "manifest": manifest, "files": files} if files else {}
 

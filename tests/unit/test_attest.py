@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from glm_fleet import attest
-from glm_fleet.runner import RunResult
+from glm_fleet.runner import Runner, RunResult
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "tests/unit/fixtures/vllm-logs"
@@ -295,6 +295,18 @@ def test_a_record_of_another_start_proves_nothing(host: Path) -> None:
     assert "model that runs" in failed(run(host, Server()))
 
 
+def watched(folder: Path, runner: Runner, *, health: int = 200) -> dict[str, Any]:
+    """Look once at a start; ``folder`` is its /proc and holds what was attested."""
+    return attest.watch(
+        runner,
+        lambda path, body=None: (health, iter([])),
+        "glm-serving.service",
+        seconds=0,
+        evidence_path=folder / "attested.json",
+        proc=folder,
+    )
+
+
 @pytest.mark.parametrize(
     ("state", "sub", "log", "ready", "why"),
     [
@@ -307,25 +319,13 @@ def test_a_record_of_another_start_proves_nothing(host: Path) -> None:
 def test_a_start_is_watched(
     tmp_path: Path, state: str, sub: str, log: list[str], ready: bool, why: str
 ) -> None:
-    found = attest.watch(
-        lambda argv, **_: systemd(argv, state=state, sub=sub, log=log),
-        lambda path, body=None: (200, iter([])),
-        "glm-serving.service",
-        seconds=0,
-        proc=tmp_path,
-    )
+    found = watched(tmp_path, lambda argv, **_: systemd(argv, state=state, sub=sub, log=log))
     assert found["ready"] is ready
     assert why in found["failed"]
 
 
 def progress(proc: Path, log: Sequence[str]) -> str:
-    found = attest.watch(
-        lambda argv, **_: systemd(argv, log=log),
-        lambda path, body=None: (503, iter([])),
-        "glm-serving.service",
-        seconds=0,
-        proc=proc,
-    )
+    found = watched(proc, lambda argv, **_: systemd(argv, log=log), health=503)
     return str(found["progress"])
 
 
@@ -349,14 +349,7 @@ def test_a_node_that_died_once_and_serves_now_is_ready(tmp_path: Path) -> None:
         answer = systemd(argv)
         return RunResult(0, answer.stdout.replace("NRestarts=0", "NRestarts=1"), "")
 
-    found = attest.watch(
-        restarted,
-        lambda path, body=None: (200, iter([])),
-        "glm-serving.service",
-        seconds=0,
-        proc=tmp_path,
-    )
-    assert found["ready"]
+    assert watched(tmp_path, restarted)["ready"]
 
 
 def test_a_server_that_has_answered_for_long_is_ready_at_once(tmp_path: Path) -> None:
@@ -366,15 +359,7 @@ def test_a_server_that_has_answered_for_long_is_ready_at_once(tmp_path: Path) ->
     evidence = tmp_path / "attested.json"
 
     def ready() -> bool:
-        found = attest.watch(
-            lambda argv, **_: systemd(argv, log=log),
-            lambda path, body=None: (200, iter([])),
-            "glm-serving.service",
-            seconds=0,
-            evidence_path=evidence,
-            proc=tmp_path,
-        )
-        return bool(found["ready"])
+        return bool(watched(tmp_path, lambda argv, **_: systemd(argv, log=log))["ready"])
 
     assert ready()
     # The journal has lost its first lines, and nobody attested this start.
