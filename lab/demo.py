@@ -32,9 +32,11 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """The rate after the first token; 0 with fewer than two tokens."""
-        streaming = self.total_s - self.first_token_s
-        return (self.tokens - 1) / streaming if self.tokens > 1 and streaming > 0 else 0.0
+        """Tokens over the whole time of the request.
+
+        Not over the time after the first token: a busy client reads a short answer in one go.
+        """
+        return self.tokens / self.total_s if self.total_s > 0 else 0.0
 
 
 def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

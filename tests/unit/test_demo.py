@@ -11,6 +11,8 @@ def test_events_end_at_done() -> None:
     assert list(events(lines)) == [{"a": 1}]
 
 
-def test_rate_leaves_the_first_token_out() -> None:
-    assert Answer("gpu01", 11, first_token_s=1.0, total_s=3.0).tokens_per_s == 5.0
-    assert Answer("gpu01", 1, first_token_s=1.0, total_s=1.0).tokens_per_s == 0.0
+def test_the_rate_is_that_of_the_whole_request() -> None:
+    assert Answer("gpu01", 12, first_token_s=1.0, total_s=3.0).tokens_per_s == 4.0
+    # A client that was busy reads every token at once, and has seen no rate of 80,000.
+    assert Answer("gpu01", 48, first_token_s=0.4, total_s=0.4).tokens_per_s == 120.0
+    assert Answer("gpu01", 0, first_token_s=0.0, total_s=0.0).tokens_per_s == 0.0
