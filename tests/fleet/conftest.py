@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -51,6 +52,40 @@ ORDER = ("test_site", "test_upgrade", "test_health", "test_model", "test_swarm",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files in their order, and the tests of a file as they stand."""
     items.sort(key=lambda item: ORDER.index(item.path.stem))
+
+
+# Processes that outlived a controller, each pinned so that its number stands for nobody else.
+_ORPHANS: list[int] = []
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process, and theirs."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def kill_controller(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a playbook.
+
+    Ansible's workers have sessions of their own. They go on, as they do for an operator, and
+    then wait for ever for the one that is gone: they are ended when the tests are.
+    """
+    for pid in children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            _ORPHANS.append(os.pidfd_open(pid))
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_orphans() -> None:
+    """End what the killed controllers left."""
+    while _ORPHANS:
+        handle = _ORPHANS.pop()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -129,7 +164,7 @@ class Fleet:
             seen += line
             if marker in line:
                 time.sleep(pause)
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_controller(process)
                 break
         process.wait()
         process.stdout.close()
@@ -251,10 +286,12 @@ def fleet() -> Iterator[Fleet]:
     """
     if os.environ.get("GLM_FLEET_KEEP") == "1":
         yield Fleet()
+        end_orphans()
         return
     lab("down")
     lab("up", "--nodes", "3")
     try:
         yield Fleet()
     finally:
+        end_orphans()
         lab("down")

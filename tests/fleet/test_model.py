@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -25,7 +24,7 @@ from lab.settings import (
     UPSTREAMS,
 )
 
-from .conftest import ROOT, Fleet, Run, lab
+from .conftest import ROOT, Fleet, Run, kill_controller, lab
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
@@ -217,7 +216,7 @@ def test_a_killed_run_is_continued_within_its_files(fleet: Fleet) -> None:
         *variables(model_repository=SHARDS_REPOSITORY, model_revision="main"),
     )
     wait_for(fleet, f"! systemctl is-active --quiet {WATCH}")
-    process.send_signal(signal.SIGKILL)
+    kill_controller(process)
     process.communicate()
     parts = f"{ARTIFACTS}/.staging/model/*.parts"
     sizes = fleet.shell(FETCHER, f"cd {parts} && stat -c '%n %s' *").output.split()

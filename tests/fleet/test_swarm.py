@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from glm_fleet.artifact import Manifest, Store
 from lab.settings import ALL_HOSTS
 from tests.bench.links import make_artifact
 
-from .conftest import Fleet, Run
+from .conftest import Fleet, Run, kill_controller
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
@@ -81,7 +80,7 @@ class Shop:
         """End what a test that failed left at work."""
         for play in self.plays:
             if play.poll() is None:
-                os.killpg(play.pid, signal.SIGKILL)
+                kill_controller(play)
                 play.communicate()
         self.plays.clear()
 
@@ -354,7 +353,7 @@ def test_the_controller_dies(shop: Shop) -> None:
     _, _, third = shop.fleet.nodes
     play = shop.start()
     shop.halfway(third)
-    os.killpg(play.pid, signal.SIGKILL)
+    kill_controller(play)
     play.communicate()
     # The agents finish what they know by themselves, and the next run takes it from there.
     shop.wait(third, lambda answer: answer["standing"] == "published")
