@@ -27,7 +27,7 @@ from .errors import FleetError
 from .gate import RECORD
 from .runner import run_program
 
-# There while the watch of the engine sees that it makes no progress.
+# Names the start of which the watch sees that it makes no progress.
 STALLED = Path("/run/glm-fleet/stalled")
 # A controller that waits for the start attests it within seconds.
 _GRACE_S = 10.0
@@ -39,11 +39,11 @@ def answer(record: Path = RECORD, evidence: Path = attest.EVIDENCE, stalled: Pat
 
     HAProxy (2.6) takes no notice of a word that the reason follows without a space.
     """
-    if stalled.exists():
-        return "down #the engine makes no progress"
     invocation = attest.read_record(record).get("invocation", "")
     if not invocation:
         return "down #nothing was started"
+    if attest.read_record(stalled).get("invocation") == invocation:
+        return "down #the engine makes no progress"
     if attest.read_record(evidence).get("invocation") != invocation:
         return "down #not attested"
     return "up"

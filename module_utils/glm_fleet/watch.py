@@ -5,8 +5,8 @@ An engine hangs when somebody waits for it and it makes no step. Whether it is b
 not matter: a busy one makes steps. When nobody waits, the watch itself asks for one token.
 
 The gateway is told first, by way of the sentry, which HAProxy asks every second: it says
-``down`` while the file `sentry.STALLED` is there. After the restart the sentry goes on saying
-so until it has attested the new start.
+``down`` while the file `sentry.STALLED` names the start that runs. The next start is another
+one, of which the sentry says ``down`` until it is attested: there is no moment in between.
 
 Run as a program: ``python3 -m glm_fleet.watch --help``.
 """
@@ -81,11 +81,12 @@ class Flag:
     def __init__(self, path: Path = STALLED, sleep: Callable[[float], None] = time.sleep) -> None:
         self._path, self._sleep = path, sleep
 
-    def take_out(self, reason: str) -> None:
-        """Let the gateways take the node out of service."""
-        if not self._path.exists():
+    def take_out(self, invocation: str, reason: str) -> None:
+        """Let the gateways take the node out of service for as long as this start lives."""
+        if attest.read_record(self._path).get("invocation") != invocation:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, reason + "\n")
+            said = {"invocation": invocation, "reason": reason}
+            write_atomically(self._path, json.dumps(said) + "\n")
 
     def let_in(self) -> None:
         """Say nothing against the node any more."""
@@ -165,8 +166,7 @@ class Watch:
             self.progress = Progress(self.settings.stall_timeout_s, moved_at=now)
             self.canary = Canary()
         if state["active_state"] != "active":
-            # HAProxy sees by itself that nothing answers.
-            self.flag.let_in()
+            # A start that is being killed can still answer health checks: its flag stays.
             return "inactive"
         try:
             policy = attest.read_policy(self.settings.policy)
@@ -185,7 +185,7 @@ class Watch:
         if seen == HUNG:
             self._incident(state, sample)
         elif seen == SUSPECT:
-            self.flag.take_out("no progress")
+            self.flag.take_out(self.invocation, "no progress")
         else:
             self.given_up = False
             self.flag.let_in()
@@ -212,7 +212,7 @@ class Watch:
         # A start that was killed takes a while to die, and is no second incident.
         if self.given_up or self.clock() < self.ending_until:
             return
-        self.flag.take_out("hung")
+        self.flag.take_out(self.invocation, "hung")
         timeout = self.settings.stall_timeout_s
         _log(3, f"the engine made no step for {timeout:g} s although it was asked to")
         self.flag.wait_until_told()

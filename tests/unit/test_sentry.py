@@ -13,22 +13,22 @@ from glm_fleet import sentry
 @pytest.mark.parametrize(
     ("record", "evidence", "stalled", "said"),
     [
-        ("", "", False, "down #nothing was started"),
-        ("a", "", False, "down #not attested"),
-        ("b", "a", False, "down #not attested"),
-        ("b", "b", False, "up"),
-        ("b", "b", True, "down #the engine makes no progress"),
+        ("", "", "", "down #nothing was started"),
+        ("a", "", "", "down #not attested"),
+        ("b", "a", "", "down #not attested"),
+        ("b", "b", "", "up"),
+        ("b", "b", "b", "down #the engine makes no progress"),
+        ("b", "a", "a", "down #not attested"),
+        ("b", "b", "a", "up"),
     ],
 )
 def test_up_is_said_of_an_attested_start_alone(
-    tmp_path: Path, record: str, evidence: str, stalled: bool, said: str
+    tmp_path: Path, record: str, evidence: str, stalled: str, said: str
 ) -> None:
     files = [tmp_path / name for name in ("serving.json", "attested.json", "stalled")]
-    for path, invocation in zip(files, (record, evidence)):
+    for path, invocation in zip(files, (record, evidence, stalled)):
         if invocation:
             path.write_text(json.dumps({"invocation": invocation}))
-    if stalled:
-        files[2].touch()
     assert sentry.answer(*files) == said
 
 

@@ -87,7 +87,7 @@ def test_a_real_haproxy_hears_it_from_the_sentry(tmp_path: Path) -> None:
             assert status_becomes("MAINT"), "up does not undo what the operator set"
             haproxy.set_state("glm_nodes", "gpu01", "ready")
             assert status_becomes("UP")
-            flag.take_out("hung")
+            flag.take_out("abc", "hung")
             assert status_becomes("DOWN")
             flag.let_in()
             assert status_becomes("UP")
@@ -109,7 +109,8 @@ class Node:
         self.answers, self.serves = True, True
         self.invocation = 1
         self.commands: list[list[str]] = []
-        self.out = False
+        self.out = ""
+        self.active = "active"
         self.stopped = threading.Event()
         policy = folder / "policy.json"
         wanted: dict[str, list[str]] = {"required": [], "forbidden": []}
@@ -132,11 +133,11 @@ class Node:
             ],
         )
 
-    def take_out(self, reason: str) -> None:
-        self.out = True
+    def take_out(self, invocation: str, reason: str) -> None:
+        self.out = invocation
 
     def let_in(self) -> None:
-        self.out = False
+        self.out = ""
 
     def wait_until_told(self) -> None:
         assert self.out
@@ -144,7 +145,7 @@ class Node:
 
     def run(self, argv: Sequence[str], **_: Any) -> RunResult:
         if argv[:2] == ["systemctl", "show"]:
-            text = f"ActiveState=active\nInvocationID=i{self.invocation}\nMainPID=41\n"
+            text = f"ActiveState={self.active}\nInvocationID=i{self.invocation}\nMainPID=41\n"
             return RunResult(0, text, "")
         self.commands.append(list(argv))
         if "--signal=SIGKILL" in argv:
@@ -193,14 +194,14 @@ def node(tmp_path: Path) -> Iterator[Node]:
 def test_a_busy_node_is_left_alone(node: Node) -> None:
     node.running = 32
     assert {node.look() for _ in range(40)} == {"fine"}
-    assert (node.out, node.commands) == (False, [])
+    assert (node.out, node.commands) == ("", [])
     assert node.watch.canary._thread is None, "a busy engine is not asked for more"
 
 
 def test_an_idle_node_is_asked_for_a_token_and_left_alone(node: Node) -> None:
     node.step = 0
     assert {node.look() for _ in range(40)} == {"fine"}
-    assert (node.out, node.commands) == (False, [])
+    assert (node.out, node.commands) == ("", [])
     assert node.watch.canary.answered
 
 
@@ -230,7 +231,7 @@ def test_a_hung_node_is_told_recorded_and_restarted(node: Node, running: int) ->
     assert "stack of 42" in stacks["stack-42-VLLM-EngineCore.txt"]
     node.stopped.set()
     assert node.look(3) == "starting"
-    assert node.out
+    assert node.out == "i1", "the start that is no more"
     node.running, node.step, node.answers, node.serves = 0, 0, True, True
     node.look()
     assert node.look() == "fine"
@@ -245,8 +246,11 @@ def test_a_start_that_dies_slowly_is_one_incident(node: Node) -> None:
         pass
     known = len(node.commands)
     assert node.look(3) == "hung"
-    assert node.out
     assert len(node.commands) == known, "it was killed, and is left to die"
+    node.active = "deactivating"
+    assert node.look(3) == "inactive"
+    assert node.out == "i1", "what is being killed can still answer /health"
+    node.active = "active"
     node.invocation += 1
     assert node.look() == "starting"
 
