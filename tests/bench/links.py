@@ -22,8 +22,11 @@ from glm_fleet.swarm import Job, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 8009
-_BRIDGE = "glmbench"
-_NETWORK = "10.78.0"
+COMMIT = "c0ffee" + "0" * 34
+# A name is the beginning of the names of a bridge and of its links.
+_LAN, _UPLINKS = "glmbench", "glmuplink"
+_NETWORKS = {_LAN: "10.78.0", _UPLINKS: "10.78.1"}
+_INSIDE = {_LAN: "eth0", _UPLINKS: "up0"}
 
 
 def run(*words: str, check: bool = True) -> None:
@@ -33,7 +36,7 @@ def run(*words: str, check: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Node:
-    """A namespace with one link and one address."""
+    """A namespace with one link to the other nodes, and perhaps one to the world."""
 
     number: int
 
@@ -49,15 +52,27 @@ class Node:
 
     @property
     def address(self) -> str:
-        """Its address."""
-        return f"{_NETWORK}.{10 + self.number}"
+        """Its address among the nodes."""
+        return f"{_NETWORKS[_LAN]}.{10 + self.number}"
 
-    def limit(self, rate: int) -> None:
-        """Limit its link, both ways, to ``rate`` bits per second."""
+    @property
+    def world_address(self) -> str:
+        """Its address at its uplink."""
+        return f"{_NETWORKS[_UPLINKS]}.{10 + self.number}"
+
+    def connect(self, bridge: str, rate: int) -> None:
+        """Give it a link of ``rate`` bits per second, each way."""
+        outside, inside = f"{bridge}-{self.number}", _INSIDE[bridge]
+        peer = ["peer", "name", inside, "netns", self.space]
+        run("ip", "link", "add", outside, "type", "veth", *peer)
+        run("ip", "link", "set", outside, "master", bridge, "up")
+        address = f"{_NETWORKS[bridge]}.{10 + self.number}/24"
+        run("ip", "-netns", self.space, "address", "add", address, "dev", inside)
+        run("ip", "-netns", self.space, "link", "set", inside, "up")
         tbf = ["tbf", "rate", str(rate), "burst", "64kb", "latency", "50ms"]
-        run("tc", "qdisc", "replace", "dev", f"{_BRIDGE}-{self.number}", "root", *tbf)
-        inside = ["ip", "netns", "exec", self.space]
-        run(*inside, "tc", "qdisc", "replace", "dev", "eth0", "root", *tbf)
+        run("tc", "qdisc", "replace", "dev", outside, "root", *tbf)
+        shape = ["tc", "qdisc", "replace", "dev", inside, "root", *tbf]
+        run("ip", "netns", "exec", self.space, *shape)
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program in it."""
@@ -65,24 +80,23 @@ class Node:
 
 
 @contextlib.contextmanager
-def network(count: int, rate: int) -> Iterator[list[Node]]:
-    """``count`` namespaces on one bridge, each with a link of ``rate`` bits per second."""
+def network(count: int, rate: int, uplinks: Sequence[int] = ()) -> Iterator[list[Node]]:
+    """``count`` namespaces on one bridge, each with a link of ``rate`` bits per second.
+
+    The first ones have a second link at another bridge, of so many bits per second.
+    """
     nodes = [Node(number) for number in range(count)]
     remove(nodes)
     try:
-        run("ip", "link", "add", _BRIDGE, "type", "bridge")
-        run("ip", "link", "set", _BRIDGE, "up")
+        for bridge in _NETWORKS:
+            run("ip", "link", "add", bridge, "type", "bridge")
+            run("ip", "link", "set", bridge, "up")
         for node in nodes:
             run("ip", "netns", "add", node.space)
-            inside = ["ip", "-netns", node.space]
-            peer = ["peer", "name", "eth0", "netns", node.space]
-            outside = f"{_BRIDGE}-{node.number}"
-            run("ip", "link", "add", outside, "type", "veth", *peer)
-            run("ip", "link", "set", outside, "master", _BRIDGE, "up")
-            run(*inside, "address", "add", f"{node.address}/24", "dev", "eth0")
-            run(*inside, "link", "set", "eth0", "up")
-            run(*inside, "link", "set", "lo", "up")
-            node.limit(rate)
+            run("ip", "-netns", node.space, "link", "set", "lo", "up")
+            node.connect(_LAN, rate)
+        for node, uplink in zip(nodes, uplinks):
+            node.connect(_UPLINKS, uplink)
         yield nodes
     finally:
         remove(nodes)
@@ -92,7 +106,8 @@ def remove(nodes: Sequence[Node]) -> None:
     """Take the namespaces away; the links go with them."""
     for node in nodes:
         run("ip", "netns", "delete", node.space, check=False)
-    run("ip", "link", "delete", _BRIDGE, check=False)
+    for bridge in _NETWORKS:
+        run("ip", "link", "delete", bridge, check=False)
 
 
 class Swarm:
@@ -203,4 +218,4 @@ def make_artifact(root: Path, size: int, shards: int = 12, small: int = 8) -> Ma
                 left -= stream.write(os.urandom(min(left, 1 << 24)))
     for number in range(small):
         (folder / f"config-{number}.json").write_bytes(os.urandom(20_000))
-    return store.adopt(folder, kind="model", slug="bench", provenance={"made": "for a bench"})
+    return store.adopt(folder, kind="model", slug="bench", provenance={"revision": COMMIT})

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moving an artifact to N nodes: ours and rsync's, over links of a given rate, as root.
 
-GLM_FLEET_BENCH_BYTES and GLM_FLEET_BENCH_RATE (bits per second) choose other sizes: 2 GB at
-200 Mbit/s is what docs/distribution.md shows. Links and not processors have to be the limit.
+GLM_FLEET_BENCH_BYTES and GLM_FLEET_BENCH_RATE (bits per second) choose other sizes; those of
+docs/distribution.md stand there. Links and not processors have to be the limit: seven nodes that
+receive, hash and give on are a lot for two cores.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from glm_fleet.artifact import FileEntry, Manifest, Store
-from glm_fleet.torrent import bundles
+from glm_fleet.artifact import Manifest, Store
+from glm_fleet.torrent import shares
 
 from .conftest import REPORT, ROOT, Record
-from .links import Node, Swarm, make_artifact, network
+from .links import COMMIT, Node, Swarm, make_artifact, network
 from .plot import Line, svg
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
@@ -32,16 +33,34 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for networ
 BYTES = int(os.environ.get("GLM_FLEET_BENCH_BYTES", "256000000"))
 RATE = int(os.environ.get("GLM_FLEET_BENCH_RATE", "100000000"))
 COUNTS = (1, 2, 4, 7)
-CONTEXT = f"{BYTES / 1e6:.0f} MB in 12 shards, {RATE / 1e6:.0f} Mbit/s"
+SHARDS = 12
+# What leads out of a site is narrower than what connects its nodes.
+UPLINK = RATE // 4
+CONTEXT = f"{BYTES / 1e6:.0f} MB in {SHARDS} shards, {RATE / 1e6:.0f} Mbit/s"
+# A file travels on when it is whole, so their number matters: it is that of the model.
+HUB_SHARDS = 83
+
+
+@contextlib.contextmanager
+def made(factory: pytest.TempPathFactory, shards: int) -> Iterator[tuple[Path, Manifest]]:
+    """The folder of node 0, which has everything, and the manifest."""
+    folder = factory.mktemp("artifact")
+    yield folder, make_artifact(folder / "node0/artifacts", BYTES, shards)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Manifest]]:
-    """The folder of node 0, which has everything, and the manifest."""
-    folder = tmp_path_factory.mktemp("artifact")
-    manifest = make_artifact(folder / "node0/artifacts", BYTES)
-    yield folder, manifest
-    shutil.rmtree(folder)
+    """Twelve shards, as in the lab."""
+    with made(tmp_path_factory, SHARDS) as artifact:
+        yield artifact
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Manifest]]:
+    """As many shards as the model has."""
+    with made(tmp_path_factory, HUB_SHARDS) as artifact:
+        yield artifact
 
 
 @contextlib.contextmanager
@@ -71,11 +90,18 @@ def by_swarm(folder: Path, manifest: Manifest, count: int) -> float:
 
 
 def by_rsync(folder: Path, manifest: Manifest, count: int) -> float:
+    """Return the time in units of the floor of what is moved: a quarter, as it takes so long."""
     source = Store(folder / "node0/artifacts").published_path("model", manifest.id)
+    sample = folder / "sample"
+    sample.mkdir(exist_ok=True)
+    for shard in sorted(source.glob("*.safetensors"))[: SHARDS // 4]:
+        if not (sample / shard.name).exists():
+            os.link(shard, sample / shard.name)
+    least = sum(each.stat().st_size for each in sample.iterdir()) * 8 / RATE
     config = folder / "rsyncd.conf"
     config.write_text(
         f"use chroot = no\nuid = root\ngid = root\npid file = {folder}/rsyncd.pid\n"
-        f"[artifact]\npath = {source}\n"
+        f"[artifact]\npath = {sample}\n"
     )
     (folder / "rsyncd.pid").unlink(missing_ok=True)
     with network(count + 1, RATE) as nodes:
@@ -90,7 +116,7 @@ def by_rsync(folder: Path, manifest: Manifest, count: int) -> float:
                 for node in nodes[1:]
             ]
             assert [each.wait(3600) for each in receivers] == [0] * count
-            return time.monotonic() - begun
+            return (time.monotonic() - begun) / least
         finally:
             daemon.terminate()
             daemon.wait()
@@ -109,13 +135,13 @@ def test_one_source_to_many(artifact: tuple[Path, Manifest], record: Record) -> 
         )
     if shutil.which("rsync") is None:
         pytest.skip("rsync is not here: nothing to compare with")
-    theirs = {count: by_rsync(folder, manifest, count) / least for count in COUNTS}
+    theirs = {count: by_rsync(folder, manifest, count) for count in COUNTS}
     record(
         "artifact_against_rsync",
         ours[7] / theirs[7],
         goal=0.2,
         unit="times parallel rsync to 7 nodes",
-        context=CONTEXT,
+        context=f"{CONTEXT}; rsync with a quarter of it, each beside its own floor",
     )
     REPORT.with_name("distribution.svg").write_text(
         svg(
@@ -130,87 +156,91 @@ def test_one_source_to_many(artifact: tuple[Path, Manifest], record: Record) -> 
     )
 
 
-SERVER = """
-import functools, http.server, sys
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sys.argv[1])
-handler.log_message = None
-http.server.ThreadingHTTPServer(("0.0.0.0", 8800), handler).serve_forever()
-"""
-
 FETCH = """
-import json, shutil, sys, urllib.request
+import json, sys
 from pathlib import Path
-from glm_fleet.artifact import FileEntry, Store, parse_manifest
+from glm_fleet.artifact import Store, parse_manifest
+from glm_fleet.hub import Fetcher, HubClient, Patience, Source
+from glm_fleet.progress import Meter
 job = json.load(sys.stdin)
 manifest = parse_manifest(job["manifest"])
+source = Source("bench/model", manifest.provenance["revision"], (job["url"],))
 store = Store(Path(job["root"]))
-parts = store.work_path("model", manifest.id)
-parts.mkdir(parents=True, exist_ok=True)
-for entry in (FileEntry(**each) for each in job["entries"]):
-    part = parts / "part"
-    with urllib.request.urlopen(f"{job['url']}/{entry.path}") as answer, part.open("wb") as sink:
-        shutil.copyfileobj(answer, sink, 1 << 20)
-    assert store.receive(manifest, entry, part) == entry.sha256
+Fetcher(store, source, HubClient(""), Patience(60), Meter("fetching")).fetch(manifest, job["files"])
 """
 
 
-def from_hub(folder: Path, manifest: Manifest, fetchers: int, hub_rate: int) -> float:
-    """Bring what a hub has to four nodes, of which the first ones fetch a share each."""
+def make_repository(folder: Path, manifest: Manifest) -> Path:
+    """Lay out what the lab's hub serves, with the files of node 0."""
     source = Store(folder / "node0/artifacts").published_path("model", manifest.id)
-    with network(5, RATE) as nodes:
+    repository = folder / "hub/bench/model"
+    tree = repository / "revisions" / COMMIT
+    tree.mkdir(parents=True, exist_ok=True)
+    (repository / "refs.json").write_text(json.dumps({"main": COMMIT}))
+    for entry in manifest.files:
+        if not (tree / entry.path).exists():
+            os.link(source / entry.path, tree / entry.path)
+    return folder / "hub"
+
+
+def from_hub(folder: Path, manifest: Manifest, fetchers: int) -> float:
+    """Bring what a hub has to four nodes, of which the first ones fetch a share each."""
+    served = make_repository(folder, manifest)
+    # The hub is faster than all uplinks.
+    with network(5, RATE, [8 * UPLINK, *[UPLINK] * fetchers]) as nodes:
         hub, *receivers = nodes
-        hub.limit(hub_rate)
-        served = hub.start(sys.executable, "-c", SERVER, str(source), stderr=subprocess.DEVNULL)
+        serve = [sys.executable, "-m", "lab.hub", str(served), "--port", "8800"]
+        server = hub.start(*serve, "--bind", hub.world_address, cwd=ROOT, stderr=subprocess.DEVNULL)
         swarm = Swarm(receivers, manifest, folder)
-        parts = bundles(manifest)
+        shared = shares(
+            manifest,
+            [node.name for node in receivers[:fetchers]],
+            [entry.path for entry in manifest.files],
+        )
         processes = []
         try:
             with running(swarm):
                 time.sleep(1)
                 begun = time.monotonic()
-                for number, node in enumerate(receivers[:fetchers]):
-                    entries: list[FileEntry] = [
-                        entry for part in parts[number::fetchers] for entry in part.entries
-                    ]
+                for node in receivers[:fetchers]:
                     fetch = node.start(
-                        sys.executable,
-                        "-B",
-                        "-c",
-                        FETCH,
+                        *(sys.executable, "-B", "-c", FETCH),
                         stdin=subprocess.PIPE,
                         env={**os.environ, "PYTHONPATH": str(ROOT / "module_utils")},
                     )
                     job = {
                         "manifest": manifest.as_dict(),
                         "root": str(swarm.root(node)),
-                        "entries": [vars(entry) for entry in entries],
-                        "url": f"http://{hub.address}:8800",
+                        "files": shared[node.name],
+                        "url": f"http://{hub.world_address}:8800",
                     }
                     assert fetch.stdin is not None
                     fetch.stdin.write(json.dumps(job).encode())
                     fetch.stdin.close()
                     processes.append(fetch)
-                swarm.wait()
+                swarm.wait(1800)
+                taken = time.monotonic() - begun
                 assert [each.wait(10) for each in processes] == [0] * fetchers
-                return time.monotonic() - begun
+                return taken
         finally:
-            served.terminate()
-            served.wait()
+            server.terminate()
+            server.wait()
             shutil.rmtree(folder / receivers[0].name, ignore_errors=True)
 
 
-def test_from_the_hub(artifact: tuple[Path, Manifest], record: Record) -> None:
-    folder, manifest = artifact
-    one = from_hub(folder, manifest, 1, RATE) / floor(manifest)
-    record("artifact_hub_one_uplink", one, goal=1.15, unit="times the uplink", context=CONTEXT)
-    # Each fetcher gets a quarter of the bytes at its own rate; the links among them are as fast.
-    four = from_hub(folder, manifest, 4, 4 * RATE) / (floor(manifest) / 4)
+@pytest.mark.parametrize(("fetchers", "goal"), [(1, 1.15), (4, 1.35)])
+def test_from_the_hub(
+    fetchers: int, goal: float, repository: tuple[Path, Manifest], record: Record
+) -> None:
+    folder, manifest = repository
+    least = manifest.bytes * 8 / UPLINK / fetchers
     record(
-        "artifact_hub_four_uplinks",
-        four,
-        goal=1.35,
-        unit="times four uplinks",
-        context=f"{CONTEXT}; a node's link carries the hub's share and the other nodes'",
+        f"artifact_hub_{fetchers}_uplink{'s' * (fetchers > 1)}",
+        from_hub(folder, manifest, fetchers) / least,
+        goal=goal,
+        unit="times the uplinks",
+        context=f"{BYTES / 1e6:.0f} MB in {HUB_SHARDS} shards, {UPLINK / 1e6:.0f} Mbit/s to the "
+        f"hub, {RATE / 1e6:.0f} between 4 nodes",
     )
 
 
