@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +148,17 @@ def session_settings(address: str, port: int, rate_limit: int, peers: int) -> di
     }
 
 
+def priorities(pieces: int, takers: Collection[str], own: str) -> list[int]:
+    """Return the engine's priority, 1 to 7, of each piece for one of those who take a bundle.
+
+    Each begins with other pieces. Two that take the same from a seed make it send them twice,
+    and while there is one seed, its link is what everybody waits for. Nothing is reserved: who
+    is done with its own goes on with the rest, so that a slow node holds nobody up.
+    """
+    mine = sorted(takers).index(own)
+    return [7 if number % len(takers) == mine else 1 for number in range(pieces)]
+
+
 @dataclass
 class Travel:
     """How far one bundle has come on this node."""
@@ -162,6 +173,7 @@ class Travel:
     seen: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     right: set[str] = field(default_factory=set)
     attempts: int = 0
+    takers: set[str] = field(default_factory=set)
     moved: float = 0.0
     done: int = 0
 
@@ -211,14 +223,17 @@ class Agent:
         self._addresses = {
             name: resolve(address) for name, address in job.peers.items() if address != job.address
         }
+        self._own = resolve(job.address)
         self._open()
         self._session = self._open_session()
 
     # -- the engine
 
     def _open_session(self) -> Any:
-        lt, own = self._lt, resolve(self._job.address)
-        settings = session_settings(own, self._job.port, self._job.rate_limit, len(self._addresses))
+        lt = self._lt
+        settings = session_settings(
+            self._own, self._job.port, self._job.rate_limit, len(self._addresses)
+        )
         session = lt.session(settings)
         allowed = lt.ip_filter()
         allowed.add_rule("0.0.0.0", "255.255.255.255", 1)  # noqa: S104 - blocks all
@@ -255,6 +270,7 @@ class Agent:
         parameters.flags = flags
         travel.handle = self._session.add_torrent(parameters)
         travel.moved, travel.done, travel.flushed = self._clock(), 0, False
+        travel.takers = set()
 
     def _remove(self, travel: Travel) -> None:
         if travel.handle is not None:
@@ -439,10 +455,21 @@ class Agent:
                 entries = travel.bundle.entries
                 travel.check = self._start(self._verify, self._home(), entries)
             return
-        connected = {str(peer.ip[0]) for peer in travel.handle.get_peer_info()}
+        peers = travel.handle.get_peer_info()
+        self._divide(travel, peers)
+        connected = {str(peer.ip[0]) for peer in peers}
         for address in self._addresses.values():
             if address not in connected:
                 travel.handle.connect_peer((address, self._job.port))
+
+    def _divide(self, travel: Travel, peers: Iterable[Any]) -> None:
+        """Ask first for this node's part of what only a seed has, see `priorities`."""
+        seed = self._lt.peer_info.seed
+        takers = {self._own, *(str(peer.ip[0]) for peer in peers if not peer.flags & seed)}
+        if takers != travel.takers:
+            travel.takers = takers
+            count = travel.handle.torrent_file().num_pieces()
+            travel.handle.prioritize_pieces(priorities(count, takers, self._own))
 
     def _checking(self) -> tuple[Any, ...]:
         states = self._lt.torrent_status.states

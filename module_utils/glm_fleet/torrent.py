@@ -43,8 +43,8 @@ class Bundle:
 
     @property
     def piece_length(self) -> int:
-        """Bytes of a piece: about 1400 of them, from 1 to 4 MiB."""
-        length = _MIB
+        """Bytes of a piece: about 1400 of them, from 128 KiB to 4 MiB."""
+        length = _MIB // 8
         while length < 4 * _MIB and length * _PIECES < self.bytes:
             length *= 2
         return length

@@ -148,7 +148,7 @@ def test_big_files_travel_alone_and_small_ones_together() -> None:
     )
     made = bundles(Manifest("model", "m", files, {}))
     assert [[each.path for each in bundle.entries] for bundle in made] == [["b"], ["e"], ["a", "c"]]
-    assert [bundle.piece_length for bundle in made] == [4 * MIB, MIB, MIB]
+    assert [bundle.piece_length for bundle in made] == [4 * MIB, MIB // 8, MIB // 8]
 
 
 def test_every_node_publishes_the_same_bytes(fleet: Fleet, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_standstill_is_explained(tmp_path: Path, fleet: Fleet) -> None:
     text = alone.states["node1"]["failure"]["msg"]
     alone.close()
     assert "stands still" in text
-    assert "big.bin: 65 of 65 pieces are missing; no node holds them any more" in text
+    assert "big.bin: 520 of 520 pieces are missing; no node holds them any more" in text
 
 
 def test_a_torrent_of_other_bytes_publishes_nothing(tmp_path: Path, fleet: Fleet) -> None:
@@ -285,6 +285,13 @@ def test_the_agent_ends_with_its_last_controller_or_when_nothing_moves(
     agent.answer({"run": "two", "leave": True})
     assert agent.ended()
     agent.close()
+
+
+def test_each_node_begins_with_other_pieces() -> None:
+    nodes = {"10.0.0.1", "10.0.0.2", "10.0.0.10"}
+    wanted = [swarm.priorities(8, nodes, node) for node in nodes]
+    assert [sorted(each) for each in zip(*wanted)] == [[1, 1, 7]] * 8
+    assert swarm.priorities(3, {"10.0.0.1"}, "10.0.0.1") == [7, 7, 7]
 
 
 def test_the_session_finds_nobody_by_itself() -> None:
