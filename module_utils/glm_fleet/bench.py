@@ -98,7 +98,8 @@ def request_body(model: str, load: Load, number: int, *, tokens: int, salt: str)
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "cache_salt": f"{salt}/{number}",
+        # vLLM 0.32 refuses one with a slash.
+        "cache_salt": f"{salt}-{number}",
     }
 
 
@@ -389,9 +390,9 @@ def measure(server: Server, load: Load, streams: int, *, salt: str) -> dict[str,
     The warm-up asks for the whole prompts, so that what is compiled or captured for this
     many streams is there before anything counts. Returns what `summarize` does.
     """
-    salt = f"{salt}/{streams}"
+    salt = f"{salt}-{streams}"
     warmup = [
-        request_body(server.model, load, number, tokens=load.warmup_tokens, salt=f"{salt}/w")
+        request_body(server.model, load, number, tokens=load.warmup_tokens, salt=f"{salt}-w")
         for number in range(streams)
     ]
     _checked(server, send_wave(server, warmup, load.silence_s), load.warmup_tokens, counts=False)
