@@ -169,6 +169,28 @@ def test_streams_one_after_the_other_are_counted_over_the_whole_time() -> None:
     assert level["decode_together"] == pytest.approx(10)
 
 
+def held(begun: float, at: float, tokens: int, events: int) -> Stream:
+    """An answer whose events all arrived at once."""
+    return Stream(begun=begun, arrivals=[at] * events, tokens=tokens, node="gpu01")
+
+
+@pytest.mark.parametrize("events", [1, 11])
+def test_an_answer_in_one_piece_among_others_counts_its_tokens_only(events: int) -> None:
+    streams = [stream(0.0, 0.2, 0.1, 11), stream(0.0, 0.2, 0.1, 11), held(0.0, 0.9, 11, events)]
+    assert bench._checked(Server("127.0.0.1", 1, "m"), streams, 11) == streams
+    level = bench.summarize([streams])
+    assert level["decode_per_stream"] == pytest.approx(10)
+    assert level["decode_together"] == pytest.approx(30)
+    assert level["output_rate"] == pytest.approx(33 / 1.2, abs=1e-3)
+    assert level["itl_ms"]["median"] == pytest.approx(100)
+
+
+def test_most_answers_in_one_piece_are_refused() -> None:
+    streams = [stream(0.0, 0.2, 0.1, 11), held(0.0, 0.9, 11, 1), held(0.0, 0.9, 11, 1)]
+    with pytest.raises(FleetError, match="2 failed; the first: the whole answer came in one piece"):
+        bench._checked(Server("127.0.0.1", 1, "m"), streams, 11)
+
+
 def test_percentiles_are_interpolated() -> None:
     assert bench.percentile([3.0], 0.99) == 3.0
     assert bench.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
