@@ -14,7 +14,8 @@ description:
     ports and differ where a host is node and gateway; the tensor parallel size must divide
     the number of GPUs.
   - A variable that looks like one of a role's, but is none, is named with the one that was
-    probably meant.
+    probably meant; so is a value that the role's argument specification does not allow. A
+    value that is a template is left to its role.
 author: "glm-fleet contributors (@glm-fleet)"
 attributes:
   check_mode:
@@ -37,6 +38,13 @@ problems:
   type: list
   elements: str
   returned: always
+left_out:
+  description:
+    - What add_host needs for each group that the inventory need not name, as C(group),
+      C(host) and, for the controller, C(connection) and C(interpreter).
+  type: list
+  elements: dict
+  returned: success
 """
 
 from ansible.module_utils.basic import AnsibleModule

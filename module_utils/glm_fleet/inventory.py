@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,7 +13,11 @@ from .errors import FleetError
 NODES = "gpu_nodes"
 GATEWAYS = "gateways"
 BUILDERS = "builders"
+FETCHERS = "fetchers"
+CONTROLLER = "controller"
 _PORTS = ("serving_port", "serving_sentry_port", "gateway_port", "artifact_port")
+# What has a check of its own, which says more.
+_JUDGED = (*_PORTS, "serving_tensor_parallel_size", "preflight_gpu_count")
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,17 @@ class Inventory:
 
     ``groups`` maps group names to hosts; ``names`` maps each host to the names of its
     variables; ``value(host, name)`` gives a variable's value or None; ``known`` holds
-    every variable of the roles with its default, None where it has none.
+    every variable of the roles with its default, None where it has none. ``literals`` are the
+    variables of a host whose values need no template, and ``complaint(name, value)`` says what
+    the roles' argument specifications have against one, '' if nothing.
     """
 
     groups: Mapping[str, Sequence[str]]
     names: Mapping[str, Iterable[str]]
     value: Callable[[str, str], Any]
     known: Mapping[str, Any]
+    literals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    complaint: Callable[[str, Any], str] = lambda _name, _value: ""
 
     def setting(self, host: str, name: str) -> Any:
         """Return what the role will see: the host's value, or else the role's default."""
@@ -40,7 +48,7 @@ def check_inventory(inventory: Inventory) -> None:
     """Raise one `FleetError` that names every mistake; ``details`` lists them."""
     problems = [
         problem
-        for check in (_groups, _addresses, _ports, _tensor_parallel, _names)
+        for check in (_groups, _addresses, _ports, _tensor_parallel, _names, _values)
         for problem in check(inventory)
     ]
     if problems:
@@ -129,10 +137,39 @@ def _names(inventory: Inventory) -> Iterator[str]:
         closest = _closest(name, prefixes, inventory.known)
         if name.split("_", 1)[0] not in prefixes and not closest:
             continue
-        hosts = users[name]
-        where = "all hosts" if len(hosts) == len(inventory.names) > 1 else ", ".join(hosts)
         hint = f"; did you mean {closest}?" if closest else ""
-        yield f"no role knows the variable {name} (set for {where}){hint}"
+        yield f"no role knows the variable {name} (set for {_where(inventory, users[name])}){hint}"
+
+
+def _values(inventory: Inventory) -> Iterator[str]:
+    """A value of a wrong type or choice would fail its role, maybe half an hour into a run."""
+    wrong: dict[str, list[str]] = {}
+    # Most hosts have the value of their group: each is judged once.
+    judged: dict[tuple[str, str], str] = {}
+    for host, values in inventory.literals.items():
+        for name, value in values.items():
+            if name not in inventory.known or name in _JUDGED:
+                continue
+            key = (name, repr(value))
+            if key not in judged:
+                judged[key] = inventory.complaint(name, value)
+            if judged[key]:
+                wrong.setdefault(judged[key], []).append(host)
+    for complaint, hosts in wrong.items():
+        yield f"{complaint} (set for {_where(inventory, hosts)})"
+
+
+def _where(inventory: Inventory, hosts: Sequence[str]) -> str:
+    return "all hosts" if len(hosts) == len(inventory.names) > 1 else ", ".join(hosts)
+
+
+def left_out(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return {group: host} for the groups that an inventory need not name.
+
+    The controller builds releases, and the first node fetches the weights.
+    """
+    hosts = {BUILDERS: CONTROLLER, FETCHERS: next(iter(groups.get(NODES, ())), "")}
+    return {group: host for group, host in hosts.items() if host and not groups.get(group)}
 
 
 def _closest(name: str, prefixes: Iterable[str], known: Iterable[str]) -> str:

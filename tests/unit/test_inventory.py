@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from glm_fleet.errors import FleetError
-from glm_fleet.inventory import Inventory, check_inventory
+from glm_fleet.inventory import Inventory, check_inventory, left_out
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {
@@ -32,6 +32,8 @@ def problems(groups: dict[str, list[str]], hosts: dict[str, dict[str, Any]]) -> 
         names={host: list(variables) for host, variables in hosts.items()},
         value=lambda host, name: hosts[host].get(name),
         known=KNOWN,
+        literals=hosts,
+        complaint=lambda name, value: f"{name} is odd" if value == "odd" else "",
     )
     try:
         check_inventory(inventory)
@@ -100,6 +102,22 @@ def test_ports_and_addresses() -> None:
     assert "both would listen" in problems(both, {"a": {"gateway_port": 8000}})[0]
 
 
+def test_a_wrong_value_is_named_once_with_its_hosts() -> None:
+    groups = {"gpu_nodes": ["gpu01", "gpu02"], "gateways": ["gw01"]}
+    hosts = {"gpu01": {"serve_batch": "odd"}, "gpu02": {"serve_batch": "odd"}, "gw01": {}}
+    assert problems(groups, hosts) == ["serve_batch is odd (set for gpu01, gpu02)"]
+    assert fleet(serving_port="odd") == [
+        "serving_port of gpu01 is 'odd': a port is a number from 1 to 65535"
+    ]
+
+
+def test_groups_that_are_left_out_have_a_host() -> None:
+    nodes = {"gpu_nodes": ["gpu01", "gpu02"]}
+    assert left_out(nodes) == {"builders": "controller", "fetchers": "gpu01"}
+    assert left_out({**nodes, "fetchers": ["gpu02"]}) == {"builders": "controller"}
+    assert left_out({"builders": ["controller"]}) == {}
+
+
 def test_all_mistakes_come_at_once() -> None:
     assert len(fleet(serving_port=0, serving_tensor_parallel_size=5, serving_prt=1)) == 3
 
@@ -150,13 +168,25 @@ def test_the_playbook_checks_once_and_fills_the_groups(tmp_path: Path) -> None:
 def test_the_playbook_stops_before_any_host(tmp_path: Path) -> None:
     wrong = {
         "all": {
-            "vars": {"serving_tensor_parallel_size": 3, "serving_prot": 1},
+            "vars": {
+                "serving_tensor_parallel_size": 3,
+                "serving_prot": 1,
+                "health_fail_on": "sometimes",
+                "preflight_commands": "{{ later }}",
+                "serve_batch": "{{ later }}",
+            },
             "children": {"gpu_nodes": {"hosts": {"gpu01": {}}}},
         }
     }
     done = run_check(tmp_path, wrong)
     assert done.returncode == 2
-    for words in ("3 mistakes", "does not divide", "serving_prot", "gateways has no hosts"):
+    for words in (
+        "4 mistakes",
+        "does not divide",
+        "serving_prot",
+        "gateways has no hosts",
+        "value of health_fail_on must be one of: never, broken, degraded, got: sometimes",
+    ):
         assert words in done.stdout
     assert "builders=" not in done.stdout
 
