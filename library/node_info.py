@@ -66,7 +66,7 @@ options:
     elements: str
     default: []
   controller_epoch:
-    description: The controller's clock when the task was sent, in seconds since 1970.
+    description: The controller's clock, in seconds since 1970; that of the call if not given.
     type: float
   xid_window_s:
     description: How far back the kernel's log of this boot is read, in seconds.
@@ -82,6 +82,13 @@ options:
     description: How long the canary may wait for an answer, in seconds.
     type: float
     default: 20
+  deep:
+    description:
+      - Whether to read and hash every byte of the release and the model that the O(links)
+        C(current) and C(model) lead to, with M(artifact), where there is an O(artifact_root).
+        Damage is noted there, so that the next run fetches the files again.
+    type: bool
+    default: false
   gateway_url:
     description: On a gateway, its own front door, such as V(http://127.0.0.1:8080/health).
       Empty where there is no gateway.
@@ -91,13 +98,13 @@ options:
     description: HAProxy's configuration, which HAProxy itself is asked to check.
     type: path
     default: /etc/haproxy/haproxy.cfg
-  expect:
+  settings:
     description:
-      - What the facts will be compared with, as C(asked), C(gpu_node) and C(expect). The action
-        plugin keeps what is C(asked) beside the facts, in RV(record).
-    type: list
-    elements: dict
-    default: []
+      - A role whose variables say what is asked and what the facts are compared with; what is
+        given here goes before. The action plugin keeps what is expected beside the facts, in
+        RV(record).
+    type: str
+    default: ""
 attributes:
   check_mode:
     description: Reads only, so check mode makes no difference.
@@ -228,6 +235,15 @@ node:
       description: Why there is no attestation, or empty.
       type: str
       returned: with O(attest)
+    verified:
+      description: What M(artifact) says of each artifact that was hashed.
+      type: list
+      elements: dict
+      returned: with O(deep)
+    verified_error:
+      description: Why nothing could be hashed, or empty.
+      type: str
+      returned: with O(deep)
     gateway:
       description: What M(haproxy_info) returns, with config_error (what HAProxy says against its
         configuration, or empty), client (status, seconds, node, error of one request) and held
@@ -266,13 +282,16 @@ def main() -> None:
             "xid_window_s": {"type": "int", "default": 86400},
             "attest": {"type": "bool", "default": False},
             "canary_timeout_s": {"type": "float", "default": 20.0},
+            "deep": {"type": "bool", "default": False},
             "gateway_url": {"type": "str", "default": ""},
             "gateway_config": {"type": "path", "default": "/etc/haproxy/haproxy.cfg"},
-            "expect": {"type": "list", "elements": "dict", "default": []},
+            "settings": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
-    query = NodeQuery(**{key: each for key, each in module.params.items() if key != "expect"})
+    # These are the action plugin's.
+    params = {key: each for key, each in module.params.items() if key not in ("deep", "settings")}
+    query = NodeQuery(**params)
     module.exit_json(changed=False, node=read_node(query, Host(run_program)))
 
 

@@ -94,7 +94,6 @@ from ansible.module_utils.glm_fleet import attest
 from ansible.module_utils.glm_fleet.deployment import Deployments, Places
 from ansible.module_utils.glm_fleet.errors import FleetError
 from ansible.module_utils.glm_fleet.runner import run_program
-from ansible.module_utils.glm_fleet.sentry import api_key
 
 
 def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +153,7 @@ def main() -> None:
         http = attest.local_http(
             policy["port"],
             address=policy["address"],
-            api_key=api_key(Path(params["environment_file"])),
+            api_key=attest.read_api_key(Path(params["environment_file"])),
         )
         if params["mode"] == "watch":
             watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -137,6 +138,19 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+def read_api_key(environment_file: Path) -> str:
+    """Return the key that clients have to send, '' if there is none."""
+    try:
+        text = environment_file.read_text()
+    except OSError:
+        return ""
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        if name == "VLLM_API_KEY":
+            return "".join(shlex.split(value))
+    return ""
 
 
 def local_http(

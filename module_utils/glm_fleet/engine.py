@@ -16,7 +16,6 @@ from typing import Any, Callable
 from . import attest
 from .gate import RECORD
 from .runner import Runner
-from .sentry import api_key
 
 POLICY = Path("/etc/glm-fleet/attestation.json")
 ENVIRONMENT = Path("/etc/glm-fleet/serving.env")
@@ -158,7 +157,7 @@ def look(
             "engine": {"state": "down", "phase": attest.phase(words)},
         }
     policy = attest.read_policy(policy_path)
-    address, key = policy["address"], api_key(environment_path)
+    address, key = policy["address"], attest.read_api_key(environment_path)
 
     def open_client(timeout_s: float) -> attest.Http:
         return client(policy["port"], address=address, api_key=key, timeout_s=timeout_s)

@@ -13,6 +13,7 @@ import csv
 import io
 import re
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,31 +113,39 @@ class GpuReport:
 
 
 def read_gpus(run: Runner) -> GpuReport:
-    """Ask ``nvidia-smi`` and return what it says; a failure becomes `GpuReport.error`."""
-    errors: list[str] = []
+    """Ask ``nvidia-smi`` and return what it says; a failure becomes `GpuReport.error`.
 
-    def ask(*arguments: str) -> str:
+    The three questions go side by side: each takes a second and more where the driver has to
+    wake the GPUs.
+    """
+
+    def ask(*arguments: str) -> tuple[str, str]:
         try:
             answer = run(["nvidia-smi", *arguments], timeout=_TIMEOUT_S, check=False)
         except FleetError as error:
-            errors.append(f"{error.message}: {error.found}")
-            return ""
-        if answer.rc != 0:
-            # Its complaints go to stdout; a lost GPU fails the call but leaves the others in it.
-            said = " ".join((answer.stderr.strip() or answer.stdout.strip()).split())[-300:]
-            errors.append(f"nvidia-smi {' '.join(arguments)} ended with {answer.rc}: {said}")
-        return answer.stdout
+            return "", f"{error.message}: {error.found}"
+        if answer.rc == 0:
+            return answer.stdout, ""
+        # Its complaints go to stdout; a lost GPU fails the call but leaves the others in it.
+        said = " ".join((answer.stderr.strip() or answer.stdout.strip()).split())[-300:]
+        return answer.stdout, f"nvidia-smi {' '.join(arguments)} ended with {answer.rc}: {said}"
 
-    xml = ask("-q", "-x")
+    questions = (
+        ("-q", "-x"),
+        (f"--query-gpu={_QUERY_FIELDS}", "--format=csv,noheader"),
+        ("topo", "-m"),
+    )
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(lambda each: ask(*each), questions))
+    (xml, query, topology), errors = zip(*answers)
     if "<nvidia_smi_log" not in xml:
-        return GpuReport(error=errors[0] if errors else "nvidia-smi -q -x gave no XML")
-    capabilities = parse_query(ask(f"--query-gpu={_QUERY_FIELDS}", "--format=csv,noheader"))
-    links = parse_topology(ask("topo", "-m"))
+        return GpuReport(error=errors[0] or "nvidia-smi -q -x gave no XML")
+    capabilities, links = parse_query(query), parse_topology(topology)
     try:
         driver, cuda, gpus = parse_xml(xml, capabilities)
     except ET.ParseError as error:
         return GpuReport(error=f"nvidia-smi -q -x gave damaged XML: {error}")
-    return GpuReport(driver, cuda, gpus, links, "; ".join(errors))
+    return GpuReport(driver, cuda, gpus, links, "; ".join(each for each in errors if each))
 
 
 def parse_query(text: str) -> dict[str, tuple[int, str | None]]:

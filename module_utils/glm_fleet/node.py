@@ -2,34 +2,28 @@
 """Everything that preflight and health ask of a host, read in one go and without writing.
 
 Each fact is read on its own: what fails leaves its place empty and adds a sentence to
-``errors``, so that one broken tool never hides the rest.
+``errors``, so that one broken tool never hides the rest. What only some hosts are asked is
+imported where it is asked: Ansible compiles a module's code anew on every call.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import platform
 import pwd
 import re
 import shutil
-import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from . import engine
 from .artifact import PREVIOUS, find_damage, load_manifest, protected_by
 from .environment import COMPLETE
 from .errors import FleetError
-from .fleet_lock import FleetLock
-from .gpu import read_gpus
-from .haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
 from .runner import Runner
 
 FABRIC_MANAGER = "nvidia-fabricmanager.service"
@@ -116,8 +110,38 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
 
     # The clock first: every later second of reading would count as skew.
     clock = attempt("clock", {}, read_clock, query.controller_epoch, host)
+    with ThreadPoolExecutor(2) as pool:
+        slow = {}
+        if query.gpus:
+            # Under way while the rest is read.
+            slow["gpu"] = pool.submit(_read_gpu, host)
+            slow["xids"] = pool.submit(attempt, "xids", [], read_xids, query.xid_window_s, host.run)
+        facts = _read_system(query, host, attempt)
+        facts["clock"] = clock
+        if query.environment_root:
+            # The file that the build of an environment writes last.
+            built = Path(query.environment_root).glob(f"*/{COMPLETE}")
+            facts["environments"] = sorted(path.parent.name for path in built)
+        if query.artifact_root:
+            root = Path(query.artifact_root)
+            links = [Path(path) for path in query.links.values()]
+            facts["protected"] = attempt("previous", None, _protected, links, Path(query.previous))
+            facts["artifacts"] = read_artifacts(root, query.provenance_keys, errors)
+            facts["staging_bytes"] = attempt("staging", {}, read_staging, root / ".staging")
+        if query.attest:
+            facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
+        if query.gateway_url:
+            facts["gateway"] = read_gateway(query, host.run)
+        facts.update({name: each.result() for name, each in slow.items()})
+    # In whatever order they were found.
+    facts["errors"] = sorted(errors)
+    return facts
+
+
+def _read_system(query: NodeQuery, host: Host, attempt: Callable[..., Any]) -> dict[str, Any]:
     memory = attempt("memory", {}, read_memory, host.proc / "meminfo")
-    units = attempt("units", {}, read_units, [query.unit, FABRIC_MANAGER], host.run)
+    names = [query.unit, FABRIC_MANAGER] if query.gpus else [query.unit]
+    units = attempt("units", {}, read_units, names, host.run)
     disks = [attempt(f"disk {path}", {}, read_disk, Path(path)) for path in query.paths]
     facts: dict[str, Any] = {
         "os": attempt("os", {}, read_os, host.os_release),
@@ -127,7 +151,6 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         "memory_total_bytes": memory.get("MemTotal"),
         "memory_available_bytes": memory.get("MemAvailable"),
         "uptime_s": attempt("uptime", None, read_uptime, host.proc / "uptime"),
-        "clock": clock,
         "disks": [disk for disk in disks if disk],
         "listeners": attempt("listeners", [], read_listeners, query.ports, host.proc),
         "users": {name: read_user(name) for name in query.users},
@@ -144,33 +167,21 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         "environments": [],
         "staging_bytes": {},
     }
-    if query.environment_root:
-        # The file that the build of an environment writes last.
-        built = Path(query.environment_root).glob(f"*/{COMPLETE}")
-        facts["environments"] = sorted(path.parent.name for path in built)
-    if query.artifact_root:
-        root = Path(query.artifact_root)
-        links = [Path(path) for path in query.links.values()]
-        facts["protected"] = attempt("previous", None, _protected, links, Path(query.previous))
-        facts["artifacts"] = read_artifacts(root, query.provenance_keys, errors)
-        facts["staging_bytes"] = attempt("staging", {}, read_staging, root / ".staging")
     if query.gpus:
-        gpu = read_gpus(host.run).as_dict()
-        for each in gpu["gpus"]:
-            each["processes"] = [
-                {**process, "unit": unit_of(process["pid"], host.proc)}
-                for process in each["processes"]
-            ]
-        facts["gpu"] = gpu
         fabric = attempt("fabric manager", {}, read_fabric, host)
         facts["fabric_manager"] = {**units.get(FABRIC_MANAGER, {}), **fabric}
-        facts["xids"] = attempt("xids", [], read_xids, query.xid_window_s, host.run)
-    if query.attest:
-        facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
-    if query.gateway_url:
-        facts["gateway"] = read_gateway(query, host.run)
-    facts["errors"] = errors
     return facts
+
+
+def _read_gpu(host: Host) -> dict[str, Any]:
+    from .gpu import read_gpus
+
+    gpu = read_gpus(host.run).as_dict()
+    for each in gpu["gpus"]:
+        each["processes"] = [
+            {**process, "unit": unit_of(process["pid"], host.proc)} for process in each["processes"]
+        ]
+    return gpu
 
 
 def read_clock(controller_epoch: float | None, host: Host) -> dict[str, float]:
@@ -410,6 +421,8 @@ def read_attestation(
     query: NodeQuery, facts: Mapping[str, Any], host: Host
 ) -> tuple[dict[str, Any], str]:
     """Look at the service of this node: (what `engine.look` gives, why there is nothing)."""
+    from . import engine
+
     wanted = {
         name: PurePosixPath((facts["links"].get(name) or {}).get("target") or "").name
         for name in ("current", "model")
@@ -432,6 +445,9 @@ def read_attestation(
 
 def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
     """Return what HAProxy says of itself, of its configuration on disk and as a client sees it."""
+    from .fleet_lock import FleetLock
+    from .haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
+
     found = describe(Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET)))
     found["config_error"] = check_config(query.gateway_config, run)
     found["client"] = ask_as_client(query.gateway_url)
@@ -453,6 +469,11 @@ def check_config(path: str, run: Runner) -> str:
 
 def ask_as_client(url: str) -> dict[str, Any]:
     """Ask the gateway's own front door for a node's health: {status, seconds, node, error}."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
     begun = time.monotonic()
     result: dict[str, Any] = {"status": 0, "node": "", "error": ""}
     # From the gateway to itself, where the certificate's name cannot match.

@@ -10,12 +10,13 @@ report uses it too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .artifact import retirable
 from .errors import FleetError
+from .inventory import GATEWAYS, NODES
 from .progress import human_bytes
 
 ERROR = "error"
@@ -98,6 +99,87 @@ class Expectations:
             )
         disk = [DiskNeed(**{**need, "bytes": int(need["bytes"])}) for need in data["disk"]]
         return cls(**{**data, "disk": disk})
+
+
+def query(settings: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:
+    """Return what the module node_info is asked of a host of these groups.
+
+    ``settings`` are the role's variables without their prefix, of the types that its
+    argument_specs give them.
+    """
+    node = NODES in groups
+    ports = [settings["port"], settings["gateway_port"]]
+    return {
+        "gpus": node,
+        "commands": settings["commands"],
+        "paths": [
+            settings["artifact_root"],
+            settings["release_root"],
+            settings["gateway_disk_path"],
+        ],
+        "ports": ports + [each["port"] for each in settings["ports"]],
+        "users": [settings["user"]],
+        "links": settings["links"],
+        "unit": settings["unit"],
+        "environment_root": settings["release_root"] if node else "",
+        "artifact_root": settings["artifact_root"] if node else "",
+        "provenance_keys": [*_model_provenance(settings), *settings["release_provenance"]],
+        "xid_window_s": settings["xid_window_s"],
+    }
+
+
+def expectations(settings: Mapping[str, Any], groups: Collection[str]) -> list[dict[str, Any]]:
+    """Return what `evaluate` compares a host with, once for each of its groups.
+
+    Each is {gpu_node, expect}; ``settings`` as for `query`, ``expect`` plain data for
+    `Expectations.from_dict`.
+    """
+    found = []
+    if NODES in groups:
+        names = [each.name for each in fields(Expectations) if each.name != "disk"]
+        expect = {name: settings[name] for name in names}
+        found.append({"gpu_node": True, "expect": {**expect, "disk": _node_disk(settings)}})
+    if GATEWAYS in groups:
+        names = ["architectures", "python_min", "systemd_min", "clock_skew_s"]
+        expect = {name: settings[name] for name in names}
+        expect |= {"port": settings["gateway_port"], "unit": settings["gateway_unit"]}
+        disk = {"path": settings["gateway_disk_path"], "bytes": settings["gateway_disk_bytes"]}
+        expect["disk"] = [{"what": "gateway", **disk}]
+        found.append({"gpu_node": False, "expect": expect})
+    return found
+
+
+def _model_provenance(settings: Mapping[str, Any]) -> dict[str, str]:
+    """A commit names one content; a branch is what was asked for when the model was fetched."""
+    revision = settings["model_revision"]
+    key = "revision" if re.fullmatch("[0-9a-f]{40}", revision) else "requested"
+    return {"repository": settings["model_repository"], key: revision}
+
+
+def _node_disk(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    release = {"kind": "release", "provenance": settings["release_provenance"]}
+    return [
+        {
+            "what": "model",
+            "path": settings["artifact_root"],
+            "bytes": settings["disk_model_bytes"],
+            "kind": "model",
+            "provenance": _model_provenance(settings),
+        },
+        {
+            "what": "wheels",
+            "path": settings["artifact_root"],
+            "bytes": settings["disk_wheels_bytes"],
+            **release,
+        },
+        {
+            "what": "environment",
+            "path": settings["release_root"],
+            "bytes": settings["disk_release_bytes"],
+            "built": True,
+            **release,
+        },
+    ]
 
 
 def evaluate(

@@ -12,7 +12,6 @@ Run as a program: ``python3 -m glm_fleet.sentry --help``.
 from __future__ import annotations
 
 import argparse
-import shlex
 import socketserver
 import sys
 import threading
@@ -47,19 +46,6 @@ def answer(record: Path = RECORD, evidence: Path = attest.EVIDENCE, stalled: Pat
     if attest.read_record(evidence).get("invocation") != invocation:
         return "down #not attested"
     return "up"
-
-
-def api_key(environment_file: Path) -> str:
-    """Return the key that clients have to send, '' if there is none."""
-    try:
-        text = environment_file.read_text()
-    except OSError:
-        return ""
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        if name == "VLLM_API_KEY":
-            return "".join(shlex.split(value))
-    return ""
 
 
 class Watch:
@@ -98,7 +84,9 @@ def attest_now(places: Places) -> bool:
     try:
         policy = attest.read_policy(places.etc / POLICY)
         http = attest.local_http(
-            policy["port"], address=policy["address"], api_key=api_key(places.etc / ENVIRONMENT)
+            policy["port"],
+            address=policy["address"],
+            api_key=attest.read_api_key(places.etc / ENVIRONMENT),
         )
         wanted = attest.Wanted(
             unit=UNIT,

@@ -28,7 +28,7 @@ from . import attest, engine, gate
 from .artifact import write_atomically
 from .errors import FleetError
 from .runner import Runner, run_program
-from .sentry import STALLED, api_key
+from .sentry import STALLED
 
 FINE = "fine"
 SUSPECT = "suspect"
@@ -203,7 +203,7 @@ class Watch:
         return self.client(
             policy["port"],
             address=policy["address"],
-            api_key=api_key(self.settings.environment),
+            api_key=attest.read_api_key(self.settings.environment),
             timeout_s=timeout_s,
         )
 

@@ -3,11 +3,25 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.module_utils.common.yaml import yaml_load
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Ansible puts module_utils on the path of modules only, not of plugins.
+sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
+
+from glm_fleet.preflight import expectations, query
+from glm_terminal import plain
 
 
 class ActionModule(ActionBase):
@@ -20,20 +34,73 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         variables = task_vars or {}
         arguments = dict(self._task.args)
-        expect = arguments.pop("expect", None) or []
+        groups = list(variables.get("group_names", []))
+        role = arguments.pop("settings", "")
+        settings = self._settings(role, variables) if role else {}
+        arguments = {**(query(settings, groups) if role else {}), **arguments}
+        deep = boolean(arguments.pop("deep", None) or False)
         try:
             answer: dict[str, Any] = self._execute_module(
-                module_name="node_info", module_args=arguments, task_vars=task_vars
+                module_name="node_info",
+                module_args={"controller_epoch": time.time(), **arguments},
+                task_vars=task_vars,
             )
         except AnsibleConnectionFailure as error:
             answer = {"msg": str(error)}
+        answered = time.time()
+        if deep and arguments.get("artifact_root") and "node" in answer:
+            answer["node"].update(self._hash(arguments, task_vars))
         return {
             "changed": False,
             "record": {
-                "answered": time.time(),
+                "answered": answered,
                 "message": "" if "node" in answer else str(answer.get("msg") or "no answer"),
-                "groups": list(variables.get("group_names", [])),
+                "groups": groups,
                 "node": answer.get("node", {}),
-                "expect": [each for each in expect if each["asked"]],
+                "expect": expectations(settings, groups) if role else [],
             },
+        }
+
+    def _settings(self, role: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a role's variables without their prefix, checked as the role's would be.
+
+        Here and not in templates of the role: those are compiled anew for every host.
+        """
+        path = ROOT / "roles" / role / "meta/argument_specs.yml"
+        specs = yaml_load(path.read_text())["argument_specs"]["main"]["options"]
+        values = {name: plain(self._templar.template(variables[name])) for name in specs}
+        found = ArgumentSpecValidator(specs).validate(values, validate_role_argument_spec=True)
+        if found.error_messages:
+            raise AnsibleActionFail("; ".join(found.error_messages))
+        return {
+            name.removeprefix(f"{role}_"): value
+            for name, value in found.validated_parameters.items()
+        }
+
+    def _hash(self, arguments: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+        """Have what is active hashed: {verified, verified_error}."""
+        links = arguments["links"]
+        task = self._task.copy()
+        task.args = {
+            "state": "verified",
+            "deep": True,
+            "root": arguments["artifact_root"],
+            "links": {"release": links["current"], "model": links["model"]},
+        }
+        action = self._shared_loader_obj.action_loader.get(
+            "artifact",
+            task=task,
+            connection=self._connection,
+            play_context=self._play_context,
+            loader=self._loader,
+            templar=self._templar,
+            shared_loader_obj=self._shared_loader_obj,
+        )
+        try:
+            answer = action.run(task_vars=task_vars)
+        except AnsibleConnectionFailure as error:
+            answer = {"msg": str(error)}
+        return {
+            "verified": answer.get("verified", []),
+            "verified_error": str(answer.get("msg") or ""),
         }

@@ -1,213 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filters of the playbooks: short names for what takes more than one look as an expression."""
+"""Registers the filters of plugins/plugin_utils/glm_filters.py, and loads them when one is used.
+
+Ansible loads this file for every task of every host that uses a filter, also one of Jinja's own.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
-
-# Ansible finds module_utils for modules only; plugins on the controller use the same code.
-_ROOT = Path(__file__).resolve().parents[2]
-_LIBRARY = _ROOT / "module_utils"
-sys.path[:0] = [str(_LIBRARY), str(_ROOT / "plugins/plugin_utils")]
-
-from glm_fleet import rolling, serving, torrent
-from glm_fleet.artifact import parse_manifest
-from glm_fleet.errors import FleetError
-from glm_fleet.variant import choose_variant
-from glm_terminal import plain
-
-HostVars = Mapping[str, Mapping[str, Any]]
-
-
-def lacking(
-    hostvars: HostVars, hosts: Sequence[str], offers: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Name the hosts where one of the artifacts just planned is not published."""
-    wanted = {str(each["id"]) for each in offers}
-    return [
-        host
-        for host in hosts
-        if wanted - set(hostvars[host].get("__artifact_plan", {}).get("published", []))
-    ]
-
-
-def taking_part(
-    hostvars: HostVars, hosts: Sequence[str], nodes: Sequence[str], offer: Mapping[str, Any]
-) -> list[str]:
-    """Name the hosts that distribute an artifact: the nodes, and others that have or fetch it."""
-    lack = lacking(hostvars, hosts, [offer])
-    fetch = offer.get("fetchers", [])
-    return [host for host in hosts if host in nodes or host in fetch or host not in lack]
-
-
-def pushed_to(hostvars: HostVars, hosts: Sequence[str], offer: Mapping[str, Any]) -> str:
-    """Name the host that gets the first copy from the controller; "" when a host has one."""
-    lack = lacking(hostvars, hosts, [offer])
-    return str(hosts[0]) if offer.get("push") and len(lack) == len(hosts) else ""
-
-
-def hub_share(
-    hostvars: HostVars,
-    host: str,
-    hosts: Sequence[str],
-    offer: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Give the options by which a host fetches its share of an artifact from the hub.
-
-    {} when there is nothing for it to fetch, and when a host has the whole artifact.
-    """
-    fetchers = list(offer.get("fetchers", []))
-    if host not in fetchers or len(lacking(hostvars, hosts, [offer])) < len(hosts):
-        return {}
-    manifest = plain(offer["manifest"])
-    files = torrent.shares(parse_manifest(manifest), fetchers, offer["missing"])[host]
-    return {**options, "manifest": manifest, "files": files} if files else {}
-
-
-def offers(hostvars: HostVars, sources: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Give the artifacts that hosts made or fetched in this run: {kind: host}."""
-    found = []
-    for kind, source in sources.items():
-        artifact = artifact_of(hostvars, kind, source)
-        if artifact:
-            local = hostvars[source].get("ansible_connection") == "local"
-            found.append({**artifact, "kind": kind, "push": local})
-    return found
-
-
-def addresses(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
-    """Give the addresses under which hosts reach each other."""
-    return [
-        str(hostvars[host].get("artifact_address") or hostvars[host].get("ansible_host") or host)
-        for host in hosts
-    ]
-
-
-def artifact_of(hostvars: HostVars, kind: str, source: str) -> dict[str, Any]:
-    """Give the artifact that a host made or fetched in this run; {} when there is none."""
-    found = hostvars[source].get(f"{kind}_artifact") or {}
-    return dict(found) if found.get("manifest") else {}
-
-
-def artifacts_of_run(hostvars: HostVars, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Name the release and the model that this run made or fetched so far."""
-    makers = {"release": groups.get("builders", []), "model": groups.get("fetchers", [])}
-    found = [
-        artifact_of(hostvars, kind, hosts[0]).get("id") for kind, hosts in makers.items() if hosts
-    ]
-    return [str(each) for each in found if each]
-
-
-def protected_on(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
-    """Name what is active on any of the hosts, or needed there for a roll-back."""
-    return sorted(
-        {
-            str(each)
-            for host in hosts
-            for each in hostvars[host].get("__artifact_retired", {}).get("protected", [])
-        }
-    )
-
-
-def drivers(hostvars: HostVars, hosts: Sequence[str]) -> dict[str, str]:
-    """Give the NVIDIA driver of every host that preflight looked at in this run."""
-    found = {}
-    for host in hosts:
-        node = hostvars[host].get("__preflight_read", {}).get("record", {}).get("node", {})
-        driver = node.get("gpu", {}).get("driver_version")
-        if driver:
-            found[host] = str(driver)
-    return found
-
-
-def cuda_variant(
-    variants: Sequence[Mapping[str, Any]], drivers: Mapping[str, str], stated: str
-) -> dict[str, Any]:
-    """Choose the CUDA build that every driver runs: {variant, reason, problem}."""
-    try:
-        return {**choose_variant(variants, drivers, stated), "problem": ""}
-    except FleetError as error:
-        # Not an error of the expression: the role says it in one place, in one sentence.
-        return {"variant": {}, "reason": "", "problem": str(error)}
-
-
-def serve_command(settings: Mapping[str, Any]) -> str:
-    """Give the arguments of vLLM, quoted for a systemd unit."""
-    try:
-        return serving.unit_words(serving.serve_command(settings))
-    except FleetError as error:
-        raise AnsibleFilterError(str(error)) from error
-
-
-def environment_file(variables: Mapping[str, Any]) -> str:
-    """Give the lines of a systemd environment file."""
-    try:
-        return serving.environment_file(variables)
-    except FleetError as error:
-        raise AnsibleFilterError(str(error)) from error
-
-
-def library_digest(_: str) -> str:
-    """Name the state of the logic that nodes run, in 12 hex digits."""
-    hashed = hashlib.sha256()
-    for path in sorted(_LIBRARY.glob("glm_fleet/*.py")):
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()[:12]
-
-
-def graph_rungs(mode: str, fallback: bool) -> list[str]:
-    """Give the modes of CUDA graphs to stage: the one wanted, then what a node may step down to."""
-    try:
-        return serving.graph_rungs(mode, fallback=fallback)
-    except FleetError as error:
-        raise AnsibleFilterError(str(error)) from error
-
-
-def attempt(
-    identifier: str, activated: Mapping[str, Any], attested: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Judge one attempt to run a deployment."""
-    return rolling.attempt(identifier, activated, attested)
-
-
-def next_rung(ladder: Sequence[str], attempts: Sequence[Mapping[str, Any]]) -> str:
-    """Give the deployment to try next, '' when trying is over."""
-    return rolling.next_rung(ladder, attempts)
-
-
-def turn_outcome(
-    attempts: Sequence[Mapping[str, Any]],
-    back: Mapping[str, Any],
-    drained: Mapping[str, Any],
-    joined: Mapping[str, Any],
-    held: str,
-) -> dict[str, Any]:
-    """Say how a turn ended, from its attempts and the loops over the gateways."""
-    return rolling.outcome(
-        attempts, back, drained.get("results") or [], joined.get("results") or [], held
-    )
-
-
-def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str]) -> list[str]:
-    """Name the nodes whose turn did not get through."""
-    return [
-        host
-        for host in batch
-        if host not in alive
-        or not (hostvars[host].get("__serving_outcome") or {"good": True})["good"]
-    ]
-
-
-def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
-    """Give what a node goes back to: as asked, or as in the roll-back that did not end."""
-    return rolling.rollback_target(roll, node, wanted)
+FILTERS = (
+    "lacking",
+    "offers",
+    "hub_share",
+    "pushed_to",
+    "taking_part",
+    "addresses",
+    "artifact_of",
+    "artifacts_of_run",
+    "protected_on",
+    "drivers",
+    "cuda_variant",
+    "serve_command",
+    "environment_file",
+    "library_digest",
+    "graph_rungs",
+    "attempt",
+    "next_rung",
+    "turn_outcome",
+    "failed_turns",
+    "rollback_target",
+    "node_endpoints",
+)
+_HOME = str(Path(__file__).resolve().parents[1] / "plugin_utils")
 
 
 class FilterModule:
@@ -215,28 +43,13 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""
-        return {
-            each.__name__: each
-            for each in (
-                lacking,
-                offers,
-                hub_share,
-                pushed_to,
-                taking_part,
-                addresses,
-                artifact_of,
-                artifacts_of_run,
-                protected_on,
-                drivers,
-                cuda_variant,
-                serve_command,
-                environment_file,
-                library_digest,
-                graph_rungs,
-                attempt,
-                next_rung,
-                turn_outcome,
-                failed_turns,
-                rollback_target,
-            )
-        }
+        return {name: _later(name) for name in FILTERS}
+
+
+def _later(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        if _HOME not in sys.path:
+            sys.path.insert(0, _HOME)
+        return getattr(import_module("glm_filters"), name)(*arguments, **options)
+
+    return call

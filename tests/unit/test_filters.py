@@ -4,17 +4,33 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glm_fleet.artifact import FileEntry, Manifest, artifact_id
 
-_SPEC = importlib.util.spec_from_file_location(
-    "fleet_filters", Path(__file__).resolve().parents[2] / "plugins/filter/fleet.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-filters = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(filters)
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+
+
+class Filters:
+    """The filters as Ansible finds them: by name, loaded when one is used."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.spec_from_file_location("fleet", PLUGINS / "filter/fleet.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.registered = module.FilterModule().filters()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = self.registered[name]
+        return found
+
+
+filters = Filters()
 
 HOSTVARS = {
     "gpu01": {"__artifact_plan": {"published": []}, "ansible_host": "192.0.2.11"},
@@ -88,6 +104,12 @@ def test_the_artifacts_of_a_run_are_those_of_the_first_maker() -> None:
     groups = {"builders": ["controller"], "fetchers": ["gpu01"]}
     assert filters.artifacts_of_run(HOSTVARS, groups) == ["r-1"]
     assert filters.artifacts_of_run(HOSTVARS, {"builders": ["empty"]}) == []
+
+
+def test_every_filter_that_is_registered_is_there() -> None:
+    filters.artifact_of(HOSTVARS, "release", "controller")
+    home = sys.modules["glm_filters"]
+    assert [name for name in filters.registered if not callable(getattr(home, name, None))] == []
 
 
 def test_what_one_node_protects_stays_for_all() -> None:
