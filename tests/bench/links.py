@@ -53,12 +53,15 @@ class Node:
     @property
     def address(self) -> str:
         """Its address among the nodes."""
-        return f"{_NETWORKS[_LAN]}.{10 + self.number}"
+        return self._at(_LAN)
 
     @property
     def world_address(self) -> str:
         """Its address at its uplink."""
-        return f"{_NETWORKS[_UPLINKS]}.{10 + self.number}"
+        return self._at(_UPLINKS)
+
+    def _at(self, bridge: str) -> str:
+        return f"{_NETWORKS[bridge]}.{10 + self.number}"
 
     def connect(self, bridge: str, rate: int) -> None:
         """Give it a link of ``rate`` bits per second, each way."""
@@ -66,8 +69,8 @@ class Node:
         peer = ["peer", "name", inside, "netns", self.space]
         run("ip", "link", "add", outside, "type", "veth", *peer)
         run("ip", "link", "set", outside, "master", bridge, "up")
-        address = f"{_NETWORKS[bridge]}.{10 + self.number}/24"
-        run("ip", "-netns", self.space, "address", "add", address, "dev", inside)
+        address = ["address", "add", f"{self._at(bridge)}/24", "dev", inside]
+        run("ip", "-netns", self.space, *address)
         run("ip", "-netns", self.space, "link", "set", inside, "up")
         tbf = ["tbf", "rate", str(rate), "burst", "64kb", "latency", "50ms"]
         run("tc", "qdisc", "replace", "dev", outside, "root", *tbf)
