@@ -279,6 +279,8 @@ def read_listeners(ports: Sequence[int], proc: Path) -> list[dict[str, Any]]:
     for pid in sorted(_pids(proc)):
         for inode in _sockets(proc / str(pid) / "fd"):
             owners.setdefault(inode, pid)
+        if inodes.keys() <= owners.keys():
+            break
     found: dict[tuple[int, int | None], dict[str, Any]] = {}
     for inode, port in inodes.items():
         owner = owners.get(inode)
@@ -292,18 +294,23 @@ def read_listeners(ports: Sequence[int], proc: Path) -> list[dict[str, Any]]:
 
 def read_process(pid: int, proc: Path) -> Process | None:
     """Return one process, or None when it has gone."""
-    folder = proc / str(pid)
     try:
-        name = (folder / "comm").read_text().strip()
-        command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        uid = folder.stat().st_uid
+        name, command = _names(pid, proc)
+        uid = (proc / str(pid)).stat().st_uid
     except OSError:
         return None
     try:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:
         user = str(uid)
-    return Process(pid, name, user, unit_of(pid, proc), command.strip()[:2000])
+    return Process(pid, name, user, unit_of(pid, proc), command)
+
+
+def _names(pid: int, proc: Path) -> tuple[str, str]:
+    """Return a process's name and its command line, up to 2000 characters."""
+    folder = proc / str(pid)
+    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return (folder / "comm").read_text().strip(), command.strip()[:2000]
 
 
 def unit_of(pid: int, proc: Path) -> str:
@@ -327,24 +334,25 @@ def vllm_processes(proc: Path) -> list[Process]:
     The engine and the workers rename themselves to ``VLLM::...``.
     """
     own = os.getpid()
-    found = []
-    for pid in sorted(_pids(proc)):
-        process = read_process(pid, proc) if pid != own else None
-        if process is None:
-            continue
-        words = process.command.split()
-        serves = any(
+    pids = [pid for pid in sorted(_pids(proc)) if pid != own and _is_vllm(pid, proc)]
+    return [process for process in (read_process(pid, proc) for pid in pids) if process]
+
+
+def _is_vllm(pid: int, proc: Path) -> bool:
+    try:
+        name, command = _names(pid, proc)
+    except OSError:
+        return False
+    words = command.split()
+    return (
+        name.startswith("VLLM::")
+        or command.startswith("VLLM::")
+        or "vllm.entrypoints" in command
+        or any(
             word.rpartition("/")[2] == "vllm" and following == "serve"
             for word, following in zip(words, words[1:])
         )
-        if (
-            serves
-            or process.command.startswith("VLLM::")
-            or process.name.startswith("VLLM::")
-            or "vllm.entrypoints" in process.command
-        ):
-            found.append(process)
-    return found
+    )
 
 
 def read_units(names: Sequence[str], run: Runner) -> dict[str, dict[str, Any]]:
