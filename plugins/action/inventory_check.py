@@ -94,7 +94,5 @@ class ActionModule(ActionBase):
 
 
 def _complaint(name: str, value: Any, spec: dict[str, Any]) -> str:
-    found = ArgumentSpecValidator({name: spec}).validate(
-        {name: value}, validate_role_argument_spec=True
-    )
+    found = ArgumentSpecValidator({name: spec}).validate({name: value})
     return "; ".join(found.error_messages)

@@ -69,7 +69,7 @@ class ActionModule(ActionBase):
         path = ROOT / "roles" / role / "meta/argument_specs.yml"
         specs = yaml_load(path.read_text())["argument_specs"]["main"]["options"]
         values = {name: plain(self._templar.template(variables[name])) for name in specs}
-        found = ArgumentSpecValidator(specs).validate(values, validate_role_argument_spec=True)
+        found = ArgumentSpecValidator(specs).validate(values)
         if found.error_messages:
             raise AnsibleActionFail("; ".join(found.error_messages))
         return {
