@@ -615,7 +615,9 @@ class Agent:
             else:
                 self._become_published()
             return
-        held = all(travel.held for travel in self._travels.values())
+        # Publishing moves the folder, and for a moment no path leads to its files: whoever reads
+        # them by name, as the making of a torrent does, has to be through.
+        held = all(travel.held and travel.make is None for travel in self._travels.values())
         if held and not self._published and not self._failure:
             self._publishing = self._start(self._publish_now)
 

@@ -233,6 +233,33 @@ def test_a_torrent_of_other_bytes_publishes_nothing(tmp_path: Path, fleet: Fleet
     assert not (staging / "big.bin").exists()
 
 
+def test_nothing_is_moved_while_a_torrent_is_made_of_it(
+    fleet: Fleet, tmp_path: Path, first: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = first[0].published_path("model", fleet.manifest.id)
+    store = Store(tmp_path / "node1")
+    staging = store.staging_path("model", fleet.manifest.id)
+    made: list[tuple[bool, bool]] = []
+    make = Agent._make_torrent
+
+    def slowly(self: Agent, bundle: Any) -> list[str]:
+        before = store.is_published(fleet.manifest)
+        time.sleep(0.5)
+        made.append((before, store.is_published(fleet.manifest)))
+        return make(self, bundle)
+
+    monkeypatch.setattr(Agent, "_make_torrent", slowly)
+    for name in ("node0", "node1", "node2"):
+        fleet.drop(name)
+    for name in FILES:
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).write_bytes((source / name).read_bytes())
+    fleet.add("node1")
+    fleet.until(["node1"])
+    assert made
+    assert not any(each for pair in made for each in pair)
+
+
 def test_a_pushed_file_is_taken_if_it_is_right(
     fleet: Fleet, tmp_path: Path, first: tuple[Store, Manifest]
 ) -> None:
