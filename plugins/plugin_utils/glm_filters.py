@@ -21,11 +21,9 @@ sys.path.insert(0, str(_LIBRARY))
 from glm_fleet import rolling, serving, torrent
 from glm_fleet.artifact import parse_manifest
 from glm_fleet.errors import FleetError
-from glm_fleet.haproxy import node_endpoints
+from glm_fleet.haproxy import node_endpoints as node_endpoints
 from glm_fleet.variant import choose_variant
 from glm_terminal import plain
-
-__all__ = ["node_endpoints"]
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
