@@ -84,7 +84,8 @@ def inventory(tmp_path: Path, addresses: list[str]) -> Callable[[int], Path]:
         folder = tmp_path / str(size)
         shutil.copytree(INVENTORY.parent, folder)
         hosts = yaml.safe_load(INVENTORY.read_text())
-        hosts["all"]["vars"]["health_report_dir"] = str(folder / "reports")
+        # Not inside the inventory: Ansible would read the reports as a part of it.
+        hosts["all"]["vars"]["health_report_dir"] = str(tmp_path / f"reports-{size}")
         hosts["all"]["children"]["gpu_nodes"]["hosts"] = {
             f"gpu{number:02d}": {"ansible_host": address}
             for number, address in enumerate(addresses[:size], start=1)
