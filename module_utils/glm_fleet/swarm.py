@@ -38,6 +38,8 @@ from .torrent import Bundle, bundles
 
 RUN_FOLDER = Path("/run/glm-fleet/swarm")
 UNIT = "glm-swarm.service"
+# The service on a node comes first.
+NICE = 10
 # A controller that has not asked for this long is gone.
 LEASE_S = 45.0
 # An agent without a controller ends when no byte moved for this long.
@@ -857,7 +859,7 @@ def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str
     properties = {
         "Description": "glm-fleet: take and give an artifact while it is distributed",
         "StandardInput": f"file:{job_file}",
-        "Nice": "5",
+        "Nice": str(NICE),
         "LimitNOFILE": "65536",
         "RuntimeMaxSec": "7d",
         "TimeoutStopSec": "20",

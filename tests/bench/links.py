@@ -18,7 +18,7 @@ from typing import Any
 
 from glm_fleet.artifact import Manifest, Store
 from glm_fleet.errors import FleetError
-from glm_fleet.swarm import Job, ask
+from glm_fleet.swarm import NICE, Job, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 8009
@@ -30,8 +30,9 @@ _INSIDE = {_LAN: "eth0", _UPLINKS: "up0"}
 
 
 def run(*words: str, check: bool = True) -> None:
-    """Run a program, quietly."""
-    subprocess.run(words, check=check, capture_output=True)
+    """Run a program, and say what it said if it fails."""
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert not (check and done.returncode), f"{' '.join(words)}: {done.stderr}"
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ def network(count: int, rate: int, uplinks: Sequence[int] = ()) -> Iterator[list
 
 
 def remove(nodes: Sequence[Node]) -> None:
-    """Take the namespaces away; the links go with them."""
+    """Take the namespaces away, and their links, which else stay until the kernel is done."""
     for node in nodes:
+        for bridge in _NETWORKS:
+            run("ip", "link", "delete", f"{bridge}-{node.number}", check=False)
         run("ip", "netns", "delete", node.space, check=False)
     for bridge in _NETWORKS:
         run("ip", "link", "delete", bridge, check=False)
@@ -136,7 +139,9 @@ class Swarm:
             root.mkdir(parents=True, exist_ok=True)
             job = Job(root, self.manifest, node.address, PORT, peers, rate_limit, stall_timeout)
             environment = {**os.environ, "PYTHONPATH": str(ROOT / "module_utils")}
-            command = [sys.executable, "-B", "-m", "glm_fleet.swarm", "agent"]
+            # As its unit has it on a node.
+            command = ["nice", "-n", str(NICE), sys.executable, "-B"]
+            command += ["-m", "glm_fleet.swarm", "agent"]
             agent = node.start(
                 *command,
                 str(self.folder / node.name / "run"),
