@@ -15,6 +15,7 @@ import errno
 import fnmatch
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -52,6 +53,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1024 * 1024
 _LONGEST_PAUSE_S = 30.0
 _TIMEOUT_S = 30.0
+_NOTE_S = 5.0
 _Answer = TypeVar("_Answer")
 
 
@@ -95,6 +97,10 @@ class UnreachableError(FleetError):
     """No hub can be asked: none answers, or its client is not here."""
 
 
+# First byte, and the one after the last or None for the end of the file.
+Span = tuple[int, int | None]
+
+
 class Client(Protocol):
     """What is asked of a hub. Raises `UnavailableError`, or `FleetError` when asking is in vain."""
 
@@ -108,8 +114,8 @@ class Client(Protocol):
         repository: str,
         commit: str,
         name: str,
-        part: Path,
-        advance: Callable[[int], None],
+        span: Span,
+        sink: Callable[[bytes], None],
     ) -> None: ...
 
 
@@ -122,9 +128,104 @@ class Patience:
     clock: Callable[[], float] = time.monotonic
 
 
+class Part:
+    """A file on its way: its bytes on the disk, and how many of each segment are there.
+
+    A large file comes over all connections at once, so that one file after the other is whole:
+    what is whole travels on to the other nodes, where eight halves would keep them waiting.
+    What a file in one segment has is its size; of several, a record beside it tells, which after
+    a kill may be a moment behind.
+    """
+
+    def __init__(self, path: Path, size: int, count: int) -> None:
+        self.path = path
+        # In a quoted name a percent sign is followed by digits: no file of a model is called so.
+        self._record = path.with_name(f"{path.name}%segments")
+        self._lock = threading.Lock()
+        self._noted: float | None = None
+        there = path.stat().st_size if path.is_file() else 0
+        if there > size:
+            path.unlink()
+            there = 0
+        # Without a record, what is there is a beginning, left by a run with one connection.
+        noted = _read_record(self._record) if there else None
+        segments = len(noted) if noted else count
+        bounds = [size * number // segments for number in range(segments + 1)]
+        self._spans = list(itertools.pairwise(bounds))
+        self._have = [
+            max(0, min(end, there, begin + some) - begin)
+            for (begin, end), some in zip(self._spans, noted or [size] * segments)
+        ]
+        self._open = segments
+
+    def __len__(self) -> int:
+        """Return the number of segments."""
+        return len(self._spans)
+
+    @property
+    def have(self) -> int:
+        """Bytes that are there."""
+        return sum(self._have)
+
+    def received(self, number: int) -> int:
+        """Return how many bytes of a segment are there."""
+        return self._have[number]
+
+    def missing(self, number: int) -> Span | None:
+        """Return what is missing of a segment; None if nothing is."""
+        begin, end = self._spans[number]
+        position = begin + self._have[number]
+        if position == end:
+            return None
+        return position, None if number == len(self) - 1 else end
+
+    def write(self, number: int, block: bytes) -> int:
+        """Take what follows in a segment, and return how much of it belongs there, in bytes."""
+        begin, end = self._spans[number]
+        position = begin + self._have[number]
+        block = block[: end - position]
+        self._note_in_time()
+        with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as file:
+            file.seek(position)
+            file.write(block)
+        self._have[number] += len(block)
+        return len(block)
+
+    def _note_in_time(self) -> None:
+        with self._lock:
+            if self._noted is None:
+                # Else what is written now would be taken for a beginning.
+                self.note()
+                return
+            if time.monotonic() - self._noted < _NOTE_S:
+                return
+            self._noted = time.monotonic()
+        # The disk may be busy: the other connections go on.
+        self.note()
+
+    def note(self) -> None:
+        """Write down what is there of each segment."""
+        self._noted = time.monotonic()
+        if len(self) > 1:
+            write_atomically(self._record, json.dumps(self._have))
+
+    def close(self) -> bool:
+        """Tell, for one segment after the other, whether it was the last."""
+        with self._lock:
+            self._open -= 1
+            return not self._open
+
+    def discard(self) -> None:
+        """Take everything away that is there."""
+        self._record.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        self._have = [0] * len(self)
+        self._noted = None
+
+
 @dataclass
 class Fetcher:
-    """Everything that fetching needs."""
+    """Everything that fetching needs. A connection brings at least ``segment`` bytes of a file."""
 
     store: Store
     source: Source
@@ -132,6 +233,7 @@ class Fetcher:
     patience: Patience
     meter: Meter
     workers: int = 8
+    segment: int = 64 * 1024 * 1024
     reserve: int = 0
     free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -190,11 +292,15 @@ class Fetcher:
             return
         work = self.store.work_path(KIND, manifest.id)
         work.mkdir(parents=True, exist_ok=True)
-        parts = {entry: work / f"{urllib.parse.quote(entry.path, safe='')}" for entry in missing}
-        for entry, part in parts.items():
-            if part.is_file() and part.stat().st_size > entry.size:
-                part.unlink()
-        have = sum(part.stat().st_size for part in parts.values() if part.is_file())
+        parts = {
+            entry: Part(
+                work / urllib.parse.quote(entry.path, safe=""),
+                entry.size,
+                max(1, min(self.workers, entry.size // self.segment)),
+            )
+            for entry in missing
+        }
+        have = sum(part.have for part in parts.values())
         total = sum(entry.size for entry in missing)
         self._check_space(work, total - have)
         self.meter.what = "fetching from the hub"
@@ -202,37 +308,57 @@ class Fetcher:
         self.meter.start(have)
         corrupt: dict[str, str] = {}
 
-        def bring(entry: FileEntry) -> None:
-            for _ in range(2):
-                found = self._bring(manifest, entry, parts[entry])
-                if found == entry.sha256:
-                    return
-                parts[entry].unlink()
-                self.meter.add(-entry.size)
-            corrupt[entry.path] = f"SHA-256 {found[:12]}… instead of {entry.sha256[:12]}…"
+        def bring(job: tuple[FileEntry, int]) -> None:
+            entry, number = job
+            part = parts[entry]
+            self._bring(manifest, entry, part, number)
+            if not part.close():
+                return
+            # An empty file comes without a block.
+            part.path.touch()
+            found = self.store.receive(manifest, entry, part.path)
+            if found != entry.sha256:
+                self._drop(part)
+                for each in range(len(part)):
+                    self._bring(manifest, entry, part, each)
+                found = self.store.receive(manifest, entry, part.path)
+            if found == entry.sha256:
+                part.discard()
+            else:
+                self._drop(part)
+                corrupt[entry.path] = f"SHA-256 {found[:12]}… instead of {entry.sha256[:12]}…"
 
-        self._each(missing, bring)
+        jobs = [(entry, number) for entry, part in parts.items() for number in range(len(part))]
+        try:
+            self._each(jobs, bring)
+        finally:
+            for part in parts.values():
+                if part.have and part.path.is_file():
+                    part.note()
         if corrupt:
             raise _corrupt(corrupt)
 
-    def _bring(self, manifest: Manifest, entry: FileEntry, part: Path) -> str:
+    def _drop(self, part: Part) -> None:
+        self.meter.add(-part.have)
+        part.discard()
+
+    def _bring(self, manifest: Manifest, entry: FileEntry, part: Part, number: int) -> None:
         commit = str(manifest.provenance["revision"])
 
-        def attempt(endpoint: str) -> None:
-            if not part.is_file() or part.stat().st_size < entry.size or not entry.size:
-                self.client.download(
-                    endpoint, self.source.repository, commit, entry.path, part, self._advance
-                )
-            got = part.stat().st_size
-            if got < entry.size:
-                raise UnavailableError(f"{entry.path} ended after {got} of {entry.size} bytes")
-            if got > entry.size:
-                self.meter.add(-got)
-                part.unlink()
-                raise UnavailableError(f"{entry.path} has {got} instead of {entry.size} bytes")
+        def take(block: bytes) -> None:
+            self._advance(part.write(number, block))
 
-        self._persist(attempt, lambda: part.stat().st_size if part.is_file() else 0)
-        return self.store.receive(manifest, entry, part)
+        def attempt(endpoint: str) -> None:
+            span = part.missing(number)
+            if span:
+                repository = self.source.repository
+                self.client.download(endpoint, repository, commit, entry.path, span, take)
+            if part.missing(number):
+                raise UnavailableError(
+                    f"{entry.path} ended after {part.have} of {entry.size} bytes"
+                )
+
+        self._persist(attempt, lambda: part.received(number))
 
     def _fetch_small(self, folder: Path, commit: str, file: HubFile) -> None:
         path = folder / file.path
@@ -241,14 +367,20 @@ class Fetcher:
                 return
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._persist(
-                lambda endpoint: self.client.download(
-                    endpoint, self.source.repository, commit, file.path, path, self._advance
-                )
-            )
+            self._persist(lambda endpoint: self._download(endpoint, commit, file.path, path))
         if git_blob_id(path) != file.git_oid:
             path.unlink()
             raise _corrupt({file.path: "another git object id"})
+
+    def _download(self, endpoint: str, commit: str, name: str, path: Path) -> None:
+        """Bring a small file, from its beginning."""
+        with path.open("wb") as sink:
+
+            def take(block: bytes) -> None:
+                sink.write(block)
+                self._advance(len(block))
+
+            self.client.download(endpoint, self.source.repository, commit, name, (0, None), take)
 
     def _each(self, items: Sequence[Any], work: Callable[[Any], None]) -> None:
         """Do it to all at once; the first error ends the others at their next block."""
@@ -344,31 +476,31 @@ class HubClient:
         repository: str,
         commit: str,
         name: str,
-        part: Path,
-        advance: Callable[[int], None],
+        span: Span,
+        sink: Callable[[bytes], None],
     ) -> None:
-        """Append what ``part`` lacks of a file; begin anew if the hub does not continue."""
+        """Hand over what is in a span of a file, block by block."""
         url = self._hub.hf_hub_url(repository, name, revision=commit, endpoint=endpoint)
         # Compressed on the way, a file could not be continued at an offset.
         headers = {**self._utils.build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
         session = self._utils.get_session()
-        have = part.stat().st_size if part.is_file() else 0
-        if have:
-            headers["Range"] = f"bytes={have}-"
+        begin, end = span
+        if span != (0, None):
+            headers["Range"] = f"bytes={begin}-" + (str(end - 1) if end else "")
         try:
             with session.stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as answer:
                 if answer.status_code == 416:
-                    advance(-have)
-                    part.unlink()
                     raise UnavailableError(f"{name} has become shorter")
                 self._utils.hf_raise_for_status(answer)
-                resumed = answer.status_code == 206
-                if have and not resumed:
-                    advance(-have)
-                with part.open("ab" if resumed else "wb") as sink:
-                    for block in answer.iter_raw(_BLOCK):
-                        sink.write(block)
-                        advance(len(block))
+                # A proxy that does not know of ranges sends what lies before as well.
+                position = begin if answer.status_code == 206 else 0
+                for block in answer.iter_raw(_BLOCK):
+                    if end and position >= end:
+                        break
+                    fresh = block[max(0, begin - position) : end - position if end else None]
+                    position += len(block)
+                    if fresh:
+                        sink(fresh)
         except self._transport_error() as error:
             raise self._explain(error, endpoint, repository, commit) from error
 
@@ -617,6 +749,13 @@ def missing_space(free: int, wanted: int, reserve: int) -> FleetError | None:
         found=f"{free / 1e9:.1f} GB",
         remedy="free some space or put artifact_root on a larger disk, then run again",
     )
+
+
+def _read_record(path: Path) -> list[int] | None:
+    try:
+        return [int(each) for each in json.loads(path.read_text())]
+    except FileNotFoundError:
+        return None
 
 
 def _pins_path(store: Store) -> Path:

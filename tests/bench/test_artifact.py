@@ -166,7 +166,9 @@ job = json.load(sys.stdin)
 manifest = parse_manifest(job["manifest"])
 source = Source("bench/model", manifest.provenance["revision"], (job["url"],))
 store = Store(Path(job["root"]))
-Fetcher(store, source, HubClient(""), Patience(60), Meter("fetching")).fetch(manifest, job["files"])
+# A file of the model comes in segments; so do these, which are small.
+fetcher = Fetcher(store, source, HubClient(""), Patience(60), Meter("fetching"), segment=1 << 20)
+fetcher.fetch(manifest, job["files"])
 """
 
 

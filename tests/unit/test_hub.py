@@ -21,6 +21,7 @@ from glm_fleet.hub import (
     HubFile,
     Patience,
     Source,
+    Span,
     UnavailableError,
     UnreachableError,
     adopt,
@@ -41,7 +42,11 @@ from huggingface_hub import close_session
 from lab import hub
 
 OLD, NEW = "a" * 40, "b" * 40
-SHARDS = {f"model-{number}.safetensors": bytes([number]) * 5000 for number in range(1, 5)}
+# A piece in the wrong place makes other bytes.
+SHARDS = {
+    f"model-{number}.safetensors": hashlib.shake_128(bytes([number])).digest(5000)
+    for number in range(1, 5)
+}
 CONTENT = {
     **SHARDS,
     "config.json": b"{}\n",
@@ -75,6 +80,7 @@ class FakeHub:
     content: dict[str, bytes] = field(default_factory=lambda: dict(CONTENT))
     trouble: Callable[[str, str], None] = lambda endpoint, what: None
     sent: dict[str, int] = field(default_factory=dict)
+    spans: dict[str, list[Span]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     cut_at: int = 0
 
@@ -89,16 +95,14 @@ class FakeHub:
         repository: str,
         commit: str,
         name: str,
-        part: Path,
-        advance: Callable[[int], None],
+        span: Span,
+        sink: Callable[[bytes], None],
     ) -> None:
         self.trouble(endpoint, name)
-        have = part.stat().st_size if part.is_file() else 0
-        data = self.content[name][have : have + self.cut_at if self.cut_at else None]
+        data = self.content[name][slice(*span)][: self.cut_at or None]
+        self.spans.setdefault(name, []).append(span)
         self.sent[name] = self.sent.get(name, 0) + len(data)
-        with part.open("ab") as sink:
-            sink.write(data)
-        advance(len(data))
+        sink(data)
 
 
 class Clock:
@@ -216,6 +220,73 @@ def test_the_next_run_fetches_only_what_is_missing_also_of_a_file(store: Store) 
     fetcher(store, client).fetch(plan)
     store.publish(plan)
     assert client.sent == {name: len(data) for name, data in CONTENT.items()}
+
+
+def test_all_connections_bring_one_file_after_the_other(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    fetcher(store, client, workers=4, segment=1000).fetch(plan)
+    assert store.missing(plan) == []
+    assert [name for name in client.spans if name in SHARDS] == sorted(SHARDS)
+    for name in SHARDS:
+        begins = sorted(client.spans[name])
+        assert begins == [(0, 1250), (1250, 2500), (2500, 3750), (3750, None)]
+    assert list(store.work_path("model", plan.id).iterdir()) == [], "no record is left"
+
+
+@pytest.mark.parametrize("segment", [1000, 2000, 10_000])
+def test_what_a_killed_run_has_of_each_segment_is_not_fetched_again(
+    store: Store, segment: int
+) -> None:
+    client = FakeHub(cut_at=700)
+    plan = fetcher(store, client).plan()
+    name = "model-1.safetensors"
+    with pytest.raises(UnreachableError):
+        # No patience: each connection that is cut off ends the run.
+        fetcher(store, client, workers=4, segment=1000, seconds=0).fetch(plan, [name])
+    assert 0 < client.sent[name] < 5000
+    client.cut_at = 0
+    # With other settings too: the segments are those of the run before.
+    fetcher(store, client, workers=2, segment=segment).fetch(plan, [name])
+    assert name not in [entry.path for entry in store.missing(plan)]
+    assert client.sent[name] == 5000
+
+
+def test_a_record_that_is_behind_costs_what_it_does_not_know(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    work = store.work_path("model", plan.id)
+    work.mkdir(parents=True)
+    name = "model-1.safetensors"
+    (work / name).write_bytes(SHARDS[name][:3000])
+    (work / f"{name}%segments").write_text("[1000, 400]")
+    fetcher(store, client, segment=1000).fetch(plan, [name])
+    assert client.spans[name] == [(1000, 2500), (2900, None)]
+    assert name not in [entry.path for entry in store.missing(plan)]
+
+
+def test_a_beginning_is_continued_in_segments(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    work = store.work_path("model", plan.id)
+    work.mkdir(parents=True)
+    name = "model-2.safetensors"
+    (work / name).write_bytes(SHARDS[name][:3000])
+    fetcher(store, client, workers=4, segment=1000).fetch(plan, [name])
+    assert sorted(client.spans[name]) == [(3000, 3750), (3750, None)]
+    assert name not in [entry.path for entry in store.missing(plan)]
+
+
+def test_a_corrupt_file_in_segments_is_fetched_once_more_then_named(store: Store) -> None:
+    client = FakeHub()
+    plan = fetcher(store, client).plan()
+    client.content["model-2.safetensors"] = b"x" * 5000
+    with pytest.raises(FleetError, match=r"model-2\.safetensors: SHA-256"):
+        fetcher(store, client, workers=4, segment=1000).fetch(plan)
+    assert client.sent["model-2.safetensors"] == 10000
+    client.content = dict(CONTENT)
+    fetcher(store, client).fetch(plan)
+    assert store.missing(plan) == []
 
 
 def test_a_corrupt_file_is_fetched_once_more_then_named(store: Store) -> None:
@@ -462,6 +533,20 @@ def test_the_client_brings_a_model_and_continues_a_part(
     (work / "model-2.safetensors").write_bytes(SHARDS["model-2.safetensors"][:2000])
     faults.write_text(json.dumps({"cut_after_bytes": 1000, "cut_times": 3}))
     fetcher(store, HubClient(""), source, workers=4).fetch(plan)
+    assert find_damage(store.publish(plan), plan, deep=True) == []
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_client_brings_segments_also_past_a_proxy_without_ranges(
+    served: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch, ranges: bool
+) -> None:
+    endpoint, faults = served
+    if not ranges:
+        monkeypatch.setattr(hub.Handler, "byte_range", lambda self, size: (0, size))
+    source = replace(SOURCE, endpoints=(endpoint,))
+    plan = fetcher(store, HubClient(""), source).plan()
+    faults.write_text(json.dumps({"cut_after_bytes": 700, "cut_times": 3}))
+    fetcher(store, HubClient(""), source, workers=4, segment=1000).fetch(plan)
     assert find_damage(store.publish(plan), plan, deep=True) == []
 
 
