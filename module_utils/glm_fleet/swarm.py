@@ -141,6 +141,9 @@ def session_settings(address: str, port: int, rate_limit: int, peers: int) -> di
         "whole_pieces_threshold": 0,
         "max_out_request_queue": 32,
         "max_allowed_in_request_queue": 32,
+        # At the default of 500 ms, what a limit allows leaves in bursts, which everything else on
+        # the link waits for.
+        "tick_interval": 20 if rate_limit else 500,
         "upload_rate_limit": rate_limit,
         "download_rate_limit": rate_limit,
         "ignore_limits_on_local_network": False,
