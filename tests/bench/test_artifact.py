@@ -37,7 +37,8 @@ SHARDS = 12
 # What leads out of a site is narrower than what connects its nodes.
 UPLINK = RATE // 4
 CONTEXT = f"{BYTES / 1e6:.0f} MB in {SHARDS} shards, {RATE / 1e6:.0f} Mbit/s"
-# A file travels on when it is whole, so their number matters: it is that of the model.
+# A file travels on when it is whole, so their number matters: it is that of the model. Files
+# below 64 MiB travel together, so that it holds with 5.6 GB and more only.
 HUB_SHARDS = 83
 
 
@@ -220,7 +221,7 @@ def from_hub(folder: Path, manifest: Manifest, fetchers: int) -> float:
                     fetch.stdin.write(json.dumps(job).encode())
                     fetch.stdin.close()
                     processes.append(fetch)
-                swarm.wait(1800)
+                swarm.wait(600 + 3 * manifest.bytes * 8 / UPLINK / fetchers)
                 taken = time.monotonic() - begun
                 assert [each.wait(10) for each in processes] == [0] * fetchers
                 return taken
