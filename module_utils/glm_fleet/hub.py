@@ -149,6 +149,9 @@ class Part:
             there = 0
         # Without a record, what is there is a beginning, left by a run with one connection.
         noted = _read_record(self._record) if there else None
+        if noted is None:
+            # One of a file that is gone says nothing of the next.
+            self._record.unlink(missing_ok=True)
         segments = len(noted) if noted else count
         bounds = [size * number // segments for number in range(segments + 1)]
         self._spans = list(itertools.pairwise(bounds))

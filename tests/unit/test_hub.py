@@ -252,28 +252,43 @@ def test_what_a_killed_run_has_of_each_segment_is_not_fetched_again(
     assert client.sent[name] == 5000
 
 
-def test_a_record_that_is_behind_costs_what_it_does_not_know(store: Store) -> None:
+@pytest.mark.parametrize(
+    ("record", "spans"),
+    [
+        # Behind, as after a kill: what it does not know is fetched again.
+        ("[1000, 400]", [(1000, 2500), (2900, None)]),
+        # None, as of a run with one connection: what is there is a beginning.
+        ("", [(3000, 3750), (3750, None)]),
+    ],
+)
+def test_a_part_is_continued_where_its_record_says(
+    store: Store, record: str, spans: list[Span]
+) -> None:
     client = FakeHub()
     plan = fetcher(store, client).plan()
     work = store.work_path("model", plan.id)
     work.mkdir(parents=True)
     name = "model-1.safetensors"
     (work / name).write_bytes(SHARDS[name][:3000])
-    (work / f"{name}%segments").write_text("[1000, 400]")
-    fetcher(store, client, segment=1000).fetch(plan, [name])
-    assert client.spans[name] == [(1000, 2500), (2900, None)]
+    if record:
+        (work / f"{name}%segments").write_text(record)
+    fetcher(store, client, workers=4, segment=1000).fetch(plan, [name])
+    assert sorted(client.spans[name]) == spans
     assert name not in [entry.path for entry in store.missing(plan)]
 
 
-def test_a_beginning_is_continued_in_segments(store: Store) -> None:
-    client = FakeHub()
+def test_the_record_of_a_file_that_is_gone_is_forgotten(store: Store) -> None:
+    client = FakeHub(cut_at=700)
     plan = fetcher(store, client).plan()
     work = store.work_path("model", plan.id)
     work.mkdir(parents=True)
-    name = "model-2.safetensors"
-    (work / name).write_bytes(SHARDS[name][:3000])
-    fetcher(store, client, workers=4, segment=1000).fetch(plan, [name])
-    assert sorted(client.spans[name]) == [(3000, 3750), (3750, None)]
+    name = "model-1.safetensors"
+    (work / f"{name}%segments").write_text("[1250, 1250, 1250, 1250]")
+    with pytest.raises(UnreachableError):
+        fetcher(store, client, seconds=0).fetch(plan, [name])
+    client.cut_at = 0
+    fetcher(store, client).fetch(plan, [name])
+    assert client.spans[name] == [(0, None), (700, None)]
     assert name not in [entry.path for entry in store.missing(plan)]
 
 
