@@ -447,6 +447,10 @@ class Agent:
             self._on_engine_error(travel, status)
             return
         if travel.held:
+            if not status.is_seeding and status.state not in self._checking():
+                # Publishing moved the folder while the engine looked for the files: it stopped
+                # this torrent without an error.
+                self._remove(travel)
             return
         done = int(status.total_wanted_done)
         # Checking what is there moves no bytes, and is no standstill.

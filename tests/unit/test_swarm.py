@@ -233,12 +233,23 @@ def test_a_torrent_of_other_bytes_publishes_nothing(tmp_path: Path, fleet: Fleet
     assert not (staging / "big.bin").exists()
 
 
-def test_nothing_is_moved_while_a_torrent_is_made_of_it(
-    fleet: Fleet, tmp_path: Path, first: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = first[0].published_path("model", fleet.manifest.id)
-    store = Store(tmp_path / "node1")
+def stage_by_hand(fleet: Fleet, source: Store, name: str) -> Store:
+    """Stop all agents, and give a node the files, whole and not published."""
+    for each in list(fleet.agents):
+        fleet.drop(each)
+    store = Store(fleet.folder / name)
     staging = store.staging_path("model", fleet.manifest.id)
+    published = source.published_path("model", fleet.manifest.id)
+    for each in FILES:
+        (staging / each).parent.mkdir(parents=True, exist_ok=True)
+        (staging / each).write_bytes((published / each).read_bytes())
+    return store
+
+
+def test_nothing_is_moved_while_a_torrent_is_made_of_it(
+    fleet: Fleet, first: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stage_by_hand(fleet, first[0], "node1")
     made: list[tuple[bool, bool]] = []
     make = Agent._make_torrent
 
@@ -249,15 +260,27 @@ def test_nothing_is_moved_while_a_torrent_is_made_of_it(
         return make(self, bundle)
 
     monkeypatch.setattr(Agent, "_make_torrent", slowly)
-    for name in ("node0", "node1", "node2"):
-        fleet.drop(name)
-    for name in FILES:
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).write_bytes((source / name).read_bytes())
     fleet.add("node1")
     fleet.until(["node1"])
     assert made
     assert not any(each for pair in made for each in pair)
+
+
+def test_a_torrent_that_begins_while_its_files_are_moved_is_given_on(
+    fleet: Fleet, first: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_by_hand(fleet, first[0], "node1")
+    arrived = Store._arrived
+
+    def slowly(self: Store, kind: str, identifier: str) -> None:
+        # The files have their new place; the engine's way there follows.
+        time.sleep(1)
+        arrived(self, kind, identifier)
+
+    monkeypatch.setattr(Store, "_arrived", slowly)
+    fleet.add("node1")
+    fleet.add("node2")
+    fleet.until(["node1", "node2"], seconds=30)
 
 
 def test_a_pushed_file_is_taken_if_it_is_right(
