@@ -3,7 +3,7 @@
 
 Each fact is read on its own: what fails leaves its place empty and adds a sentence to
 ``errors``, so that one broken tool never hides the rest. What only some hosts are asked is
-imported where it is asked: Ansible compiles a module's code anew on every call.
+imported where it is asked: every call compiles the code anew.
 """
 
 from __future__ import annotations
@@ -24,9 +24,30 @@ from typing import Any
 from .artifact import PREVIOUS, find_damage, load_manifest, protected_by
 from .environment import COMPLETE
 from .errors import FleetError
-from .runner import Runner
+from .runner import Runner, run_program
 
 FABRIC_MANAGER = "nvidia-fabricmanager.service"
+
+# What `NodeQuery` is made from, as Ansible's argument_spec; library/node_info.py documents it.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "gpus": {"type": "bool", "default": True},
+    "commands": {"type": "list", "elements": "str", "default": []},
+    "paths": {"type": "list", "elements": "str", "default": []},
+    "ports": {"type": "list", "elements": "int", "default": []},
+    "users": {"type": "list", "elements": "str", "default": []},
+    "links": {"type": "dict", "default": {}},
+    "unit": {"type": "str", "default": "glm-serving.service"},
+    "artifact_root": {"type": "str", "default": ""},
+    "previous": {"type": "str", "default": PREVIOUS},
+    "environment_root": {"type": "str", "default": ""},
+    "provenance_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
+    "controller_epoch": {"type": "float"},
+    "xid_window_s": {"type": "int", "default": 86400},
+    "attest": {"type": "bool", "default": False},
+    "canary_timeout_s": {"type": "float", "default": 20.0},
+    "gateway_url": {"type": "str", "default": ""},
+    "gateway_config": {"type": "path", "default": "/etc/haproxy/haproxy.cfg"},
+}
 
 _TIMEOUT_S = 30.0
 _LISTEN = "0A"
@@ -93,6 +114,11 @@ class Process:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return dict(vars(self))
+
+
+def read(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `read_node` of the host that this runs on; the arguments are those of `NodeQuery`."""
+    return read_node(NodeQuery(**arguments), Host(run_program))
 
 
 def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:

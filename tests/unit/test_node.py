@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from glm_fleet.artifact import make_manifest
 from glm_fleet.errors import FleetError
 from glm_fleet.node import (
+    ARGUMENTS,
     Host,
     NodeQuery,
     ask_as_client,
@@ -30,6 +33,7 @@ from glm_fleet.node import (
 )
 from glm_fleet.runner import RunResult
 
+ROOT = Path(__file__).resolve().parents[2]
 SHOW = """\
 Id=glm-serving.service
 LoadState=loaded
@@ -235,3 +239,14 @@ def test_one_broken_tool_does_not_hide_the_rest(proc: Path, tmp_path: Path) -> N
     assert facts["gpu"]["error"] == "nvidia-smi is missing: nothing"
     assert [error.partition(":")[0] for error in facts["errors"]] == ["os", "systemd", "xids"]
     json.dumps(facts)
+
+
+def test_the_module_documents_what_can_be_asked() -> None:
+    text = (ROOT / "library/node_info.py").read_text().split('r"""')[1].split('"""')[0]
+    options = yaml.safe_load(text)["options"]
+    # What the action plugin keeps to itself.
+    assert set(options) - {"deep", "settings"} == set(ARGUMENTS)
+    assert set(ARGUMENTS) == {each.name for each in fields(NodeQuery)}
+    for name, spec in ARGUMENTS.items():
+        told = {key: options[name].get(key) for key in ("type", "elements", "default")}
+        assert told == {key: spec.get(key) for key in told}, name
