@@ -16,7 +16,7 @@ from typing import Any
 # Imports of this package in its own modules: `from .a import b`, and `from . import a, b`.
 _IMPORT = re.compile(r"^[ ]*from \.(\w*) import (?:\(([^)]*)\)|(.*))", re.MULTILINE)
 _MARK = "glm-fleet answers: "
-# The hosts' own Python, of an age that the package itself can be read by.
+# For the host's own Python: nothing here is newer than what the package itself needs.
 _PROGRAM = """\
 import json, sys
 from importlib.machinery import ModuleSpec
