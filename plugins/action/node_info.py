@@ -79,8 +79,8 @@ class ActionModule(ActionBase):
         )
         if interpreter.startswith("/") and self._is_pipelining_enabled("new"):
             asked["controller_epoch"] = asked["controller_epoch"] or time.time()
-            # -I and -S: nothing of what is installed there, or of whose directory it is.
-            parts = [self._compute_environment_string(), shlex.quote(interpreter), "-IS", "-"]
+            # -I: nothing of whose directory it is.
+            parts = [self._compute_environment_string(), shlex.quote(interpreter), "-I", "-"]
             answer = self._low_level_execute_command(
                 " ".join(each for each in parts if each),
                 in_data=program("node", "read", asked, ROOT / "module_utils/glm_fleet").encode(),
