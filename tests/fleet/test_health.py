@@ -216,9 +216,10 @@ def test_a_fault_is_named_with_its_node_its_cause_and_the_next_step(
 def test_a_healthy_fleet_names_none(serving: Fleet) -> None:
     serving.playbook(*HEALTH, "-e", "health_fail_on=never")
     # As a module, which a host without pipelining needs, and as a program of our own.
-    for ways in (("-e", "ansible_pipelining=false"), ("-vv",)):
-        run = serving.playbook(*HEALTH, *ways)
+    for pipelining in (False, True):
+        run = serving.playbook(*HEALTH, "-e", f"ansible_pipelining={pipelining}", "-vvv")
         assert run.rc == 0, run.output[-4000:]
+        assert ("python3 -I -" in run.output) is pipelining
         assert "as a module instead" not in run.output
     for each in (*report()["nodes"], *report()["gateways"]):
         assert (each["verdict"], each["findings"]) == ("healthy", [])
