@@ -92,7 +92,7 @@ def fleet_table(report: Path) -> str:
     if not report.is_file():
         return ""
     sys.path.insert(0, str(REPOSITORY / "module_utils"))
-    from glm_fleet.report import render_table
+    from glm_fleet.core.table import render_table
 
     columns = ("name", "gpus", "release", "model", "attestation", "tokens_per_second", "verdict")
     rows = [

@@ -156,19 +156,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import (
-    KINDS,
-    PREVIOUS,
-    Damage,
-    Manifest,
-    Store,
-    load_manifest,
-    make_manifest,
-    protected_by,
-    retire_old,
-)
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.progress import Meter, ProgressFile
+from ansible.module_utils.glm_fleet.artifact.hashes import Damage, make_manifest
+from ansible.module_utils.glm_fleet.artifact.manifest import KINDS, Manifest, load_manifest
+from ansible.module_utils.glm_fleet.artifact.retention import PREVIOUS, protected_by, retire_old
+from ansible.module_utils.glm_fleet.artifact.store import Store
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
 
 
 def _describe(store: Store, manifest: Manifest) -> dict[str, Any]:

@@ -155,20 +155,17 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import sentry
-from ansible.module_utils.glm_fleet.attest import read_running
-from ansible.module_utils.glm_fleet.deployment import (
-    UNIT,
-    Deployments,
-    Places,
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.node import readiness
+from ansible.module_utils.glm_fleet.serving.activation import (
     activate,
     compare,
     environment_changes,
     install_policy,
-    make,
 )
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.runner import run_program
+from ansible.module_utils.glm_fleet.serving.deployment import UNIT, Deployments, Places, make
+from ansible.module_utils.glm_fleet.serving.record import read_running
 
 
 def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
@@ -250,7 +247,7 @@ def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
             deployments.refuse(params["refuse"], params["reason"] or "")
         if words:
             result["seconds"] = activate(
-                run_program, deployments, identifier, attested_now=sentry.answer() == "up"
+                run_program, deployments, identifier, attested_now=readiness.answer() == "up"
             )
     refused = [params["refuse"]] if params["refuse"] else []
     deployments.retire([identifier, *refused, *params["rungs"]])

@@ -86,8 +86,8 @@ held:
 from datetime import datetime, timezone
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.fleet_lock import RUNNING, FleetLock, taken_error
+from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.fleet.lock import RUNNING, FleetLock, taken_error
 
 _STATES = ["info", "free", "taken", "kept", "done", "stopped", "held", "unheld"]
 

@@ -72,7 +72,7 @@ gateway:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.haproxy import (
+from ansible.module_utils.glm_fleet.gateway.haproxy import (
     MASTER_SOCKET,
     SOCKET,
     Haproxy,

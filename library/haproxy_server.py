@@ -113,20 +113,19 @@ sessions:
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.haproxy import (
+from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.gateway.drain import Change, ensure_state
+from ansible.module_utils.glm_fleet.gateway.haproxy import (
     BACKEND,
     MASTER_SOCKET,
     SOCKET,
-    STATE_FILE,
     STATES,
-    Change,
     GatewayUnreachableError,
     Haproxy,
     UnknownServerError,
-    ensure_state,
     unix_transport,
 )
+from ansible.module_utils.glm_fleet.gateway.state_file import STATE_FILE
 
 
 def main() -> None:

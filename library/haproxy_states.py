@@ -53,14 +53,9 @@ RETURN = r""" # """
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.haproxy import (
-    SOCKET,
-    STATE_FILE,
-    Haproxy,
-    save_states,
-    unix_transport,
-)
+from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.gateway.haproxy import SOCKET, Haproxy, unix_transport
+from ansible.module_utils.glm_fleet.gateway.state_file import STATE_FILE, save_states
 
 
 def main() -> None:

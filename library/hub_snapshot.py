@@ -172,24 +172,15 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import FileEntry, Manifest, Store, parse_manifest
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.hub import (
-    Fetcher,
-    HubClient,
-    Patience,
-    Source,
-    UnreachableError,
-    adopt,
-    check_endpoint,
-    damaged_folder,
-    find_published,
-    folder_manifest,
-    known_plan,
-    pin,
-    pinned,
-)
-from ansible.module_utils.glm_fleet.progress import Meter, ProgressFile
+from ansible.module_utils.glm_fleet.artifact.manifest import FileEntry, Manifest, parse_manifest
+from ansible.module_utils.glm_fleet.artifact.store import Store
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
+from ansible.module_utils.glm_fleet.model.adopt import adopt, damaged_folder, folder_manifest
+from ansible.module_utils.glm_fleet.model.client import HubClient, Patience, UnreachableError
+from ansible.module_utils.glm_fleet.model.fetcher import Fetcher, find_published, known_plan
+from ansible.module_utils.glm_fleet.model.pins import pin, pinned
+from ansible.module_utils.glm_fleet.model.source import Source, check_endpoint
 
 
 def _missing(

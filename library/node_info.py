@@ -260,7 +260,8 @@ node:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.node import ARGUMENTS, read
+from ansible.module_utils.glm_fleet.node.facts import read
+from ansible.module_utils.glm_fleet.node.query import ARGUMENTS
 
 
 def main() -> None:

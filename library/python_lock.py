@@ -101,9 +101,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.lock import Packages, Target, check_pins, final_lock
-from ansible.module_utils.glm_fleet.runner import run_program
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.release.wheel_lock import (
+    Packages,
+    Target,
+    check_pins,
+    final_lock,
+)
 
 
 def run(params: dict[str, Any]) -> dict[str, Any]:

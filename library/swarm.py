@@ -141,23 +141,20 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import (
-    Store,
-    exclusive,
-    parse_manifest,
-    write_atomically,
-)
-from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.runner import run_program
-from ansible.module_utils.glm_fleet.swarm import (
-    LEASE_S,
+from ansible.module_utils.glm_fleet.artifact.manifest import parse_manifest
+from ansible.module_utils.glm_fleet.artifact.store import Store
+from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.core.files import exclusive, write_atomically
+from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.transfer.agent import LEASE_S
+from ansible.module_utils.glm_fleet.transfer.control import (
     RUN_FOLDER,
     UNIT,
-    Job,
     ask,
     failure_of,
     unit_command,
 )
+from ansible.module_utils.glm_fleet.transfer.session import Job
 
 _START_S = 60.0
 

@@ -121,13 +121,13 @@ import uuid
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import bench
-from ansible.module_utils.glm_fleet.attest import read_record
-from ansible.module_utils.glm_fleet.errors import FleetError
+from ansible.module_utils.glm_fleet.bench import client
+from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.serving.record import read_record
 
 
 def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
-    server = bench.Server(
+    server = client.Server(
         address=params["address"],
         port=params["port"],
         model=params["model"],
@@ -135,7 +135,7 @@ def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
         tls=params["tls"],
         verify=params["validate_certs"],
     )
-    load = bench.Load(
+    load = client.Load(
         prompt_tokens=params["prompt_tokens"],
         output_tokens=params["output_tokens"],
         warmup_tokens=params["warmup_tokens"],
@@ -144,10 +144,10 @@ def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
         silence_s=params["silence_timeout"],
     )
     endpoints = [(str(each["address"]), int(each["port"])) for each in params["metrics"]]
-    before = bench.read_counters(endpoints)
-    level = bench.measure(server, load, per_node * params["nodes"], salt=salt)
-    after = bench.read_counters(endpoints)
-    others = bench.other_traffic(before, after, load, level["requests"]) if endpoints else ""
+    before = client.read_counters(endpoints)
+    level = client.measure(server, load, per_node * params["nodes"], salt=salt)
+    after = client.read_counters(endpoints)
+    others = client.other_traffic(before, after, load, level["requests"]) if endpoints else ""
     return {**level, "per_node": per_node, "nodes": params["nodes"], "other_traffic": others}
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         module.exit_json(changed=False, skipped=True, msg="check mode puts no load on a server")
     salt = uuid.uuid4().hex
     try:
-        bench.check_load(params)
+        client.check_load(params)
         levels = [_level(params, each, salt) for each in params["streams"]]
     except FleetError as error:
         module.fail_json(**error.as_fail())

@@ -90,15 +90,18 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet import attest
-from ansible.module_utils.glm_fleet.deployment import Deployments, Places
-from ansible.module_utils.glm_fleet.errors import FleetError
-from ansible.module_utils.glm_fleet.runner import run_program
+from ansible.module_utils.glm_fleet.core import http as core_http
+from ansible.module_utils.glm_fleet.core import systemd
+from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.serving import attestation, startup
+from ansible.module_utils.glm_fleet.serving import policy as serving_policy
+from ansible.module_utils.glm_fleet.serving.deployment import Deployments, Places
 
 
-def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) -> dict[str, Any]:
+def _attest(module: AnsibleModule, http: core_http.Http, policy: dict[str, Any]) -> dict[str, Any]:
     params = module.params
-    wanted = attest.Wanted(
+    wanted = attestation.Wanted(
         unit=params["unit"],
         model_name=policy["served_model_name"],
         release=params["release"],
@@ -106,7 +109,7 @@ def _attest(module: AnsibleModule, http: attest.Http, policy: dict[str, Any]) ->
         required=policy["required"],
         forbidden=policy["forbidden"],
     )
-    found = attest.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
+    found = attestation.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
     if not found["passed"]:
         failed = [
             f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]
@@ -149,19 +152,21 @@ def main() -> None:
     )
     params = module.params
     try:
-        policy = attest.read_policy(Path(params["policy"]))
-        http = attest.local_http(
+        policy = serving_policy.read_policy(Path(params["policy"]))
+        http = core_http.local_http(
             policy["port"],
             address=policy["address"],
-            api_key=attest.read_api_key(Path(params["environment_file"])),
+            api_key=serving_policy.read_api_key(Path(params["environment_file"])),
         )
         if params["mode"] == "watch":
-            watched = attest.watch(run_program, http, params["unit"], seconds=params["seconds"])
+            watched = startup.await_attestation(
+                run_program, http, params["unit"], seconds=params["seconds"]
+            )
             result = {"watched": watched}
             reason = watched["failed"] or params["give_up"]
             if reason:
-                lines = attest.last_words(run_program, params["unit"])
-                raise attest.failed_start(watched, lines, reason)
+                lines = systemd.last_words(run_program, params["unit"])
+                raise startup.failed_start(watched, lines, reason)
         else:
             result = _attest(module, http, policy)
         module.exit_json(changed=False, **result)

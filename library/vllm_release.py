@@ -114,14 +114,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import Store
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.recipe import (
+from ansible.module_utils.glm_fleet.artifact.store import Store
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.release.assembly import (
     assemble,
     find_published,
-    make_recipe,
     retire_releases,
 )
+from ansible.module_utils.glm_fleet.release.recipe import make_recipe
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:

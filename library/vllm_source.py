@@ -130,12 +130,13 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.merge import Resolver
-from ansible.module_utils.glm_fleet.resolution import read_resolution
-from ansible.module_utils.glm_fleet.runner import run_program
-from ansible.module_utils.glm_fleet.source import Compiler, PullRequest, Repository
-from ansible.module_utils.glm_fleet.verify import Expectations
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.release.compiler import Compiler
+from ansible.module_utils.glm_fleet.release.git import PullRequest, Repository
+from ansible.module_utils.glm_fleet.release.merge import Resolver
+from ansible.module_utils.glm_fleet.release.recorded import read_resolution
+from ansible.module_utils.glm_fleet.release.verify.model import Expectations
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:

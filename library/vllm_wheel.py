@@ -131,18 +131,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact import sha256_file, write_atomically
-from ansible.module_utils.glm_fleet.download import fetch_wheel
-from ansible.module_utils.glm_fleet.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.lock import Packages, Target
-from ansible.module_utils.glm_fleet.runner import run_program
-from ansible.module_utils.glm_fleet.source import Repository
-from ansible.module_utils.glm_fleet.wheel import (
-    WheelFile,
-    check_against_tree,
-    overlay,
-    read_wheel,
-)
+from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.files import sha256_file, write_atomically
+from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.release.download import fetch_wheel
+from ansible.module_utils.glm_fleet.release.git import Repository
+from ansible.module_utils.glm_fleet.release.repack import overlay
+from ansible.module_utils.glm_fleet.release.wheel import WheelFile, check_against_tree, read_wheel
+from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, Target
 
 
 def _remember(record: Path, wheel: WheelFile) -> None:

@@ -15,14 +15,8 @@ from ansible.plugins.action import ActionBase
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
-from glm_fleet.bench_report import (
-    GATEWAY,
-    NODE,
-    benchmark_json,
-    judge_target,
-    render_benchmark,
-)
-from glm_fleet.report import write_json
+from glm_fleet.bench.report import GATEWAY, NODE, benchmark_json, judge_target, render_benchmark
+from glm_fleet.health.tables import write_json
 from glm_terminal import plain, show, width
 
 

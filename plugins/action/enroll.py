@@ -23,19 +23,10 @@ from ansible.utils.display import Display
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
-from glm_fleet.enroll import (
-    Enrolment,
-    HostKey,
-    KnownHosts,
-    Row,
-    Target,
-    public_key,
-    read_target,
-    render_enrolment,
-    sentence,
-)
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult, run_program
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult, run_program
+from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
+from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
 from glm_terminal import show, width
 
 # What goes wrong is told in the table; paramiko would print a traceback beside it.

@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # Ansible puts module_utils on the path of modules only, not of plugins.
 sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
 
-from glm_fleet import history
-from glm_fleet.errors import FleetError, from_os_error
-from glm_fleet.exposition import exposition, targets
-from glm_fleet.health import GatewayHealth, Limits, NodeHealth, judge_fleet
-from glm_fleet.page import RUNS_DRAWN, render_page
-from glm_fleet.preflight import ERROR, Expectations, Problem, evaluate, sure_skew, unreachable
-from glm_fleet.report import (
-    Line,
+from glm_fleet.core.errors import FleetError, from_os_error
+from glm_fleet.core.table import Line
+from glm_fleet.health import history
+from glm_fleet.health.exposition import exposition, targets
+from glm_fleet.health.hardware import ERROR, Expectations, Problem
+from glm_fleet.health.html import RUNS_DRAWN, render_page
+from glm_fleet.health.judge import judge_fleet
+from glm_fleet.health.preflight import evaluate, sure_skew, unreachable
+from glm_fleet.health.tables import (
     health_json,
     preflight_json,
     preflight_sentence,
@@ -33,6 +34,7 @@ from glm_fleet.report import (
     write_json,
     write_text,
 )
+from glm_fleet.health.verdict import GatewayHealth, Limits, NodeHealth
 from glm_terminal import plain, show, width
 
 _FAILING = {

@@ -14,16 +14,9 @@ from ansible.plugins.action import ActionBase
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
-from glm_fleet.errors import FleetError
-from glm_fleet.rolling import (
-    UNTOUCHED,
-    Ending,
-    NodeState,
-    end_sentence,
-    plan_roll,
-    render_end,
-    render_plan,
-)
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet.rollout import UNTOUCHED, NodeState, plan_roll
+from glm_fleet.fleet.rollout_table import Ending, end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
 
 

@@ -16,7 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
 from glm_background import BackgroundAction
-from glm_fleet.progress import Reporter
+from glm_fleet.core.progress import Reporter
 
 _display = Display()
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Ansible puts module_utils on the path of modules only, not of plugins.
 sys.path.append(str(ROOT / "module_utils"))
 
-from glm_fleet.errors import FleetError
-from glm_fleet.inventory import CONTROLLER, Inventory, check_inventory, left_out
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet.inventory import CONTROLLER, Inventory, check_inventory, left_out
 
 _HERE = {"connection": "local", "interpreter": sys.executable}
 

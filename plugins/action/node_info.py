@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Ansible puts module_utils on the path of modules only, not of plugins.
 sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
 
-from glm_fleet.node import ARGUMENTS
-from glm_fleet.payload import answer_in, program
-from glm_fleet.preflight import expectations, query
+from glm_fleet.health.preflight import expectations, query
+from glm_fleet.node.query import ARGUMENTS
+from glm_fleet.node.remote_call import answer_in, program
 from glm_terminal import plain
 
 
@@ -83,7 +83,9 @@ class ActionModule(ActionBase):
             parts = [self._compute_environment_string(), shlex.quote(interpreter), "-I", "-"]
             answer = self._low_level_execute_command(
                 " ".join(each for each in parts if each),
-                in_data=program("node", "read", asked, ROOT / "module_utils/glm_fleet").encode(),
+                in_data=program(
+                    "node.facts", "read", asked, ROOT / "module_utils/glm_fleet"
+                ).encode(),
             )
             node = answer_in(answer["stdout"])
             if answer["rc"] == 0 and node is not None:

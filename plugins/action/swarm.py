@@ -27,8 +27,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
 from glm_background import BackgroundAction, Work
-from glm_fleet.meeting import Meeting, Record
-from glm_fleet.progress import Progress, Reporter, bar
+from glm_fleet.core.progress import Progress, Reporter, bar
+from glm_fleet.transfer.rendezvous import Meeting, Record
 
 _display = Display()
 _FIRST_WAIT_S = 0.5

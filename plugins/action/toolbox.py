@@ -21,9 +21,9 @@ from ansible.plugins.action import ActionBase
 # Ansible puts module_utils on the path of modules only, not of plugins.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
 
-from glm_fleet.artifact import exclusive
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import run_program
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.files import exclusive
+from glm_fleet.core.runner import run_program
 
 
 class ActionModule(ActionBase):

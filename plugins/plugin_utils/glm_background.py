@@ -11,7 +11,7 @@ from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from glm_fleet.progress import Progress, from_json
+from glm_fleet.core.progress import Progress, from_json
 
 _LOOK_S = (0.3, 0.5, 1.0, 2.0)
 _STATUS_EVERY_S = 15.0

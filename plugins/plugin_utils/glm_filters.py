@@ -6,7 +6,6 @@ plugins/filter/fleet.py registers them.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,14 @@ from ansible.errors import AnsibleFilterError
 _LIBRARY = Path(__file__).resolve().parents[2] / "module_utils"
 sys.path.insert(0, str(_LIBRARY))
 
-from glm_fleet import rolling, serving, torrent
-from glm_fleet.artifact import parse_manifest
-from glm_fleet.errors import FleetError
-from glm_fleet.haproxy import node_endpoints as node_endpoints
-from glm_fleet.variant import choose_variant
+from glm_fleet.artifact.manifest import parse_manifest
+from glm_fleet.core import closure
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet import rollout
+from glm_fleet.fleet.endpoints import node_endpoints as node_endpoints
+from glm_fleet.release.variant import choose_variant
+from glm_fleet.serving import command
+from glm_fleet.transfer import torrent
 from glm_terminal import plain
 
 HostVars = Mapping[str, Mapping[str, Any]]
@@ -144,7 +146,7 @@ def cuda_variant(
 def serve_command(settings: Mapping[str, Any]) -> str:
     """Give the arguments of vLLM, quoted for a systemd unit."""
     try:
-        return serving.unit_words(serving.serve_command(settings))
+        return command.unit_words(command.serve_command(settings))
     except FleetError as error:
         raise AnsibleFilterError(str(error)) from error
 
@@ -152,23 +154,20 @@ def serve_command(settings: Mapping[str, Any]) -> str:
 def environment_file(variables: Mapping[str, Any]) -> str:
     """Give the lines of a systemd environment file."""
     try:
-        return serving.environment_file(variables)
+        return command.environment_file(variables)
     except FleetError as error:
         raise AnsibleFilterError(str(error)) from error
 
 
-def library_digest(_: str) -> str:
-    """Name the state of the logic that nodes run, in 12 hex digits."""
-    hashed = hashlib.sha256()
-    for path in sorted(_LIBRARY.glob("glm_fleet/*.py")):
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()[:12]
+def library_digest(entry_point: str) -> str:
+    """Name the state of the logic that a unit on a node starts by name, in 12 hex digits."""
+    return closure.digest([entry_point], _LIBRARY / "glm_fleet")
 
 
 def graph_rungs(mode: str, fallback: bool) -> list[str]:
     """Give the modes of CUDA graphs to stage: the one wanted, then what a node may step down to."""
     try:
-        return serving.graph_rungs(mode, fallback=fallback)
+        return command.graph_rungs(mode, fallback=fallback)
     except FleetError as error:
         raise AnsibleFilterError(str(error)) from error
 
@@ -177,12 +176,12 @@ def attempt(
     identifier: str, activated: Mapping[str, Any], attested: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Judge one attempt to run a deployment."""
-    return rolling.attempt(identifier, activated, attested)
+    return rollout.attempt(identifier, activated, attested)
 
 
 def next_rung(ladder: Sequence[str], attempts: Sequence[Mapping[str, Any]]) -> str:
     """Give the deployment to try next, '' when trying is over."""
-    return rolling.next_rung(ladder, attempts)
+    return rollout.next_rung(ladder, attempts)
 
 
 def turn_outcome(
@@ -193,7 +192,7 @@ def turn_outcome(
     held: str,
 ) -> dict[str, Any]:
     """Say how a turn ended, from its attempts and the loops over the gateways."""
-    return rolling.outcome(
+    return rollout.outcome(
         attempts, back, drained.get("results") or [], joined.get("results") or [], held
     )
 
@@ -210,4 +209,4 @@ def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str])
 
 def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
     """Give what a node goes back to: as asked, or as in the roll-back that did not end."""
-    return rolling.rollback_target(roll, node, wanted)
+    return rollout.rollback_target(roll, node, wanted)

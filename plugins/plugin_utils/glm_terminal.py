@@ -9,7 +9,7 @@ from typing import Any
 
 from ansible.utils.color import ANSIBLE_COLOR
 from ansible.utils.display import Display
-from glm_fleet.report import Line
+from glm_fleet.core.table import Line
 
 _COLORS = {"good": "green", "warning": "yellow", "bad": "red", "": None}
 

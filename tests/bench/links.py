@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_fleet.artifact import Manifest, Store
-from glm_fleet.errors import FleetError
-from glm_fleet.swarm import NICE, Job, ask
+from glm_fleet.artifact.manifest import Manifest
+from glm_fleet.artifact.store import Store
+from glm_fleet.core.errors import FleetError
+from glm_fleet.transfer.control import NICE, ask
+from glm_fleet.transfer.session import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 8009

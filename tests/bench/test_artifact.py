@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from glm_fleet.artifact import Manifest, Store
-from glm_fleet.torrent import shares
+from glm_fleet.artifact.manifest import Manifest
+from glm_fleet.artifact.store import Store
+from glm_fleet.transfer.torrent import shares
 
 from .conftest import REPORT, ROOT, Record
 from .links import COMMIT, Node, Swarm, make_artifact, network

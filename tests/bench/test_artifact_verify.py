@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from glm_fleet.artifact import Store, find_damage
+from glm_fleet.artifact.hashes import find_damage
+from glm_fleet.artifact.store import Store
 
 from .conftest import Record
 

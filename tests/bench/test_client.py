@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from glm_fleet import bench
+from glm_fleet.bench import client
 
 from lab.hosts import ssh_command
 from lab.settings import ALL_HOSTS, INVENTORY
@@ -55,15 +55,15 @@ def stub() -> Iterator[int]:
 
 @pytest.mark.parametrize("streams", [1, 32])
 def test_the_ceiling_is_far_above_a_node(streams: int, stub: int, record: Record) -> None:
-    server = bench.Server("127.0.0.1", stub, "glm-5.2")
+    server = client.Server("127.0.0.1", stub, "glm-5.2")
     bodies = [
-        bench.request_body("glm-5.2", bench.Load(), number, tokens=TOKENS, salt="bench")
+        client.request_body("glm-5.2", client.Load(), number, tokens=TOKENS, salt="bench")
         for number in range(streams)
     ]
     # The client is one thread: what it does in a second of its processor is its ceiling,
     # however busy this machine is.
     begun = time.process_time()
-    answers = bench.send_wave(server, bodies, 300)
+    answers = client.send_wave(server, bodies, 300)
     ceiling = sum(answer.tokens for answer in answers) / (time.process_time() - begun)
     assert [answer.problem for answer in answers] == [""] * streams
     record(

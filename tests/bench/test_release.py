@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_fleet import environment
-from glm_fleet.artifact import sha256_file
-from glm_fleet.lock import Packages, Target, final_lock, gather
-from glm_fleet.runner import RunResult, run_program
-from glm_fleet.wheel import overlay, read_wheel
+from glm_fleet.core.files import sha256_file
+from glm_fleet.core.runner import RunResult, run_program
+from glm_fleet.release import environment
+from glm_fleet.release.repack import overlay
+from glm_fleet.release.wheel import read_wheel
+from glm_fleet.release.wheel_lock import Packages, Target, final_lock, gather
 
 from lab.settings import CACHE
 from tests.release import standin

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.artifact import Manifest, Store
-from glm_fleet.torrent import bundles
+from glm_fleet.artifact.manifest import Manifest
+from glm_fleet.artifact.store import Store
+from glm_fleet.transfer.torrent import bundles
 
 from lab.settings import ALL_HOSTS
 from tests.bench.links import make_artifact

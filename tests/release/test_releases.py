@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.merge import Join, Resolver
-from glm_fleet.resolution import read_resolution
-from glm_fleet.runner import run_program
-from glm_fleet.source import Compiler, Patched, PullRequest, Repository
-from glm_fleet.verify import Expectations
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import run_program
+from glm_fleet.release.compiler import Compiler, Patched
+from glm_fleet.release.conflict import Join
+from glm_fleet.release.git import PullRequest, Repository
+from glm_fleet.release.merge import Resolver
+from glm_fleet.release.recorded import read_resolution
+from glm_fleet.release.verify.model import Expectations
 
 from lab.standin import find_block, indent_of, replace_once, shift
 

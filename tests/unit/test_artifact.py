@@ -10,25 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from glm_fleet.artifact import (
-    MANIFEST,
-    Manifest,
-    Proven,
-    Retired,
-    Store,
-    activate,
-    exclusive,
-    find_damage,
-    hash_files,
-    load_manifest,
-    make_manifest,
-    parse_manifest,
-    protected_by,
-    retirable,
-    retire_old,
-    sha256_file,
-)
-from glm_fleet.errors import FleetError
+from glm_fleet.artifact.hashes import Proven, find_damage, hash_files, make_manifest
+from glm_fleet.artifact.link import point_link as activate
+from glm_fleet.artifact.manifest import MANIFEST, Manifest, load_manifest, parse_manifest
+from glm_fleet.artifact.retention import Retired, protected_by, retirable, retire_old
+from glm_fleet.artifact.store import Store
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.files import exclusive, sha256_file
 
 
 def fill(folder: Path, **files: str) -> Path:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from glm_fleet import attest
-from glm_fleet.runner import Runner, RunResult
+from glm_fleet.core import http as core_http
+from glm_fleet.core.runner import Runner, RunResult
+from glm_fleet.serving import attestation, client, diagnosis, metrics, startup
+from glm_fleet.serving import evidence as serving_evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "tests/unit/fixtures/vllm-logs"
@@ -30,7 +32,7 @@ CPU = journal_of("cpu-0.32.0-ok.log")
 
 
 def test_the_defaults_accept_the_journal_of_the_right_path() -> None:
-    checks = attest.check_journal(
+    checks = serving_evidence.check_journal(
         GOOD,
         DEFAULTS["serving_journal_required"],
         [*DEFAULTS["serving_journal_forbidden"], "Enforce eager set"],
@@ -43,7 +45,7 @@ def test_the_defaults_accept_the_journal_of_the_right_path() -> None:
 def test_another_attention_backend_is_caught(line: str) -> None:
     lines = [each.replace("TRITON_MLA_SPARSE backend", f"{line} backend") for each in GOOD]
     lines = [each for each in lines if "'attention_backend': 'TRITON_MLA_SPARSE'" not in each]
-    checks = attest.check_journal(
+    checks = serving_evidence.check_journal(
         lines,
         DEFAULTS["serving_journal_required"],
         DEFAULTS["serving_journal_forbidden"],
@@ -52,31 +54,31 @@ def test_another_attention_backend_is_caught(line: str) -> None:
 
 
 def test_an_eager_start_that_nobody_asked_for_is_caught() -> None:
-    (check,) = attest.check_journal(CPU, [], ["Enforce eager set"])
+    (check,) = serving_evidence.check_journal(CPU, [], ["Enforce eager set"])
     assert not check.passed
     assert "Enforce eager set" in check.detail
 
 
 def test_the_phase_follows_the_journal() -> None:
-    assert attest.phase([]) == "importing vLLM"
-    assert attest.phase(GOOD) == "ready"
-    assert attest.phase(CPU[:40]).startswith("loading")
+    assert startup.start_phase([]) == "importing vLLM"
+    assert startup.start_phase(GOOD) == "ready"
+    assert startup.start_phase(CPU[:40]).startswith("loading")
     shard = "Loading safetensors checkpoint shards:  15% Completed | 12/83 [00:00<00:00]"
-    assert attest.phase(["Starting to load model", shard]) == "loading shard 12/83"
+    assert startup.start_phase(["Starting to load model", shard]) == "loading shard 12/83"
 
 
 def test_a_known_crash_is_diagnosed_with_its_remedy() -> None:
-    found = attest.diagnose(CRASH)
+    found = diagnosis.diagnose(CRASH)
     assert "illegal instruction" in found
     assert "serving_cuda_graphs" in found
-    assert any("illegal instruction" in line for line in attest.relevant_lines(CRASH))
-    assert attest.diagnose(GOOD) == ""
+    assert any("illegal instruction" in line for line in diagnosis.relevant_lines(CRASH))
+    assert diagnosis.diagnose(GOOD) == ""
 
 
 def test_the_crash_of_full_graphs_is_one_that_a_lower_mode_avoids() -> None:
-    assert attest.lower_graphs_help(CRASH)
-    assert not attest.lower_graphs_help(GOOD)
-    assert not attest.lower_graphs_help([])
+    assert diagnosis.lower_graphs_help(CRASH)
+    assert not diagnosis.lower_graphs_help(GOOD)
+    assert not diagnosis.lower_graphs_help([])
 
 
 @pytest.mark.parametrize(
@@ -105,27 +107,27 @@ def test_the_crash_of_full_graphs_is_one_that_a_lower_mode_avoids() -> None:
 )
 def test_each_known_crash_has_its_remedy(line: str, remedy: str, lower: bool) -> None:
     lines = [*GOOD[:40], f"(EngineCore pid=9) ERROR {line}", "Shutting down"]
-    found = attest.diagnose(lines)
+    found = diagnosis.diagnose(lines)
     assert line[-60:] in found
     assert remedy in found
-    assert attest.lower_graphs_help(lines) is lower
+    assert diagnosis.lower_graphs_help(lines) is lower
 
 
 def test_the_cause_is_named_before_the_frame_around_it() -> None:
     frame = "RuntimeError: Engine core initialization failed. See root cause above."
     cause = "torch.OutOfMemoryError: CUDA out of memory."
     for lines in ([cause, frame], [frame, cause]):
-        assert "gpu_memory_utilization" in attest.diagnose(lines)
+        assert "gpu_memory_utilization" in diagnosis.diagnose(lines)
 
 
 def test_a_start_that_failed_carries_what_the_ladder_needs() -> None:
     watched = {"phase": "capturing CUDA graphs"}
-    details = attest.failed_start(watched, CRASH, "the service died").as_fail()
+    details = startup.failed_start(watched, CRASH, "the service died").as_fail()
     assert details["step_down"] is True
     assert "illegal instruction" in details["diagnosis"]
     assert any("illegal instruction" in line for line in details["journal"])
     assert details["remedy"] == details["diagnosis"]
-    unknown = attest.failed_start(watched, ["something else"], "the service died").as_fail()
+    unknown = startup.failed_start(watched, ["something else"], "the service died").as_fail()
     assert (unknown["step_down"], unknown["diagnosis"]) == (False, "")
     assert "journalctl" in unknown["remedy"]
 
@@ -138,7 +140,7 @@ def test_metrics_are_summed_over_labels() -> None:
         'vllm:ttft_bucket{le="1"} 3\n'
         "process_cpu_seconds_total 1.5 1700000000\n"
     )
-    assert attest.parse_metrics(text) == {
+    assert metrics.parse_metrics(text) == {
         "vllm:generation_tokens_total": 12.0,
         "process_cpu_seconds_total": 1.5,
     }
@@ -216,10 +218,10 @@ def run(host: Path, server: Server, *, thorough: bool = True, **changed: Any) ->
         "forbidden": [],
         **changed,
     }
-    return attest.attest(
+    return attestation.attest(
         lambda argv, **_: systemd(argv),
         server,
-        attest.Wanted(**wanted),
+        attestation.Wanted(**wanted),
         thorough=thorough,
         record_path=host / "record.json",
         evidence_path=host / "attested.json",
@@ -274,13 +276,13 @@ def test_a_crash_while_it_is_attested_is_a_reason_to_step_down(host: Path) -> No
     def crashed(argv: Sequence[str], **_: Any) -> RunResult:
         return systemd(argv, log=CRASH)
 
-    wanted = attest.Wanted("glm-serving.service", "glm-5.2", "rel-1", "mod-1", [], [])
+    wanted = attestation.Wanted("glm-serving.service", "glm-5.2", "rel-1", "mod-1", [], [])
     paths = {"record_path": host / "record.json", "evidence_path": host / "a.json", "proc": host}
-    found = attest.attest(crashed, Server(fault="dead"), wanted, thorough=True, **paths)
+    found = attestation.attest(crashed, Server(fault="dead"), wanted, thorough=True, **paths)
     assert found["step_down"]
     assert "illegal instruction" in found["diagnosis"]
     # An old line of a node that passes is no reason for anything.
-    passed = attest.attest(crashed, Server(), wanted, thorough=True, **paths)
+    passed = attestation.attest(crashed, Server(), wanted, thorough=True, **paths)
     assert (passed["passed"], passed["step_down"], passed["diagnosis"]) == (True, False, "")
 
 
@@ -297,7 +299,7 @@ def test_a_record_of_another_start_proves_nothing(host: Path) -> None:
 
 def watched(folder: Path, runner: Runner, *, health: int = 200) -> dict[str, Any]:
     """Look once at a start; ``folder`` is its /proc and holds what was attested."""
-    return attest.watch(
+    return startup.await_attestation(
         runner,
         lambda path, body=None: (health, iter([])),
         "glm-serving.service",
@@ -372,10 +374,12 @@ def test_a_server_that_has_answered_for_long_is_ready_at_once(tmp_path: Path) ->
 def test_a_start_stays_proven_when_the_journal_has_rotated(host: Path) -> None:
     wanted = ["KV cache size: [0-9,]+ tokens"]
     assert run(host, Server(), required=wanted)["passed"]
-    known = attest.read_evidence(host / "attested.json", "i1")
-    assert [check.passed for check in attest.check_journal([], wanted, [], known)] == [True]
+    known = serving_evidence.read_evidence(host / "attested.json", "i1")
+    assert [check.passed for check in serving_evidence.check_journal([], wanted, [], known)] == [
+        True
+    ]
     # Another start has to prove itself.
-    assert attest.read_evidence(host / "attested.json", "i2") == {}
+    assert serving_evidence.read_evidence(host / "attested.json", "i2") == {}
 
 
 @pytest.fixture
@@ -398,9 +402,9 @@ def broken_server() -> Iterator[int]:
 
 
 def test_an_engine_that_dies_while_it_answers_is_a_failed_check(broken_server: int) -> None:
-    http = attest.local_http(broken_server, timeout_s=5)
-    assert "broke off" in attest.complete(http, "glm-5.2", "Hello").problem
-    check, _ = attest.served_model(http, "glm-5.2")
+    http = core_http.local_http(broken_server, timeout_s=5)
+    assert "broke off" in client.complete(http, "glm-5.2", "Hello").problem
+    check, _ = client.served_model(http, "glm-5.2")
     assert not check.passed
 
 
@@ -408,10 +412,10 @@ def test_the_server_is_asked_where_it_is_bound() -> None:
     with socket.create_server(("127.0.0.2", 0)) as listener:
         port = listener.getsockname()[1]
         listener.settimeout(5)
-        status, _ = attest.local_http(port, timeout_s=1)("/health")
+        status, _ = core_http.local_http(port, timeout_s=1)("/health")
         assert status == 0
         thread = threading.Thread(
-            target=lambda: attest.local_http(port, address="127.0.0.2", timeout_s=1)("/health")
+            target=lambda: core_http.local_http(port, address="127.0.0.2", timeout_s=1)("/health")
         )
         thread.start()
         connection, _ = listener.accept()

@@ -9,16 +9,10 @@ import socket
 from typing import Any
 
 import pytest
-from glm_fleet import bench
-from glm_fleet.bench import Counters, Load, Server, Stream
-from glm_fleet.bench_report import (
-    GATEWAY,
-    NODE,
-    benchmark_json,
-    judge_target,
-    render_benchmark,
-)
-from glm_fleet.errors import FleetError
+from glm_fleet.bench import client
+from glm_fleet.bench.client import Counters, Load, Server, Stream
+from glm_fleet.bench.report import GATEWAY, NODE, benchmark_json, judge_target, render_benchmark
+from glm_fleet.core.errors import FleetError
 
 from tests.stub import Stub, serving
 
@@ -36,19 +30,19 @@ def stream(begun: float, first: float, gap: float, tokens: int, events: int = 0)
 
 
 def test_prompts_are_the_same_for_a_seed_and_never_cached() -> None:
-    one = bench.request_body("m", LOAD, 3, tokens=16, salt="a")
-    again = bench.request_body("m", LOAD, 3, tokens=16, salt="b")
+    one = client.request_body("m", LOAD, 3, tokens=16, salt="a")
+    again = client.request_body("m", LOAD, 3, tokens=16, salt="b")
     assert one["prompt"] == again["prompt"]
     assert one["cache_salt"] != again["cache_salt"]
     assert len(one["prompt"]) == 20
-    assert one["prompt"] != bench.request_body("m", LOAD, 4, tokens=16, salt="a")["prompt"]
-    other = bench.request_body("m", Load(prompt_tokens=20, seed=1), 3, tokens=16, salt="a")
+    assert one["prompt"] != client.request_body("m", LOAD, 4, tokens=16, salt="a")["prompt"]
+    other = client.request_body("m", Load(prompt_tokens=20, seed=1), 3, tokens=16, salt="a")
     assert one["prompt"] != other["prompt"]
 
 
 def test_every_request_asks_for_an_exact_length_and_the_warm_up_does_not_count() -> None:
     with serving(gap_s=0.001) as stub:
-        level = bench.measure(server(stub), LOAD, 3, salt="run")
+        level = client.measure(server(stub), LOAD, 3, salt="run")
     assert level["requests"] == 6
     assert level["answered_by"] == {"gpu01": 6}
     assert len(stub.bodies) == 9
@@ -66,28 +60,28 @@ def test_every_request_asks_for_an_exact_length_and_the_warm_up_does_not_count()
 def test_all_requests_of_a_wave_run_at_once() -> None:
     with serving(together=8) as stub:
         load = Load(output_tokens=1000, rounds=1, silence_s=60)
-        assert bench.measure(server(stub), load, 8, salt="run")["requests"] == 8
+        assert client.measure(server(stub), load, 8, salt="run")["requests"] == 8
 
 
 def test_a_server_that_runs_them_one_by_one_is_noticed() -> None:
     with serving(gap_s=0.002, slots=1) as stub:
-        level = bench.measure(server(stub), LOAD, 3, salt="run")
+        level = client.measure(server(stub), LOAD, 3, salt="run")
     assert not level["all_at_once"]
 
 
 def test_tokens_are_counted_by_the_server_not_by_events() -> None:
     with serving(gap_s=0.001, per_event=4) as stub:
-        (answer,) = bench.send_wave(
-            server(stub), [bench.request_body("m", LOAD, 0, tokens=16, salt="run")], 60
+        (answer,) = client.send_wave(
+            server(stub), [client.request_body("m", LOAD, 0, tokens=16, salt="run")], 60
         )
     assert (answer.tokens, len(answer.arrivals)) == (16, 4)
 
 
 def test_the_key_is_sent_only_if_there_is_one() -> None:
     with serving(gap_s=0.001) as stub:
-        bench.measure(server(stub), LOAD, 1, salt="run")
+        client.measure(server(stub), LOAD, 1, salt="run")
         assert not any(b"authorization" in head.lower() for head in stub.heads)
-        bench.measure(server(stub, api_key="s3cret"), LOAD, 1, salt="run")
+        client.measure(server(stub, api_key="s3cret"), LOAD, 1, salt="run")
         assert b"Authorization: Bearer s3cret\r\n" in stub.heads[-1]
 
 
@@ -105,7 +99,7 @@ def test_an_answer_that_is_none_is_refused_with_its_cause(fault: str, words: str
     patience = 0.3 if fault == "silent" else 60
     load = Load(prompt_tokens=20, output_tokens=16, warmup_tokens=16, rounds=1, silence_s=patience)
     with serving(fault=fault) as stub, pytest.raises(FleetError) as caught:
-        bench.measure(server(stub), load, 2, salt="run")
+        client.measure(server(stub), load, 2, salt="run")
     assert words in str(caught.value)
 
 
@@ -113,7 +107,7 @@ def test_a_port_where_nobody_listens_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with pytest.raises(FleetError, match=f"127.0.0.1:{port}.*no connection"):
-        bench.measure(Server("0.0.0.0", port, "m"), LOAD, 2, salt="run")
+        client.measure(Server("0.0.0.0", port, "m"), LOAD, 2, salt="run")
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100_000])
@@ -137,7 +131,7 @@ def test_an_answer_is_read_however_it_is_cut(piece: int) -> None:
         listener = await asyncio.start_server(talk, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
         async with listener:
-            (found,) = await bench._wave(Server("127.0.0.1", port, "m"), [{"a": {}}], 60)
+            (found,) = await client._wave(Server("127.0.0.1", port, "m"), [{"a": {}}], 60)
         return found
 
     found = asyncio.run(read())
@@ -147,7 +141,7 @@ def test_an_answer_is_read_however_it_is_cut(piece: int) -> None:
 def test_figures_of_streams_that_are_known() -> None:
     # Two streams of 11 tokens, 0.1 s apart; the second begins 0.5 s later than the first.
     waves = [[stream(0.0, 0.2, 0.1, 11), stream(0.0, 0.7, 0.1, 11)]]
-    level = bench.summarize(waves)
+    level = client.summarize(waves)
     assert level["decode_per_stream"] == pytest.approx(10)
     # Both decode from 0.7 to 1.2 s: 5 tokens each.
     assert level["decode_together"] == pytest.approx(20)
@@ -158,13 +152,13 @@ def test_figures_of_streams_that_are_known() -> None:
 
 
 def test_tokens_that_share_an_event_count_all() -> None:
-    level = bench.summarize([[stream(0.0, 0.1, 0.4, 9, events=3)]])
+    level = client.summarize([[stream(0.0, 0.1, 0.4, 9, events=3)]])
     assert level["decode_per_stream"] == pytest.approx(10)
     assert level["decode_together"] == pytest.approx(10)
 
 
 def test_streams_one_after_the_other_are_counted_over_the_whole_time() -> None:
-    level = bench.summarize([[stream(0.0, 0.0, 0.1, 11), stream(0.0, 1.0, 0.1, 11)]])
+    level = client.summarize([[stream(0.0, 0.0, 0.1, 11), stream(0.0, 1.0, 0.1, 11)]])
     assert not level["all_at_once"]
     assert level["decode_together"] == pytest.approx(10)
 
@@ -177,8 +171,8 @@ def held(begun: float, at: float, tokens: int, events: int) -> Stream:
 @pytest.mark.parametrize("events", [1, 11])
 def test_an_answer_in_one_piece_among_others_counts_its_tokens_only(events: int) -> None:
     streams = [stream(0.0, 0.2, 0.1, 11), stream(0.0, 0.2, 0.1, 11), held(0.0, 0.9, 11, events)]
-    assert bench._checked(Server("127.0.0.1", 1, "m"), streams, 11) == streams
-    level = bench.summarize([streams])
+    assert client._checked(Server("127.0.0.1", 1, "m"), streams, 11) == streams
+    level = client.summarize([streams])
     assert level["decode_per_stream"] == pytest.approx(10)
     assert level["decode_together"] == pytest.approx(30)
     assert level["output_rate"] == pytest.approx(33 / 1.2, abs=1e-3)
@@ -188,13 +182,13 @@ def test_an_answer_in_one_piece_among_others_counts_its_tokens_only(events: int)
 def test_most_answers_in_one_piece_are_refused() -> None:
     streams = [stream(0.0, 0.2, 0.1, 11), held(0.0, 0.9, 11, 1), held(0.0, 0.9, 11, 1)]
     with pytest.raises(FleetError, match="2 failed; the first: the whole answer came in one piece"):
-        bench._checked(Server("127.0.0.1", 1, "m"), streams, 11)
+        client._checked(Server("127.0.0.1", 1, "m"), streams, 11)
 
 
 def test_percentiles_are_interpolated() -> None:
-    assert bench.percentile([3.0], 0.99) == 3.0
-    assert bench.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
-    assert bench.percentile([float(each) for each in range(101)], 0.95) == 95.0
+    assert client.percentile([3.0], 0.99) == 3.0
+    assert client.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+    assert client.percentile([float(each) for each in range(101)], 0.95) == 95.0
 
 
 @pytest.mark.parametrize(
@@ -206,16 +200,16 @@ def test_percentiles_are_interpolated() -> None:
     ],
 )
 def test_traffic_of_others_is_said(before: Counters, after: Counters, words: str) -> None:
-    assert bench.other_traffic(before, after, LOAD, 4) == words
+    assert client.other_traffic(before, after, LOAD, 4) == words
 
 
 def test_counters_are_read_from_the_metrics() -> None:
     with serving(gap_s=0.001) as stub:
-        before = bench.read_counters([("0.0.0.0", stub.port)])
-        level = bench.measure(server(stub), LOAD, 2, salt="run")
-        after = bench.read_counters([("0.0.0.0", stub.port)])
+        before = client.read_counters([("0.0.0.0", stub.port)])
+        level = client.measure(server(stub), LOAD, 2, salt="run")
+        after = client.read_counters([("0.0.0.0", stub.port)])
     assert after.tokens - before.tokens == 2 * 2 * 16 + 2 * 8
-    assert bench.other_traffic(before, after, LOAD, level["requests"]) == ""
+    assert client.other_traffic(before, after, LOAD, level["requests"]) == ""
 
 
 def test_numbers_of_which_no_figure_can_be_made_are_refused() -> None:
@@ -227,9 +221,9 @@ def test_numbers_of_which_no_figure_can_be_made_are_refused() -> None:
         "warmup_tokens": 8,
         "streams": [1],
     }
-    bench.check_load(good)
+    client.check_load(good)
     with pytest.raises(FleetError, match="output_tokens: 1, streams: 0"):
-        bench.check_load({**good, "output_tokens": 1, "streams": [1, 0]})
+        client.check_load({**good, "output_tokens": 1, "streams": [1, 0]})
 
 
 def make_level(streams: int, together: float, **changed: Any) -> dict[str, Any]:

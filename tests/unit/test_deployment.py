@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,20 +14,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from glm_fleet.deployment import (
-    UNIT,
-    Deployment,
-    Deployments,
-    Places,
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult
+from glm_fleet.serving.activation import (
     activate,
     compare,
     environment_changes,
     install_policy,
-    make,
     unit_changes,
 )
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult
+from glm_fleet.serving.deployment import UNIT, Deployment, Deployments, Places, make
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "sk-very-secret"  # noqa: S105 - no password
@@ -69,7 +64,7 @@ def places(tmp_path: Path) -> Places:
 @pytest.fixture
 def node(places: Places, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployments]:
     # The service's group is not on this host.
-    monkeypatch.setattr("glm_fleet.deployment.shutil.chown", lambda *_: None)
+    monkeypatch.setattr("shutil.chown", lambda *_: None)
     before = os.umask(0o022)
     yield Deployments(places)
     os.umask(before)
@@ -430,9 +425,6 @@ def test_a_policy_is_installed_once(node: Deployments) -> None:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as Ansible would load it, with a systemd that always says yes."""
-    for name in ("", ".attest", ".deployment", ".errors", ".runner"):
-        core = importlib.import_module(f"glm_fleet{name}")
-        monkeypatch.setitem(sys.modules, f"ansible.module_utils.glm_fleet{name}", core)
     spec = importlib.util.spec_from_file_location("deployment", ROOT / "library/deployment.py")
     assert spec is not None
     assert spec.loader is not None

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from glm_fleet.download import fetch_wheel
-from glm_fleet.errors import FleetError
+from glm_fleet.core.errors import FleetError
+from glm_fleet.release.download import fetch_wheel
 
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import engine
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult
+from glm_fleet.serving import engine
 
 METRICS = """\
 # HELP vllm:num_requests_running x

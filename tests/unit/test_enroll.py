@@ -17,19 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.enroll import (
-    Enrolment,
-    HostKey,
-    KnownHosts,
-    Row,
-    Target,
-    public_key,
-    read_target,
-    render_enrolment,
-    sentence,
-)
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult, run_program
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult, run_program
+from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
+from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
 
 _SPEC = importlib.util.spec_from_file_location(
     "enroll_action", Path(__file__).resolve().parents[2] / "plugins/action/enroll.py"

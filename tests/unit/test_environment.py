@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import environment
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult, run_program
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult, run_program
+from glm_fleet.release import environment
 
 SEEN = {"vllm": "0.23.0+pr1", "torch": "2.11.0", "backend": "a.B"}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm_fleet.artifact import FileEntry, Manifest, artifact_id
+from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.fleet_lock import DONE, RUNNING, STOPPED, FleetLock, ago, taken_error
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet.lock import DONE, RUNNING, STOPPED, FleetLock, ago, taken_error
 
 NOON = "2026-11-22T12:00:00+00:00"
 LATER = "2026-11-22T12:05:00+00:00"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.gpu import GpuLink, parse_query, parse_topology, read_gpus
-from glm_fleet.runner import RunResult
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult
+from glm_fleet.node.gpu import GpuLink, parse_query, parse_topology, read_gpus
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nvidia-smi"
 XML = (FIXTURES / "h200-x2-q.xml").read_text()

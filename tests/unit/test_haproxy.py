@@ -19,24 +19,21 @@ from typing import Any
 import jinja2
 import pytest
 import yaml
-from glm_fleet.errors import FleetError
-from glm_fleet.haproxy import (
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet.endpoints import node_endpoints
+from glm_fleet.gateway.drain import Change, ensure_state
+from glm_fleet.gateway.haproxy import (
     BACKEND,
     MASTER_SOCKET,
     SOCKET,
-    STATE_FILE,
-    Change,
     GatewayUnreachableError,
     Haproxy,
     UnknownServerError,
     describe,
-    ensure_state,
-    node_endpoints,
-    parse_old_workers,
-    parse_servers_state,
-    save_states,
     unix_transport,
 )
+from glm_fleet.gateway.state_file import STATE_FILE, save_states
+from glm_fleet.gateway.statistics import parse_old_workers, parse_servers_state
 
 ROLE = Path(__file__).resolve().parents[2] / "roles" / "gateway"
 

@@ -8,15 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.health import (
-    GatewayHealth,
-    Limits,
-    NodeHealth,
-    judge_fleet,
-    judge_gateway,
-    states_of,
-)
+from glm_fleet.core.errors import FleetError
+from glm_fleet.health.gateway import judge_gateway, states_of
+from glm_fleet.health.judge import judge_fleet
+from glm_fleet.health.verdict import GatewayHealth, Limits, NodeHealth
 from test_preflight import EXPECT, make_facts
 
 TIME = "2026-11-22T10:00:00+00:00"

@@ -13,30 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.artifact import Store, find_damage, load_manifest
-from glm_fleet.errors import FleetError
-from glm_fleet.hub import (
-    Fetcher,
-    HubClient,
+from glm_fleet.artifact.hashes import find_damage
+from glm_fleet.artifact.manifest import load_manifest
+from glm_fleet.artifact.store import Store
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.progress import Meter
+from glm_fleet.model.adopt import adopt, folder_manifest
+from glm_fleet.model.client import HubClient, Patience, UnavailableError, UnreachableError
+from glm_fleet.model.fetcher import Fetcher, find_published, missing_space
+from glm_fleet.model.partfile import Span
+from glm_fleet.model.pins import pin, pinned
+from glm_fleet.model.source import (
     HubFile,
-    Patience,
     Source,
-    Span,
-    UnavailableError,
-    UnreachableError,
-    adopt,
     check_endpoint,
-    find_published,
-    folder_manifest,
     git_blob_id,
     is_commit,
-    missing_space,
     model_slug,
-    pin,
-    pinned,
     select_files,
 )
-from glm_fleet.progress import Meter
 from huggingface_hub import close_session
 
 from lab import hub

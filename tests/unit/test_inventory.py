@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from glm_fleet.errors import FleetError
-from glm_fleet.inventory import Inventory, check_inventory, left_out
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet.inventory import Inventory, check_inventory, left_out
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {

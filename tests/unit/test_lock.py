@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.lock import Locked, Packages, Target, check_pins, final_lock, parse_lock
-from glm_fleet.runner import RunResult
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult
+from glm_fleet.release.wheel_lock import (
+    Locked,
+    Packages,
+    Target,
+    check_pins,
+    final_lock,
+    parse_lock,
+)
 
 
 def sha(text: str) -> str:

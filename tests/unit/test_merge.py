@@ -7,14 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.merge import (
-    MARKER_SIZE,
-    Resolution,
-    Resolver,
-    Versions,
-)
-from glm_fleet.runner import run_program
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import run_program
+from glm_fleet.release.conflict import MARKER_SIZE, Resolution, Versions
+from glm_fleet.release.merge import Resolver
 
 START, BASE, MIDDLE, END = (char * MARKER_SIZE for char in "<|=>")
 

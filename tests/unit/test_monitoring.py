@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from glm_fleet.exposition import exposition, targets
-from glm_fleet.report import health_json
+from glm_fleet.health.exposition import exposition, targets
+from glm_fleet.health.tables import health_json
 from test_health import FAULTS, fleet_records, judge
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,27 +11,16 @@ from typing import Any
 
 import pytest
 import yaml
-from glm_fleet.artifact import make_manifest
-from glm_fleet.errors import FleetError
-from glm_fleet.node import (
-    ARGUMENTS,
-    Host,
-    NodeQuery,
-    ask_as_client,
-    check_config,
-    parse_xids,
-    read_artifacts,
-    read_disk,
-    read_link,
-    read_listeners,
-    read_node,
-    read_staging,
-    read_units,
-    read_user,
-    unit_of,
-    vllm_processes,
-)
-from glm_fleet.runner import RunResult
+from glm_fleet.artifact.hashes import make_manifest
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult
+from glm_fleet.node.artifacts import read_artifacts, read_link, read_staging
+from glm_fleet.node.facts import read_node
+from glm_fleet.node.gateway import ask_as_client, check_config
+from glm_fleet.node.kernel import parse_xids
+from glm_fleet.node.processes import read_listeners, unit_of, vllm_processes
+from glm_fleet.node.query import ARGUMENTS, Host, NodeQuery
+from glm_fleet.node.system import read_disk, read_units, read_user
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOW = """\

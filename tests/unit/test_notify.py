@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import notify
-from glm_fleet.errors import FleetError
+from glm_fleet.core.errors import FleetError
+from glm_fleet.health import notify
 
 
 def report(**verdicts: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import page
-from glm_fleet.report import health_json
+from glm_fleet.health import html
+from glm_fleet.health.tables import health_json
 from test_health import FAULTS, fleet_records, judge
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "roles/health/templates/fleet.html.j2"
@@ -79,9 +79,9 @@ def broken_report(before: dict[str, Any]) -> dict[str, Any]:
 
 RUNS = kept_runs(20)
 PAGES = {
-    "healthy": page.render_page(RUNS[-1], RUNS[:-1], TEMPLATE),
-    "broken": page.render_page(broken_report(RUNS[-1]), RUNS, TEMPLATE),
-    "first": page.render_page({**RUNS[0], "previous": None, "changes": []}, [], TEMPLATE),
+    "healthy": html.render_page(RUNS[-1], RUNS[:-1], TEMPLATE),
+    "broken": html.render_page(broken_report(RUNS[-1]), RUNS, TEMPLATE),
+    "first": html.render_page({**RUNS[0], "previous": None, "changes": []}, [], TEMPLATE),
 }
 
 
@@ -172,7 +172,7 @@ def test_what_hosts_say_is_text_and_never_markup() -> None:
     records["gw01"]["node"]["gateway"]["version"] = evil
     nodes, gateways = judge(records)
     report = health_json(nodes, gateways, "2026-11-22T12:00:00+00:00")
-    text = page.render_page(report, [], TEMPLATE)
+    text = html.render_page(report, [], TEMPLATE)
     assert "<img" not in text
     assert text.count("&lt;img src=x") >= 5
     assert evil.partition(">")[2] not in text
@@ -182,10 +182,10 @@ def test_a_gap_in_the_runs_is_a_gap_in_the_line() -> None:
     runs = copy.deepcopy(RUNS[:6])
     for node in runs[3]["nodes"]:
         node["tokens_per_second"] = None
-    chart = page.view(runs[-1], runs[:-1])["charts"][1]
+    chart = html.view(runs[-1], runs[:-1])["charts"][1]
     assert chart["line"].count("M") == 2
     assert len(chart["ranges"]) == 2
     runs[4] = runs[3]
-    chart = page.view(runs[-1], runs[:-1])["charts"][1]
+    chart = html.view(runs[-1], runs[:-1])["charts"][1]
     assert len(chart["dots"]) == 1
     assert chart["top"] == "60"

@@ -7,17 +7,10 @@ import copy
 from typing import Any
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.preflight import (
-    ERROR,
-    WARNING,
-    Expectations,
-    Problem,
-    evaluate,
-    sure_skew,
-    unreachable,
-    version,
-)
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.format import parse_version as version
+from glm_fleet.health.hardware import ERROR, WARNING, Expectations, Problem
+from glm_fleet.health.preflight import evaluate, sure_skew, unreachable
 
 GB = 1_000_000_000
 UNIT = "glm-serving.service"

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from glm_fleet import progress
-from glm_fleet.progress import Meter, Progress, ProgressFile, Reporter, bar, from_json, line
+from glm_fleet.core import format
+from glm_fleet.core.progress import Meter, Progress, ProgressFile, Reporter, bar, from_json, line
 
 HALF = Progress("fetching", 237_000_000_000, 474_000_000_000, 1.2e9)
 
@@ -24,9 +24,9 @@ class Clock:
 
 
 def test_sizes_and_times_are_for_people() -> None:
-    sizes = [progress.human_bytes(count) for count in (5, 1500, 475e9)]
+    sizes = [format.human_bytes(count) for count in (5, 1500, 475e9)]
     assert sizes == ["5 B", "1.5 kB", "475.0 GB"]
-    assert [progress.duration(each) for each in (9, 75, 3725)] == ["0:09", "1:15", "1:02:05"]
+    assert [format.duration(each) for each in (9, 75, 3725)] == ["0:09", "1:15", "1:02:05"]
 
 
 def test_a_line_has_bytes_rate_and_time_left() -> None:

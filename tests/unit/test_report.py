@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from glm_fleet import history
-from glm_fleet.preflight import WARNING, Problem
-from glm_fleet.report import (
+from glm_fleet.core.table import render_table
+from glm_fleet.health import history
+from glm_fleet.health.hardware import WARNING, Problem
+from glm_fleet.health.tables import (
     health_json,
     preflight_json,
     render_health,
     render_preflight,
-    render_table,
     write_json,
 )
 from test_health import fleet_records, judge

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import rolling
-from glm_fleet.errors import FleetError
-from glm_fleet.rolling import JOIN, RESTART, Ending, NodeState, Plan, plan_roll
+from glm_fleet.core.errors import FleetError
+from glm_fleet.fleet import rollout, rollout_table
+from glm_fleet.fleet.rollout import JOIN, RESTART, NodeState, Plan, plan_roll
+from glm_fleet.fleet.rollout_table import Ending
 
 CHANGE = ("release r1 -> r2",)
 
@@ -135,7 +136,7 @@ def test_the_plan_says_what_happens_to_each_node_and_why() -> None:
         node("gpu04", changes=False),
         NodeState("gpu05", CHANGE, True, notes=("full graphs fail here",)),
     ]
-    lines = [line.text for line in rolling.render_plan(nodes, plan(nodes), 200)]
+    lines = [line.text for line in rollout_table.render_plan(nodes, plan(nodes), 200)]
     assert lines[0] == "Roll: 3 of 5 nodes are restarted, 1 only joined."
     rows = {line.split()[1]: " ".join(line.split()) for line in lines[3:]}
     assert rows["gpu03"] == "1 gpu03 attest, join is not ready"
@@ -147,7 +148,7 @@ def test_the_plan_says_what_happens_to_each_node_and_why() -> None:
 
 def test_a_plan_without_turns_is_one_sentence() -> None:
     nodes = [node("gpu01", changes=False)]
-    (line,) = rolling.render_plan(nodes, plan(nodes), 80)
+    (line,) = rollout_table.render_plan(nodes, plan(nodes), 80)
     assert line.text == "Roll: nothing to do, 1 of 1 run what they should."
 
 
@@ -171,7 +172,7 @@ def tried(
     attested: dict[str, Any], *, deployment: dict[str, str] | None = None, **changed: Any
 ) -> dict[str, Any]:
     used = deployment or NEW
-    made = rolling.attempt(used["id"], {**ACTIVATED, "deployment": used}, attested)
+    made = rollout.attempt(used["id"], {**ACTIVATED, "deployment": used}, attested)
     return {**made, **changed}
 
 
@@ -198,7 +199,7 @@ def test_a_failed_attempt_carries_its_diagnosis_in_one_line() -> None:
 
 
 def test_an_activation_that_failed_counts_before_any_attestation() -> None:
-    found = rolling.attempt("x", {"failed": True, "msg": "model m is gone"}, PASSED)
+    found = rollout.attempt("x", {"failed": True, "msg": "model m is gone"}, PASSED)
     assert (found["passed"], found["message"], found["runs"]) == (False, "model m is gone", {})
 
 
@@ -206,7 +207,7 @@ def test_an_activation_that_failed_counts_before_any_attestation() -> None:
 def test_a_node_that_stops_answering_is_lost(
     activated: dict[str, Any], attested: dict[str, Any]
 ) -> None:
-    found = rolling.attempt("x", activated, attested)
+    found = rollout.attempt("x", activated, attested)
     assert found["lost"]
     assert not found["passed"]
 
@@ -228,11 +229,11 @@ LADDER = ["full", "piecewise", "eager"]
     ],
 )
 def test_only_a_crash_of_cuda_graphs_steps_down(attempts: list[dict[str, Any]], rung: str) -> None:
-    assert rolling.next_rung(LADDER, attempts) == rung
+    assert rollout.next_rung(LADDER, attempts) == rung
 
 
 def test_there_is_nothing_to_try_on_an_empty_ladder() -> None:
-    assert rolling.next_rung([], []) == ""
+    assert rollout.next_rung([], []) == ""
 
 
 def ended(
@@ -244,13 +245,13 @@ def ended(
     held: str = "",
 ) -> tuple[str, bool, str, str]:
     """Return state, whether the roll goes on, the release that runs, and why."""
-    found = rolling.outcome(attempts, back or {}, drained or [], joined or [], held)
+    found = rollout.outcome(attempts, back or {}, drained or [], joined or [], held)
     return found["state"], found["good"], found["runs"].get("release", ""), found["why"]
 
 
 def test_a_turn_that_gets_through() -> None:
     assert ended([tried(PASSED)], drained=[{"sessions": 0}], joined=[{"changed": True}]) == (
-        rolling.SERVES,
+        rollout.SERVES,
         True,
         "r2",
         "",
@@ -266,18 +267,18 @@ def test_requests_that_were_cut_are_counted_over_all_gateways() -> None:
 
 def test_a_step_down_is_told() -> None:
     state, good, _, why = ended([tried(CRASHED), tried(PASSED)])
-    assert (state, good) == (rolling.SERVES, True)
+    assert (state, good) == (rollout.SERVES, True)
     assert why == "stepped down to piecewise: an illegal instruction: graphs"
 
 
 def test_a_held_node_that_passed_stays_held() -> None:
-    assert ended([tried(PASSED)], held="fans") == (rolling.HELD, True, "r2", "held: fans")
+    assert ended([tried(PASSED)], held="fans") == (rollout.HELD, True, "r2", "held: fans")
 
 
 def test_a_roll_back_serves_the_old_release_and_stops_the_roll() -> None:
     back = tried(PASSED, deployment=OLD)
-    found = rolling.outcome([tried(CRASHED)], back, [], [], "")
-    assert (found["state"], found["good"]) == (rolling.ROLLED_BACK, False)
+    found = rollout.outcome([tried(CRASHED)], back, [], [], "")
+    assert (found["state"], found["good"]) == (rollout.ROLLED_BACK, False)
     assert found["runs"] == OLD
     assert found["why"] == CRASHED["diagnosis"]
     # Of the start that failed, not of the one that went well.
@@ -288,25 +289,25 @@ def test_a_roll_back_serves_the_old_release_and_stops_the_roll() -> None:
 def test_a_roll_back_that_fails_leaves_the_node_drained() -> None:
     back = tried({"failed": True, "msg": "no memory"}, deployment=OLD)
     state, good, runs, why = ended([tried(CRASHED)], back)
-    assert (state, good, runs) == (rolling.DRAINED, False, "")
+    assert (state, good, runs) == (rollout.DRAINED, False, "")
     assert why == "an illegal instruction: graphs; going back failed too: no memory"
 
 
 def test_nothing_to_go_back_to_leaves_the_node_drained() -> None:
     state, good, runs, why = ended([tried(CRASHED)])
-    assert (state, good, runs) == (rolling.DRAINED, False, "")
+    assert (state, good, runs) == (rollout.DRAINED, False, "")
     assert "nothing was attested here before" in why
 
 
 def test_a_node_that_is_lost_stays_drained_and_is_named() -> None:
     assert ended([tried(GONE)]) == (
-        rolling.LOST,
+        rollout.LOST,
         False,
         "",
         "no answer: Failed to connect; it stays drained",
     )
     state, good, _, why = ended([tried(CRASHED)], tried(GONE, deployment=OLD))
-    assert (state, good) == (rolling.LOST, False)
+    assert (state, good) == (rollout.LOST, False)
     assert why == "an illegal instruction: graphs; then no answer; it stays drained"
 
 
@@ -316,25 +317,25 @@ REFUSED = {"failed": True, "msg": "gpu01 cannot be taken\nout", "item": "gw02"}
 @pytest.mark.parametrize("refusal", [REFUSED, {**REFUSED, "failed": False, "unreachable": True}])
 def test_a_drain_that_is_refused_leaves_the_node_untouched(refusal: dict[str, Any]) -> None:
     state, good, _, why = ended([], drained=[{"sessions": 0, "item": "gw01"}, refusal])
-    assert (state, good) == (rolling.UNTOUCHED, False)
+    assert (state, good) == (rollout.UNTOUCHED, False)
     assert why == "gw02: gpu01 cannot be taken out"
 
 
 def test_a_turn_that_never_began_does_not_count_as_done() -> None:
-    assert ended([]) == (rolling.UNTOUCHED, False, "", "its turn did not begin")
+    assert ended([]) == (rollout.UNTOUCHED, False, "", "its turn did not begin")
 
 
 def test_a_gateway_that_does_not_take_the_node_back_hides_nothing() -> None:
     refusal = {"failed": True, "msg": "not ready", "item": "gw01"}
     assert ended([tried(PASSED)], joined=[refusal]) == (
-        rolling.DRAINED,
+        rollout.DRAINED,
         False,
         "r2",
         "gw01: not ready",
     )
     back = tried(PASSED, deployment=OLD)
     assert ended([tried(CRASHED)], back, joined=[refusal]) == (
-        rolling.DRAINED,
+        rollout.DRAINED,
         False,
         "r1",
         "an illegal instruction: graphs; rolled back; gw01: not ready",
@@ -366,19 +367,19 @@ def test_a_gateway_that_does_not_take_the_node_back_hides_nothing() -> None:
 def test_a_roll_back_knows_where_the_last_roll_began(
     roll: dict[str, Any], wanted: str, target: str
 ) -> None:
-    assert rolling.rollback_target(roll, "gpu01", wanted) == target
+    assert rollout.rollback_target(roll, "gpu01", wanted) == target
 
 
 ENDINGS = [
-    Ending("gpu01", rolling.SERVES, True, NEW, ""),
-    Ending("gpu02", rolling.ROLLED_BACK, False, OLD, "it crashed", ["ERROR it crashed"]),
-    Ending("gpu03", rolling.UNTOUCHED, True, OLD, "its turn did not come"),
-    Ending("gpu04", rolling.DRAINED, False, {}, "dead"),
+    Ending("gpu01", rollout.SERVES, True, NEW, ""),
+    Ending("gpu02", rollout.ROLLED_BACK, False, OLD, "it crashed", ["ERROR it crashed"]),
+    Ending("gpu03", rollout.UNTOUCHED, True, OLD, "its turn did not come"),
+    Ending("gpu04", rollout.DRAINED, False, {}, "dead"),
 ]
 
 
 def test_the_end_table_names_every_node_and_shows_the_journal_of_failures() -> None:
-    lines = rolling.render_end(ENDINGS, 200)
+    lines = rollout_table.render_end(ENDINGS, 200)
     rows = {line.text.split()[0]: line for line in lines if line.text.startswith("gpu")}
     assert [each.tone for each in rows.values()] == ["good", "bad", "", "bad"]
     assert rows["gpu02"].text.split() == ["gpu02", "rolled", "back", "r1", "m", "it", "crashed"]
@@ -390,7 +391,7 @@ def test_the_end_table_names_every_node_and_shows_the_journal_of_failures() -> N
 
 
 def test_the_end_in_one_sentence() -> None:
-    assert rolling.end_sentence(ENDINGS) == (
+    assert rollout_table.end_sentence(ENDINGS) == (
         "The roll stopped at gpu02 (rolled back), gpu04 (drained); 1 nodes were not touched. "
         "Mend what the table names, then run again."
     )
@@ -480,7 +481,7 @@ def test_check_mode_plans_with_what_it_would_stage() -> None:
 
 
 def test_the_end_names_who_had_a_turn_and_who_had_none() -> None:
-    turn = rolling.outcome([tried(CRASHED)], tried(PASSED, deployment=OLD), [], [], "")
+    turn = rollout.outcome([tried(CRASHED)], tried(PASSED, deployment=OLD), [], [], "")
     hosts = {
         "gpu01": {**info("x"), "__serving_outcome": turn},
         "gpu02": info("x", running={"record": OLD}),

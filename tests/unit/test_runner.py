@@ -7,8 +7,8 @@ import errno
 import os
 
 import pytest
-from glm_fleet.errors import FleetError, from_os_error
-from glm_fleet.runner import run_program
+from glm_fleet.core.errors import FleetError, from_os_error
+from glm_fleet.core.runner import run_program
 
 
 @pytest.mark.parametrize(

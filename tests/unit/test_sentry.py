@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from glm_fleet import sentry
+from glm_fleet.node import readiness
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_up_is_said_of_an_attested_start_alone(
     for path, invocation in zip(files, (record, evidence, stalled)):
         if invocation:
             path.write_text(json.dumps({"invocation": invocation}))
-    assert sentry.answer(*files) == said
+    assert readiness.answer(*files) == said
 
 
 class Node:
@@ -39,7 +39,7 @@ class Node:
         self.now = 0.0
         self.ready = self.attested = self.passes = False
         self.tried: list[float] = []
-        self.watch = sentry.Watch(
+        self.watch = readiness.Attestor(
             ready=lambda: self.ready,
             attested=lambda: self.attested,
             attest_now=self.attest,

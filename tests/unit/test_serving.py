@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from glm_fleet import gate
-from glm_fleet.errors import FleetError
-from glm_fleet.runner import RunResult
-from glm_fleet.serving import (
+from glm_fleet.core import procfs
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import RunResult
+from glm_fleet.node import prestart
+from glm_fleet.serving import record as serving_record
+from glm_fleet.serving.command import (
     differences,
     environment_file,
     graph_rungs,
@@ -164,17 +166,17 @@ class Smi:
         return RunResult(0, f"0, 4\n1, {value}\n", "")
 
 
-ENGINE = gate.Process(41, 990, "VLLM::EngineCore")
-SERVER = gate.Process(40, 990, "/opt/glm-fleet/current/bin/python /opt/x/bin/vllm serve /srv/m")
+ENGINE = procfs.Process(41, 990, "VLLM::EngineCore")
+SERVER = procfs.Process(40, 990, "/opt/glm-fleet/current/bin/python /opt/x/bin/vllm serve /srv/m")
 OTHERS = [
-    gate.Process(1, 0, "/sbin/init"),
-    gate.Process(42, 1000, "VLLM::EngineCore"),
-    gate.Process(43, 990, "/usr/bin/python3 -B -m glm_fleet.gate --user glm"),
+    procfs.Process(1, 0, "/sbin/init"),
+    procfs.Process(42, 1000, "VLLM::EngineCore"),
+    procfs.Process(43, 990, "/usr/bin/python3 -B -m glm_fleet.gate --user glm"),
 ]
 
 
 def pass_gate(
-    smi: Smi, *lists: list[gate.Process], killed: list[tuple[int, int]] | None = None
+    smi: Smi, *lists: list[procfs.Process], killed: list[tuple[int, int]] | None = None
 ) -> float:
     """Run the gate with a clock that moves only when it sleeps; return the seconds waited.
 
@@ -184,10 +186,10 @@ def pass_gate(
     signals: list[tuple[int, int]] = [] if killed is None else killed
     remaining = list(lists)
 
-    def look() -> list[gate.Process]:
+    def look() -> list[procfs.Process]:
         return remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
-    gate.wait_until_clear(
+    prestart.wait_until_clear(
         runner=smi,
         processes=look,
         uid=990,
@@ -210,7 +212,7 @@ def test_the_gate_waits_for_memory_that_the_driver_gives_back_late() -> None:
 
 
 @pytest.mark.parametrize("engine", [ENGINE, SERVER])
-def test_the_gate_names_orphans_of_the_service(engine: gate.Process) -> None:
+def test_the_gate_names_orphans_of_the_service(engine: procfs.Process) -> None:
     with pytest.raises(FleetError, match=f"pid {engine.pid}"):
         pass_gate(Smi(0), [*OTHERS, engine])
 
@@ -224,7 +226,7 @@ def test_the_record_names_what_the_links_point_at(tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to("/opt/glm-fleet/releases/r1")
     (tmp_path / "model").symlink_to("/srv/glm-fleet/artifacts/model/m1")
     (tmp_path / "unit").write_text("[Unit]\n")
-    record = gate.make_record(
+    record = serving_record.make_record(
         release_link=tmp_path / "current",
         model_link=tmp_path / "model",
         unit=tmp_path / "unit",

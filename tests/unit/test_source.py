@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.merge import Resolver
-from glm_fleet.resolution import read_resolution
-from glm_fleet.runner import run_program
-from glm_fleet.source import Compiler, Patched, PullRequest, Repository, without_secret
-from glm_fleet.verify import Expectations
+from glm_fleet.core.errors import FleetError
+from glm_fleet.core.runner import run_program
+from glm_fleet.release.compiler import Compiler, Patched
+from glm_fleet.release.git import PullRequest, Repository, without_secret
+from glm_fleet.release.merge import Resolver
+from glm_fleet.release.recorded import read_resolution
+from glm_fleet.release.verify.model import Expectations
 
 EXPECT = Expectations()
 KERNELS = "vllm/v1/attention/ops/mqa_logits_triton.py"

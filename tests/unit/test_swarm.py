@@ -14,12 +14,16 @@ from typing import Any
 
 import libtorrent
 import pytest
-from glm_fleet import swarm
-from glm_fleet.artifact import FileEntry, Manifest, Store
-from glm_fleet.errors import FleetError
-from glm_fleet.meeting import Meeting, Record
-from glm_fleet.swarm import Agent, Job, session_settings, unit_command
-from glm_fleet.torrent import bundles, hash_file, make_torrent, merkle_root, shares
+from glm_fleet.artifact.manifest import FileEntry, Manifest
+from glm_fleet.artifact.store import Store
+from glm_fleet.core.errors import FleetError
+from glm_fleet.transfer import agent as transfer_agent
+from glm_fleet.transfer import session
+from glm_fleet.transfer.agent import Agent
+from glm_fleet.transfer.control import unit_command
+from glm_fleet.transfer.rendezvous import Meeting, Record
+from glm_fleet.transfer.session import Job, session_settings
+from glm_fleet.transfer.torrent import bundles, hash_file, make_torrent, merkle_root, shares
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -312,7 +316,7 @@ def test_too_little_room_is_refused_before_a_byte_moves(
     class Full:
         free = 1000
 
-    monkeypatch.setattr(swarm.shutil, "disk_usage", lambda _: Full)
+    monkeypatch.setattr("glm_fleet.transfer.agent.shutil.disk_usage", lambda _: Full)
     with pytest.raises(FleetError, match="The disk cannot take"):
         Fleet(tmp_path / "small", first[1], 1)
 
@@ -328,7 +332,7 @@ def test_the_agent_ends_with_its_last_controller_or_when_nothing_moves(
     agent.answer({"run": "two"})
     agent.answer({"run": "one", "leave": True})
     assert not agent.ended()
-    now[0] += swarm.LEASE_S + swarm.IDLE_S + 1
+    now[0] += transfer_agent.LEASE_S + transfer_agent.IDLE_S + 1
     assert agent.ended()
     agent.answer({"run": "two"})
     assert not agent.ended()
@@ -339,9 +343,9 @@ def test_the_agent_ends_with_its_last_controller_or_when_nothing_moves(
 
 def test_each_node_begins_with_other_pieces() -> None:
     nodes = {"10.0.0.1", "10.0.0.2", "10.0.0.10"}
-    wanted = [swarm.priorities(8, nodes, node) for node in nodes]
+    wanted = [session.priorities(8, nodes, node) for node in nodes]
     assert [sorted(each) for each in zip(*wanted)] == [[1, 1, 7]] * 8
-    assert swarm.priorities(3, {"10.0.0.1"}, "10.0.0.1") == [7, 7, 7]
+    assert session.priorities(3, {"10.0.0.1"}, "10.0.0.1") == [7, 7, 7]
 
 
 def test_the_session_finds_nobody_by_itself() -> None:

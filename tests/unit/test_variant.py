@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.variant import choose_variant
+from glm_fleet.core.errors import FleetError
+from glm_fleet.release.variant import choose_variant
 
 VARIANTS = [
     {"name": "cu129", "min_driver": "550", "base_wheel": "b"},

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from glm_fleet.verify import Expectations, FileVersions, verify_tree
+from glm_fleet.release.verify.model import Expectations, FileVersions
+from glm_fleet.release.verify.tree import verify_tree
 from test_merge import merge
 from test_source import (
     BACKEND,

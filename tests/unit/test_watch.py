@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet import sentry, watch
-from glm_fleet.gate import Process
-from glm_fleet.haproxy import Haproxy, unix_transport
-from glm_fleet.runner import RunResult
+from glm_fleet.core.procfs import Process
+from glm_fleet.core.runner import RunResult
+from glm_fleet.gateway.haproxy import Haproxy, unix_transport
+from glm_fleet.node import readiness, watchdog
 
 METRICS = """\
 vllm:num_requests_running {running}
@@ -27,7 +27,7 @@ vllm:iteration_tokens_total_count {steps}
 
 
 def test_progress() -> None:
-    progress = watch.Progress(100.0)
+    progress = watchdog.EngineProgress(100.0)
     assert progress.observe(0, 5, wanted=True) == "fine"
     assert progress.observe(24, 5, wanted=True) == "fine"
     assert progress.observe(26, 5, wanted=True) == "suspect"
@@ -54,14 +54,14 @@ backend glm_nodes
 
 
 def test_a_real_haproxy_hears_it_from_the_sentry(tmp_path: Path) -> None:
-    flag = watch.Flag(tmp_path / "stalled", lambda seconds: None)
+    flag = watchdog.Flag(tmp_path / "stalled", lambda seconds: None)
     record, evidence = tmp_path / "record", tmp_path / "evidence"
     for path in (record, evidence):
         path.write_text('{"invocation": "abc"}')
 
     class Agent(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            word = sentry.answer(record, evidence, tmp_path / "stalled")
+            word = readiness.answer(record, evidence, tmp_path / "stalled")
             self.request.sendall(f"{word}\n".encode())
 
     agent = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Agent)
@@ -115,11 +115,11 @@ class Node:
         policy = folder / "policy.json"
         wanted: dict[str, list[str]] = {"required": [], "forbidden": []}
         policy.write_text(json.dumps({"port": 1, "served_model_name": "glm-5.2", **wanted}))
-        settings = watch.Settings(
+        settings = watchdog.Settings(
             "glm-serving.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
         )
         self.dies_at_once = True
-        self.watch = watch.Watch(
+        self.watch = watchdog.Watchdog(
             settings,
             self.run,
             self,  # type: ignore[arg-type]

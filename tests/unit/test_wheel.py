@@ -11,12 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from glm_fleet.errors import FleetError
-from glm_fleet.wheel import (
+from glm_fleet.core.errors import FleetError
+from glm_fleet.release.repack import overlay
+from glm_fleet.release.wheel import (
     WheelFile,
     check_against_tree,
     local_version,
-    overlay,
     read_wheel,
     requirement_name,
 )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest: what an artifact is, and every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..core.errors import FleetError
+
+MANIFEST = "manifest.json"
+SCHEMA = "glm-fleet/artifact/1"
+KINDS = ("release", "model")
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+_ID = re.compile(r"[a-z0-9][a-z0-9._+-]*-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: POSIX path relative to the artifact, size in bytes, SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is made of and where it came from."""
+
+    kind: str
+    id: str
+    files: tuple[FileEntry, ...]
+    provenance: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together, in bytes, without the manifest."""
+        return sum(entry.size for entry in self.files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the manifest as it stands in ``manifest.json``."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "id": self.id,
+            "files": [vars(entry) for entry in self.files],
+            "provenance": dict(self.provenance),
+        }
+
+    def as_json(self) -> str:
+        """Return the bytes of ``manifest.json``: sorted, the same for the same content."""
+        return json.dumps(self.as_dict(), indent=1, sort_keys=True) + "\n"
+
+
+def artifact_id(slug: str, files: Iterable[FileEntry]) -> str:
+    """Name an artifact by its content: ``<slug>-<first 12 hex digits of the digest>``."""
+    if not _SLUG.fullmatch(slug):
+        raise FleetError(
+            "The name of an artifact cannot be used in a path",
+            expected="lower-case letters, digits and . _ + -",
+            found=repr(slug),
+        )
+    digest = hashlib.sha256()
+    for entry in sorted(files, key=lambda each: each.path):
+        digest.update(f"{entry.path}\0{entry.size}\0{entry.sha256}\n".encode())
+    return f"{slug}-{digest.hexdigest()[:12]}"
+
+
+def parse_manifest(data: Mapping[str, Any]) -> Manifest:
+    """Read a manifest and refuse one that is damaged, of another schema, or leaves its folder."""
+    try:
+        files = tuple(
+            FileEntry(str(each["path"]), int(each["size"]), str(each["sha256"]))
+            for each in data["files"]
+        )
+        manifest = Manifest(str(data["kind"]), str(data["id"]), files, dict(data["provenance"]))
+        schema = str(data["schema"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FleetError(
+            "The manifest of an artifact cannot be read",
+            expected="schema, kind, id, files (path, size, sha256) and provenance",
+            found=f"{type(error).__name__}: {error}",
+            remedy="remove the artifact and distribute it again",
+        ) from error
+    if schema != SCHEMA or manifest.kind not in KINDS:
+        raise FleetError(
+            "The manifest is of a kind this version does not know",
+            expected=f"schema {SCHEMA}, kind {' or '.join(KINDS)}",
+            found=f"schema {schema}, kind {manifest.kind}",
+            remedy="use the version of glm-fleet that made it",
+        )
+    for entry in files:
+        path = PurePosixPath(entry.path)
+        if path.is_absolute() or ".." in path.parts or str(path) != entry.path:
+            raise FleetError(
+                "The manifest names a file outside the artifact",
+                expected="relative paths without ..",
+                found=repr(entry.path),
+                remedy="do not use this artifact: find out who made it",
+            )
+    slug = manifest.id.rpartition("-")[0]
+    if not _ID.fullmatch(manifest.id) or artifact_id(slug, files) != manifest.id:
+        raise FleetError(
+            "The manifest does not belong to its id",
+            expected=f"the digest of its file list in {manifest.id}",
+            found="another digest: the manifest was changed after it was made",
+            remedy="remove the artifact and distribute it again",
+        )
+    return manifest
+
+
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Read ``manifest.json`` of a published artifact."""
+    path = folder / name
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FleetError(
+            "The artifact has no readable manifest",
+            expected=f"JSON in {path}",
+            found=str(error),
+            remedy="remove the folder and distribute the artifact again",
+        ) from error
+    return parse_manifest(data)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which artifacts stay, and removing the others."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import FleetError
+from .manifest import KINDS
+from .store import Store
+
+# Names the release and the model that a roll-back returns to: {"release": id, "model": id}.
+PREVIOUS = "/etc/glm-fleet/previous.json"
+
+
+def retirable(
+    published: Mapping[str, float],
+    *,
+    keep: int,
+    protected: Collection[str],
+    coming: Collection[str],
+) -> list[str]:
+    """Return which artifacts of a kind may go, the oldest first.
+
+    ``published`` is {id: time of publication}. ``keep`` stay, among them all that are
+    ``protected`` and, also if they are not here yet, those that are ``coming``.
+    """
+    held = {each for each in protected if each in published} | set(coming)
+    others = sorted(
+        (each for each in published if each not in held), key=lambda each: (published[each], each)
+    )
+    return others[: max(0, len(others) - max(0, keep - len(held)))]
+
+
+@dataclass(frozen=True)
+class Retired:
+    """What was retired, or would be: artifacts with kind, id and bytes, and whole folders."""
+
+    artifacts: list[dict[str, Any]]
+    folders: list[str]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the artifacts, in bytes."""
+        return sum(int(each["bytes"]) for each in self.artifacts)
+
+
+def retire_old(
+    store: Store,
+    kinds: Iterable[str],
+    *,
+    keep: int,
+    protected: Collection[str],
+    coming: Collection[str] = (),
+    companions: Sequence[Path] = (),
+    dry: bool,
+    now: float | None = None,
+) -> Retired:
+    """Retire what is above ``keep`` of each kind, and what belonged to it.
+
+    ``companions`` are folders whose subfolders bear the id of a release: environments and
+    caches. ``dry`` only tells. What another process is changing or using is left alone.
+    """
+    if keep < 1:
+        raise FleetError(
+            "At least one artifact of each kind has to stay",
+            expected="artifact_keep of 1 or more",
+            found=str(keep),
+        )
+    artifacts: list[dict[str, Any]] = []
+    doomed: list[Path] = []
+    for kind in kinds:
+        with store.try_lock(kind) as locked:
+            if not locked:
+                continue
+            sizes = {each.id: each.bytes for each in store.published(kind)}
+            safe = {*protected, *(each for each in sizes if store.in_use(kind, each))}
+            going = retirable(store.ages(kind), keep=keep, protected=safe, coming=coming)
+            artifacts += [{"kind": kind, "id": each, "bytes": sizes[each]} for each in going]
+            leftovers = store.stale(kind, coming, time.time() if now is None else now)
+            if kind == "release":
+                leftovers += [
+                    path
+                    for folder, each in itertools.product(companions, going)
+                    if (path := folder / each).is_dir()
+                ]
+            doomed += leftovers
+            if dry:
+                continue
+            # The artifact goes last: killed in between, the next run finds all of it again.
+            for path in leftovers:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            for each in going:
+                store.retire(kind, each)
+    return Retired(artifacts, [str(path) for path in doomed])
+
+
+def protected_by(links: Iterable[Path], previous: Path) -> set[str]:
+    """Return the ids that are active or that a roll-back needs.
+
+    ``links`` lead to what is active; ``previous`` is a JSON file {release: id, model: id}.
+    """
+    found = {link.readlink().name for link in links if link.is_symlink()}
+    try:
+        before = json.loads(previous.read_text())
+    except FileNotFoundError:
+        return found
+    except ValueError as error:
+        raise FleetError(
+            "It cannot be told what a roll-back needs, so nothing is retired",
+            expected=f"JSON with release and model in {previous}",
+            found=str(error),
+            remedy="repair or remove that file",
+        ) from error
+    return found | {str(before[key]) for key in KINDS if before.get(key)}

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan and the end of a rollout as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..core.table import Line, render_table
+from .rollout import JOIN, RESTART, SERVES, UNTOUCHED, NodeState, Plan
+
+
+def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line]:
+    """Return the table of what will be done to each node, in order."""
+    by_name = {each.name: each for each in nodes}
+    rows: list[tuple[str, str, str, str]] = []
+    tones: list[str] = []
+    restarts = [turn for turn in plan.turns if turn.kind == RESTART]
+    for turn in plan.turns:
+        node = by_name[turn.node]
+        what = "drain, switch, attest, join"
+        if turn.kind == JOIN:
+            what = "attest, join"
+        elif node.held:
+            what = "switch, attest"
+        elif not node.ready:
+            what = "switch, attest, join"
+        if restarts and turn == restarts[0]:
+            what += " (canary)"
+        why = [*node.changes, *node.notes, *([f"held: {node.held}"] if node.held else [])]
+        rows.append((str(turn.batch), turn.node, what, "; ".join(why) or "is not ready"))
+        tones.append("warning")
+    turned = {turn.node for turn in plan.turns}
+    for node in nodes:
+        if node.name not in turned:
+            stays = f"held: {node.held}" if node.held else "runs what it should"
+            rows.append(("-", node.name, "stays", "; ".join([stays, *node.notes])))
+            tones.append("")
+    if not plan.turns:
+        return [
+            Line(f"Roll: nothing to do, {len(nodes)} of {len(nodes)} run what they should."),
+            *(Line(f"  {each.name} stays out, held: {each.held}") for each in nodes if each.held),
+        ]
+    return [
+        Line(
+            f"Roll: {len(restarts)} of {len(nodes)} nodes are restarted, "
+            f"{len(plan.turns) - len(restarts)} only joined."
+        ),
+        *render_table(("batch", "node", "what", "why"), rows, width, tones),
+    ]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A row of the end table: what a node runs, how its turn ended, and why."""
+
+    node: str
+    state: str
+    good: bool
+    runs: Mapping[str, str]
+    why: str
+    journal: Sequence[str] = ()
+
+
+def render_end(endings: Sequence[Ending], width: int) -> list[Line]:
+    """Return the end table, then the journal of what failed."""
+    rows = [
+        (each.node, each.state, each.runs.get("release") or "-", each.runs.get("model") or "-",
+         each.why)
+        for each in endings
+    ]  # fmt: skip
+    tones = [("good" if each.state == SERVES else "") if each.good else "bad" for each in endings]
+    lines = render_table(("node", "outcome", "release", "model", "why"), rows, width, tones)
+    for each in endings:
+        if each.journal and not each.good:
+            lines += [Line(""), Line(f"The journal of {each.node} said:")]
+            lines += [Line(f"  {line}", "bad") for line in each.journal]
+    return lines
+
+
+def end_sentence(endings: Sequence[Ending]) -> str:
+    """Sum up a roll that stopped: who failed, how it stands, and what to do."""
+    failed = [each for each in endings if not each.good]
+    named = ", ".join(f"{each.node} ({each.state})" for each in failed)
+    untouched = sum(each.state == UNTOUCHED for each in endings)
+    return (
+        f"The roll stopped at {named}; {untouched} nodes were not touched. "
+        "Mend what the table names, then run again."
+    )

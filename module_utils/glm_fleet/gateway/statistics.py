@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What HAProxy prints, as data: states and statistics of servers."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+
+from ..core.errors import FleetError
+from ..core.net import join_endpoint
+
+STATE_FILE_VERSION = "1"
+# Bits of srv_admin_state. The "configured as disabled" mark (0x04) stays set on a server
+# that was made ready later, so it says nothing about the present.
+_MAINT = 0x01 | 0x02 | 0x20 | 0x40
+_DRAIN = 0x08 | 0x10
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """One line of ``show servers state``: who it is and what the operator wants of it.
+
+    ``endpoint`` is ``address:port`` with the name as configured, or the IP address.
+    """
+
+    backend: str
+    name: str
+    endpoint: str
+    admin_state: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One server line of ``show stat``.
+
+    ``status`` is UP, DOWN, DRAIN or MAINT; ``settled`` is true when every check of the
+    last round passed, so that a server that was never checked does not count as up.
+    """
+
+    status: str
+    settled: bool
+    check: str
+    sessions_current: int
+    sessions_total: int
+    weight: int
+    last_change_s: int
+
+
+def parse_servers_state(text: str) -> list[ServerState]:
+    """Parse ``show servers state``, which is also the format of the server-state file."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) < 2 or lines[0].strip() != STATE_FILE_VERSION or lines[1][:2] != "# ":
+        raise unexpected_answer("show servers state", "version 1 and a header line", text[:200])
+    columns = lines[1][2:].split()
+    servers = []
+    for line in lines[2:]:
+        row = dict(zip(columns, line.split(" ")))
+        try:
+            bits = int(row["srv_admin_state"])
+            address = row["srv_fqdn"] if row["srv_fqdn"] != "-" else row["srv_addr"]
+            endpoint = join_endpoint(address, int(row["srv_port"]))
+            names = row["be_name"], row["srv_name"]
+        except (KeyError, ValueError) as error:
+            raise unexpected_answer("show servers state", "a line per server", line) from error
+        state = "maint" if bits & _MAINT else "drain" if bits & _DRAIN else "ready"
+        servers.append(ServerState(*names, endpoint, state, line.rstrip()))
+    return servers
+
+
+def parse_statistics(text: str) -> dict[tuple[str, str], Statistics]:
+    """Parse the CSV of ``show stat``; frontends and backend sums are left out."""
+    text = text.lstrip()
+    if not text.startswith("# pxname,"):
+        raise unexpected_answer("show stat", "a CSV table", text[:200])
+    found = {}
+    for row in csv.DictReader(text[2:].splitlines()):
+        if row["svname"] in ("FRONTEND", "BACKEND"):
+            continue
+        # "* " marks a check in progress, "UP 1/3" a server on its way down or up.
+        check = row["check_status"].removeprefix("* ")
+        found[row["pxname"], row["svname"]] = Statistics(
+            status="DRAIN" if row["status"] == "NOLB" else row["status"].split(" ")[0],
+            settled=row["status"] == "UP" and check in ("L4OK", "L6OK", "L7OK"),
+            check=" ".join(part for part in (check, row.get("last_chk", "")) if part),
+            sessions_current=int(row["scur"] or 0),
+            sessions_total=int(row["stot"] or 0),
+            weight=int(row["weight"] or 0),
+            last_change_s=int(row["lastchg"] or 0),
+        )
+    return found
+
+
+def parse_old_workers(text: str) -> list[int]:
+    """Return the process ids of the workers that a reload left behind (``show proc``)."""
+    pids: list[int] = []
+    old = False
+    for line in text.splitlines():
+        if line.startswith("# "):
+            old = line.strip() == "# old workers"
+        elif old and line.split()[1:2] == ["worker"]:
+            pids.append(int(line.split()[0]))
+    return pids
+
+
+def unexpected_answer(command: str, expected: str, found: str) -> FleetError:
+    return FleetError(
+        f"HAProxy answered '{command}' in an unexpected way",
+        expected=expected,
+        found=found.strip() or "nothing",
+        remedy="check that the socket has `level admin` and belongs to HAProxy 2.6 or newer",
+    )

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a host's hardware must be, compared with what it is.
+
+This stays true while a node serves, so preflight and the health check both use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from ..core.errors import FleetError
+from ..core.format import parse_version
+
+ERROR = "error"
+WARNING = "warning"
+_HARMFUL_THROTTLING = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it must be, and what to do about it."""
+
+    host: str
+    check: str
+    expected: str
+    found: str
+    remedy: str
+    severity: str = ERROR
+
+    def as_dict(self) -> dict[str, str]:
+        """Return plain data."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Space that the next run takes below ``path``, in bytes.
+
+    Nothing is needed when a published artifact of ``kind`` has all of ``provenance`` (a
+    subset, also in nested mappings); bytes that are on their way count as there.
+    """
+
+    what: str
+    path: str
+    bytes: int
+    kind: str = ""
+    provenance: Mapping[str, Any] | None = None
+    built: bool = False
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """The ``preflight_*`` variables without their prefix; see the role's argument_specs.
+
+    The fields from ``gpu_count`` on are asked of GPU nodes only. ``ports`` are other ports
+    than that of the service, with the unit that may hold each.
+    """
+
+    architectures: Sequence[str]
+    python_min: str
+    systemd_min: int
+    clock_skew_s: float
+    port: int
+    unit: str
+    disk: Sequence[DiskNeed]
+    ports: Sequence[Mapping[str, Any]] = ()
+    commands: Sequence[str] = ()
+    ram_bytes: int = 0
+    user: str = ""
+    gpu_count: int = 0
+    gpu_model: str = ""
+    compute_capability: str = ""
+    gpu_memory_mib: int = 0
+    gpu_memory_in_use_mib: int = 0
+    driver_min: str = "0"
+    nvlink: bool = False
+    xid_ignore: Sequence[int] = ()
+    artifact_keep: int = 0
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Expectations:
+        """Read plain data. Raises `FleetError` for a name that is unknown or missing."""
+        known = {each.name for each in fields(cls)}
+        required = {each.name for each in fields(cls) if each.default is MISSING}
+        if not required <= set(data) <= known:
+            raise FleetError(
+                "The expectations of preflight are not complete",
+                expected=f"{sorted(required)}, and any of {sorted(known - required)}",
+                found=str(sorted(data)),
+            )
+        disk = [DiskNeed(**{**need, "bytes": int(need["bytes"])}) for need in data["disk"]]
+        return cls(**{**data, "disk": disk})
+
+
+def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations) -> list[Problem]:
+    """Return the problems of GPUs, driver, links, fabric manager and kernel log."""
+    report = facts.get("gpu", {})
+    gpus: list[Mapping[str, Any]] = list(report.get("gpus", ()))
+    problems: list[Problem] = []
+
+    def add(check: str, expected: str, found: str, remedy: str, severity: str = ERROR) -> None:
+        problems.append(Problem(host, check, expected, found, remedy, severity))
+
+    def each_gpu(
+        check: str,
+        expected: str,
+        found: Callable[[Mapping[str, Any]], str | None],
+        remedy: str,
+        severity: str = ERROR,
+    ) -> None:
+        """Add one problem per wrong value; ``found`` returns None for a GPU that is right."""
+        wrong: dict[str, list[int]] = {}
+        for gpu in gpus:
+            value = found(gpu)
+            if value is not None:
+                wrong.setdefault(value, []).append(gpu["index"])
+        for value, indexes in wrong.items():
+            add(check, expected, f"{value} on GPU {_ranges(indexes)}", remedy, severity)
+
+    if report.get("error"):
+        add(
+            "driver",
+            "nvidia-smi answers",
+            report["error"],
+            "install or repair the NVIDIA driver; see dmesg, and reboot if it names a GPU",
+        )
+        if not gpus:
+            return [*problems, *_xids(host, facts, expect)]
+    if len(gpus) != expect.gpu_count:
+        add(
+            "GPU count",
+            str(expect.gpu_count),
+            f"{len(gpus)} (GPU {_ranges([gpu['index'] for gpu in gpus])})" if gpus else "0",
+            "look for a GPU that fell off the bus: dmesg, lspci; power-cycle the node",
+        )
+    each_gpu(
+        "GPU model",
+        f"like {expect.gpu_model}",
+        lambda gpu: None if re.search(expect.gpu_model, gpu["name"]) else gpu["name"],
+        "take the node out of gpu_nodes, or set preflight_gpu_model",
+    )
+    each_gpu(
+        "compute capability",
+        expect.compute_capability,
+        lambda gpu: (
+            None
+            if gpu["compute_capability"] == expect.compute_capability
+            else gpu["compute_capability"] or "unknown"
+        ),
+        "take the node out of gpu_nodes, or set preflight_compute_capability",
+    )
+    each_gpu(
+        "GPU memory",
+        f"{expect.gpu_memory_mib} MiB or more",
+        lambda gpu: (
+            None
+            if (gpu["memory_total_mib"] or 0) >= expect.gpu_memory_mib
+            else f"{gpu['memory_total_mib'] or 'unknown'} MiB"
+        ),
+        "take the node out of gpu_nodes: the model does not fit",
+    )
+    driver = report.get("driver_version")
+    if driver and parse_version(driver) < parse_version(expect.driver_min):
+        add(
+            "driver version",
+            f"{expect.driver_min} or newer",
+            driver,
+            "install a newer driver, or choose a release built for an older CUDA",
+        )
+    each_gpu(
+        "MIG",
+        "off",
+        _mig,
+        "nvidia-smi -mig 0, then reset the GPU or reboot",
+    )
+    each_gpu(
+        "ECC",
+        "on",
+        lambda gpu: "off" if gpu["ecc_current"] == "Disabled" else None,
+        "nvidia-smi -e 1, then reboot",
+    )
+    each_gpu(
+        "ECC errors",
+        "no uncorrectable error since the driver was loaded",
+        lambda gpu: _count(gpu["volatile_uncorrectable"], "uncorrectable"),
+        "reset the GPU or reboot; if it comes back, have the board replaced",
+    )
+    each_gpu(
+        "ECC history",
+        "no uncorrectable error in the life of the board",
+        lambda gpu: (
+            None
+            if gpu["volatile_uncorrectable"]
+            else _count(gpu["aggregate_uncorrectable"], "uncorrectable")
+        ),
+        "watch it: the rows were remapped",
+        WARNING,
+    )
+    each_gpu(
+        "row remap",
+        "none pending",
+        lambda gpu: "pending" if gpu["remap_pending"] else None,
+        "reset the GPU or reboot so that the rows are remapped",
+    )
+    each_gpu(
+        "row remap",
+        "no failure",
+        lambda gpu: "failed" if gpu["remap_failure"] else None,
+        "have the board replaced",
+    )
+    each_gpu(
+        "recovery",
+        "no action asked for",
+        lambda gpu: gpu["recovery_action"],
+        "do what the driver asks for, then run again",
+    )
+    each_gpu(
+        "throttling",
+        "no hardware slowdown",
+        lambda gpu: (
+            ", ".join(reason for reason in gpu["throttle_reasons"] if reason in _HARMFUL_THROTTLING)
+            or None
+        ),
+        "check cooling and power of the node",
+        WARNING,
+    )
+    pcie_only = report.get("nvlink", {}).get("pcie_only", ())
+    pairs = report.get("nvlink", {}).get("pairs", 0)
+    if expect.nvlink and len(gpus) > 1 and (pcie_only or not pairs):
+        add(
+            "NVLink",
+            "between all GPUs",
+            f"PCIe only: {_shortened(pcie_only)}" if pairs else "no link told",
+            "check fabric manager and bridges, or set preflight_nvlink: false for PCIe boards",
+        )
+    problems += _fabric(host, facts, driver)
+    return [*problems, *_xids(host, facts, expect)]
+
+
+def _fabric(host: str, facts: Mapping[str, Any], driver: str | None) -> Iterable[Problem]:
+    """Boards with NVSwitch answer CUDA error 802 without a fabric manager like the driver."""
+    fabric = facts.get("fabric_manager", {})
+    if not fabric.get("nvswitches"):
+        return
+    if fabric.get("active_state") != "active":
+        yield Problem(
+            host,
+            "fabric manager",
+            "active: this board has NVSwitches",
+            fabric.get("active_state") or "not installed",
+            "install nvidia-fabricmanager of the driver's version and start it",
+        )
+    elif driver and fabric.get("version") and fabric["version"] != driver:
+        yield Problem(
+            host,
+            "fabric manager",
+            f"version {driver}, as the driver",
+            fabric["version"],
+            "install the matching nvidia-fabricmanager and restart it",
+        )
+
+
+def _xids(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+    counts: dict[tuple[str, int], int] = {}
+    last: dict[tuple[str, int], str] = {}
+    for xid in facts.get("xids", ()):
+        key = (xid["kind"], xid["code"])
+        if xid["kind"] == "SXid" or xid["code"] not in expect.xid_ignore:
+            counts[key] = counts.get(key, 0) + 1
+            last[key] = xid["message"]
+    for (kind, code), count in counts.items():
+        # The switch says itself whether the fault touched what runs over it.
+        harmless = kind == "SXid" and "non-fatal" in last[kind, code].lower()
+        yield Problem(
+            host,
+            f"{kind} {code}",
+            "none in the kernel log",
+            f"{count} x, last: {last[kind, code][:160]}",
+            f"look up {kind} {code} in NVIDIA's list; drain, then reset the GPU or reboot",
+            WARNING if harmless else ERROR,
+        )
+
+
+def _mig(gpu: Mapping[str, Any]) -> str | None:
+    if gpu["mig_current"] == "Enabled":
+        return "on"
+    return "on after the next reset" if gpu["mig_pending"] == "Enabled" else None
+
+
+def _count(count: int | None, what: str) -> str | None:
+    return f"{count} {what}" if count else None
+
+
+def _shortened(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Write 0, 1, 2, 5 as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

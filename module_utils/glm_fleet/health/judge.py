@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdict on each node and gateway: healthy, degraded, broken or unknown.
+
+A node that answers as attested is at worst degraded; one that does not is broken, and the
+faults of its hardware stand first because they are the likely cause. What happened "since
+the last check" is told by the report of that check: each host's entry holds a ``baseline``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..serving.engine import interval
+from .compare import compare_nodes
+from .gateway import gateway_step, judge_gateway, states_of
+from .hardware import Expectations, hardware_problems
+from .rules import (
+    UNDRAIN_STEP,
+    artifact_findings,
+    count_restarts,
+    ecc_counts,
+    gpu_slots,
+    hardware_findings,
+    link_target,
+    no_answer,
+    service_findings,
+    system_findings,
+    without_old_xids,
+)
+from .verdict import BROKEN, DEGRADED, HEALTHY, Finding, GatewayHealth, Limits, NodeHealth, worst
+
+
+def judge_fleet(
+    records: Mapping[str, Mapping[str, Any]],
+    *,
+    limits: Limits,
+    previous: Mapping[str, Any],
+    time: str,
+) -> tuple[list[NodeHealth], list[GatewayHealth]]:
+    """Judge every host, and then the nodes against each other.
+
+    ``records`` is what the role gathered of each host: {message, groups, node, expect};
+    ``previous`` the report of the last check, {} when there was none.
+    """
+    earlier = {
+        kind: {each["name"]: each.get("baseline") or {} for each in previous.get(kind, ())}
+        for kind in ("nodes", "gateways")
+    }
+    answers = {
+        host: (record.get("node") or {}).get("gateway") or {}
+        for host, record in records.items()
+        if "gateways" in record["groups"]
+    }
+    held = {
+        node: f"held out of service by {each['by']}: {each['reason']}"
+        for answer in answers.values()
+        for node, each in (answer.get("held") or {}).items()
+    }
+    gateways = []
+    for host, answer in answers.items():
+        judged = judge_gateway(
+            host,
+            message=str(records[host]["message"]),
+            gateway=answer,
+            before=earlier["gateways"].get(host, {}),
+        )
+        # A gateway that is a node too is judged as a host there.
+        if answer and "gpu_nodes" not in records[host]["groups"]:
+            (part,) = records[host]["expect"]
+            expect = Expectations.from_dict(part["expect"])
+            more = system_findings(records[host]["node"], expect, limits)
+            judged = replace(judged, findings=[*judged.findings, *more])
+        gateways.append(judged)
+    nodes = []
+    for host, record in records.items():
+        if "gpu_nodes" not in record["groups"]:
+            continue
+        states, before = states_of(host, answers), earlier["nodes"].get(host, {})
+        if record["message"]:
+            nodes.append(unknown_node(host, str(record["message"]), states, before))
+            continue
+        expect = next(part["expect"] for part in record["expect"] if part["gpu_node"])
+        nodes.append(
+            judge_node(
+                host,
+                facts=record["node"],
+                expect=Expectations.from_dict(expect),
+                gateway=states,
+                limits=limits,
+                before=before,
+                time=time,
+                held=held.get(host, ""),
+            )
+        )
+    return compare_nodes(nodes, limits, earlier["nodes"]), gateways
+
+
+def unknown_node(
+    name: str, message: str, gateway: Mapping[str, str], before: Mapping[str, Any] | None = None
+) -> NodeHealth:
+    """Return the row of a node that gave no facts; ``message`` says why."""
+    return NodeHealth(name, [no_answer(name, message)], gateway=gateway, baseline=before or {})
+
+
+def judge_node(
+    name: str,
+    *,
+    facts: Mapping[str, Any],
+    expect: Expectations,
+    gateway: Mapping[str, str],
+    limits: Limits | None = None,
+    before: Mapping[str, Any] | None = None,
+    time: str = "",
+    held: str = "",
+) -> NodeHealth:
+    """Judge one node from its ``facts``, of which ``attestation`` is `engine.look`'s.
+
+    ``gateway`` is the node's state at each gateway, ``before`` its baseline from the last
+    check that reached it, ``held`` says who keeps it out of service and why.
+    """
+    limits, before = limits or Limits(), before or {}
+    probe: Mapping[str, Any] = facts.get("attestation") or {}
+    unit = facts.get("unit", {})
+    restarts = count_restarts(unit, before)
+    problems = hardware_problems(name, without_old_xids(facts, before), expect)
+    findings = [
+        *hardware_findings(problems, facts, limits, before),
+        *service_findings(facts, expect.unit, restarts),
+        *system_findings(facts, expect, limits),
+        *artifact_findings(facts),
+    ]
+    broken = worst(findings) == BROKEN
+    # On purpose is no fault, however long it lasts.
+    findings += [Finding("gateway", HEALTHY, held, UNDRAIN_STEP)] if held else []
+    findings += [
+        Finding("gateway", DEGRADED, f"{state} at {where}", gateway_step(state))
+        for where, state in gateway.items()
+        # A server that is down is what a broken node looks like from the gateway.
+        if state not in ("UP", "?")
+        and not (broken and state == "DOWN")
+        and not (held and state in ("DRAIN", "MAINT"))
+    ]
+    engine = probe.get("engine") or {}
+    after = engine.get("after") or {}
+    same_start = before.get("invocation_id") == unit.get("invocation_id")
+    speed = (probe.get("canary") or {}).get("tokens_per_second")
+    return NodeHealth(
+        name=name,
+        findings=findings,
+        gpus=_gpus(facts.get("gpu", {}), expect.gpu_count),
+        release=str(probe.get("release_id") or link_target(facts, "current")),
+        model=str(probe.get("model_id") or link_target(facts, "model")),
+        unit=_unit(unit),
+        attestation=_attestation(probe),
+        tokens_per_second=speed if engine.get("state", "serving") == "serving" else None,
+        gateway=gateway,
+        engine={
+            "state": engine.get("state", ""),
+            "phase": engine.get("phase", ""),
+            "running": after.get("running"),
+            "waiting": after.get("waiting"),
+            "kv_cache_usage": after.get("kv_cache_usage"),
+            "since": interval((before.get("engine") or {}) if same_start else {}, after),
+            "restarts": restarts,
+        },
+        problems=problems,
+        facts=facts,
+        probe=probe,
+        baseline={
+            "time": time,
+            "epoch_s": facts.get("clock", {}).get("epoch_s"),
+            "invocation_id": unit.get("invocation_id", ""),
+            "n_restarts": unit.get("n_restarts", 0),
+            "ecc": ecc_counts(facts),
+            "gpus": gpu_slots(facts, before, expect.gpu_count),
+            "engine": after,
+        },
+    )
+
+
+def _gpus(report: Mapping[str, Any], expected: int) -> str:
+    gpus = report.get("gpus", ())
+    names = sorted({re.sub(r"^NVIDIA ", "", gpu["name"]) for gpu in gpus})
+    return f"{len(gpus)}/{expected} {' + '.join(names)}".strip()
+
+
+def _unit(unit: Mapping[str, Any]) -> str:
+    if unit.get("load_state") != "loaded":
+        return ""
+    state, sub = unit["active_state"], unit["sub_state"]
+    return str(state) if sub == "running" else f"{state} ({sub})"
+
+
+def _attestation(probe: Mapping[str, Any]) -> str:
+    checks = probe.get("checks", ())
+    if not checks:
+        return ""
+    passed = sum(bool(check["passed"]) for check in checks)
+    return f"{'passed' if probe.get('passed') else 'failed'} {passed}/{len(checks)}"

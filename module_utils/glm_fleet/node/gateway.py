@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a gateway tells about itself."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..core.errors import FleetError
+from ..core.runner import Runner
+from .query import TIMEOUT_S, NodeQuery
+
+
+def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
+    """Return what HAProxy says of itself, of its configuration on disk and as a client sees it."""
+    from ..fleet.lock import FleetLock
+    from ..gateway.haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
+
+    found = describe(Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET)))
+    found["config_error"] = check_config(query.gateway_config, run)
+    found["client"] = ask_as_client(query.gateway_url)
+    found["held"] = FleetLock().held()
+    return found
+
+
+def check_config(path: str, run: Runner) -> str:
+    """Return HAProxy's complaint about a configuration, '' when it is valid."""
+    try:
+        answer = run(["haproxy", "-c", "-q", "-f", path], timeout=TIMEOUT_S, check=False)
+    except FleetError as error:
+        return f"{error.message}: {error.found}"
+    if answer.rc == 0:
+        return ""
+    lines = [line for line in answer.stderr.splitlines() if "[ALERT]" in line]
+    return " ".join((lines or answer.stderr.splitlines() or ["it is not valid"])[0].split())[:300]
+
+
+def ask_as_client(url: str) -> dict[str, Any]:
+    """Ask the gateway's own front door for a node's health: {status, seconds, node, error}."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    begun = time.monotonic()
+    result: dict[str, Any] = {"status": 0, "node": "", "error": ""}
+    # From the gateway to itself, where the certificate's name cannot match.
+    context = ssl._create_unverified_context() if url.startswith("https") else None  # noqa: S323
+    try:
+        answer = urllib.request.urlopen(url, timeout=10, context=context)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        result.update(status=error.code, node=error.headers.get("X-Glm-Fleet-Node", ""))
+        error.close()
+    except (OSError, http.client.HTTPException) as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    else:
+        with answer:
+            answer.read()
+        result.update(status=answer.status, node=answer.headers.get("X-Glm-Fleet-Node", ""))
+    return {**result, "seconds": round(time.monotonic() - begun, 4)}

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sentry of a node: tells the gateways whether what runs was attested.
+
+An engine that died at night comes back by itself and answers ``/health``, and nobody is there
+to attest it. So every gateway also asks the sentry (HAProxy's agent check, one line a second):
+``up`` while the very start that runs was attested, ``down`` otherwise. A start that nobody
+attests, because no controller is at work, the sentry attests itself.
+
+Run as a program: ``python3 -m glm_fleet.sentry --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socketserver
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+from ..core.errors import FleetError
+from ..core.http import local_http
+from ..core.runner import run_program
+from ..serving.attestation import Wanted, attest
+from ..serving.deployment import ENVIRONMENT, POLICY, UNIT, Deployments, Places
+from ..serving.evidence import EVIDENCE
+from ..serving.policy import read_api_key, read_policy
+from ..serving.record import RECORD, read_record
+
+# Names the start of which the watch sees that it makes no progress.
+STALLED = Path("/run/glm-fleet/stalled")
+# A controller that waits for the start attests it within seconds.
+_GRACE_S = 10.0
+_LONGEST_PAUSE_S = 900.0
+
+
+def answer(record: Path = RECORD, evidence: Path = EVIDENCE, stalled: Path = STALLED) -> str:
+    """Return the line for HAProxy: ``up``, or ``down`` with the reason.
+
+    HAProxy (2.6) takes no notice of a word that the reason follows without a space.
+    """
+    invocation = read_record(record).get("invocation", "")
+    if not invocation:
+        return "down #nothing was started"
+    if read_record(stalled).get("invocation") == invocation:
+        return "down #the engine makes no progress"
+    if read_record(evidence).get("invocation") != invocation:
+        return "down #not attested"
+    return "up"
+
+
+class Attestor:
+    """Attests a start that nobody attests, with growing pauses while that fails."""
+
+    def __init__(
+        self,
+        *,
+        ready: Callable[[], bool],
+        attested: Callable[[], bool],
+        attest_now: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ready = ready
+        self._attested = attested
+        self._attest_now = attest_now
+        self._clock = clock
+        self._due = 0.0
+        self._pause = _GRACE_S
+
+    def look(self) -> None:
+        """Look once; called every second."""
+        if self._attested() or not self._ready():
+            self._due, self._pause = 0.0, _GRACE_S
+            return
+        now = self._clock()
+        if not self._due:
+            self._due = now + _GRACE_S
+        elif now >= self._due and not self._attest_now():
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+            self._due = self._clock() + self._pause
+
+
+def attest_now(places: Places) -> bool:
+    """Attest what runs, thoroughly; tell whether it passed, and say why not in the journal."""
+    try:
+        policy = read_policy(places.etc / POLICY)
+        http = local_http(
+            policy["port"],
+            address=policy["address"],
+            api_key=read_api_key(places.etc / ENVIRONMENT),
+        )
+        wanted = Wanted(
+            unit=UNIT,
+            model_name=policy["served_model_name"],
+            release="",
+            model="",
+            required=policy["required"],
+            forbidden=policy["forbidden"],
+        )
+        found = attest(run_program, http, wanted, thorough=True)
+    except FleetError as error:
+        sys.stderr.write(f"sentry: {error}\n")
+        return False
+    failed = [f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]]
+    if failed:
+        sys.stderr.write(f"sentry: this start takes no requests: {'; '.join(failed)}\n")
+        return False
+    Deployments(places).note_passed(found["release_id"], found["model_id"])
+    sys.stderr.write("sentry: a start that nobody attended was attested\n")
+    return True
+
+
+def is_ready(places: Places) -> bool:
+    """Tell whether the server answers."""
+    try:
+        policy = read_policy(places.etc / POLICY)
+    except FleetError:
+        return False
+    http = local_http(policy["port"], address=policy["address"], timeout_s=10)
+    return http("/health")[0] == 200
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.sendall(f"{answer()}\n".encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until the end."""
+    parser = argparse.ArgumentParser(description="Tells gateways whether this node is attested.")
+    parser.add_argument("--bind", default="0.0.0.0", help="address to listen on")  # noqa: S104
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args(argv)
+    places = Places()
+    watch = Attestor(
+        ready=lambda: is_ready(places),
+        attested=lambda: answer() == "up",
+        attest_now=lambda: attest_now(places),
+    )
+    with _Server((options.bind, options.port), _Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        while True:
+            watch.look()
+            time.sleep(1.0)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A release as an artifact: wheel, lock and recipe in one folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..artifact.manifest import MANIFEST, Manifest
+from ..artifact.store import Store
+from .recipe import DISTRIBUTION, RELEASE_SCHEMA, Recipe
+from .wheel_lock import gather
+
+
+def find_published(store: Store, key: str) -> Manifest | None:
+    """Return the published release made of the same inputs, if its files are all there."""
+    for manifest in store.published("release"):
+        if manifest.provenance.get("inputs_key") == key and store.is_published(manifest):
+            return manifest
+    return None
+
+
+def retire_releases(root: Path, current: str, keep: int, *, dry: bool) -> list[str]:
+    """Retire all but the ``keep`` releases that were published last; return their ids.
+
+    The one that is current counts and is never retired. ``dry`` only tells.
+    """
+    store = Store(root)
+    folders = {
+        each.id: store.published_path("release", each.id) for each in store.published("release")
+    }
+    by_age = sorted(
+        (each for each in folders if each != current),
+        key=lambda each: ((folders[each] / MANIFEST).stat().st_mtime, each),
+        reverse=True,
+    )
+    doomed = by_age[max(0, keep - 1) :]
+    for identifier in [] if dry else doomed:
+        store.retire("release", identifier)
+    return sorted(doomed)
+
+
+def assemble(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    lock: str,
+    wheels: Sequence[Path],
+    tools: Sequence[Path],
+    report: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fill the folder that becomes the artifact; return its provenance.
+
+    ``report`` has what the steps gave: source, wheel, against_source and pins. Layout:
+    ``lock.txt``, ``wheels/``, ``tools/`` (the installer's wheel), ``release.json``.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    gather(wheels, folder / "wheels")
+    gather(tools, folder / "tools")
+    (folder / "lock.txt").write_text(lock)
+    release = {
+        "schema": RELEASE_SCHEMA,
+        "inputs_key": recipe.key,
+        "distribution": DISTRIBUTION,
+        "version": recipe.version,
+        "python_version": recipe.inputs["python_version"],
+        "platform": recipe.inputs["platform"],
+        "lock": "lock.txt",
+        "wheels": "wheels",
+        "tools": [path.name for path in tools],
+        "entry_point": "vllm",
+        "expected_imports": ["vllm"],
+        "attention_backend": recipe.inputs["backend"],
+        "pins": report["pins"],
+    }
+    (folder / "release.json").write_text(json.dumps(release, indent=1, sort_keys=True) + "\n")
+    return {
+        "inputs_key": recipe.key,
+        "inputs": dict(recipe.inputs),
+        "version": recipe.version,
+        **report["source"],
+        # Where the wheel lay is not where it came from.
+        "wheel": {key: value for key, value in report["wheel"].items() if key != "path"},
+        "against_source": report["against_source"],
+        "pins": report["pins"],
+    }

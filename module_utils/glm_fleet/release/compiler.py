@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a repository, a ref and pinned pull requests to a patched, verified source.
+
+A bare clone is kept as cache. Every build works in a scratch worktree of its own, which
+is removed on success and on failure. Commits get a fixed committer, so that the same
+inputs give the same commit ids.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import FleetError
+from .conflict import MARKER_SIZE, Join, Versions
+from .git import PullRequest, Repository, Resolved
+from .merge import Resolver
+from .recorded import Recorded, Resolution, fitting
+from .verify.model import Check, Expectations, FileVersions
+from .verify.tree import verify_tree
+
+# What a manifest names where a person resolved a conflict.
+RECORDED = "recorded-resolution"
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The result of a build: commit, files to overlay and the report."""
+
+    commit: str
+    changed: tuple[str, ...]
+    dropped: tuple[str, ...]
+    joins: tuple[Join, ...]
+    checks: tuple[Check, ...]
+    commits: tuple[str, ...]
+
+    def report(self) -> dict[str, Any]:
+        """Return what the manifest tells about the source."""
+        return {
+            "commit": self.commit,
+            "picked_commits": list(self.commits),
+            "changed_files": list(self.changed),
+            "dropped_files": list(self.dropped),
+            "conflicts": [join.as_dict() for join in self.joins],
+            "checks": [check.as_dict() for check in self.checks],
+        }
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Puts pull requests onto a ref: cherry-pick, join, verify, export."""
+
+    repository: Repository
+    resolver: Resolver
+    expectations: Expectations
+    resolutions: tuple[Resolution, ...] = ()
+
+    def build(self, resolved: Resolved, pulls: Sequence[PullRequest], *, dest: Path) -> Patched:
+        """Patch ``resolved`` and write the changed files below ``dest``.
+
+        ``dest`` is written only when every check passed; the worktree never
+        outlives the call. Raises `FleetError` otherwise, with the failed checks or
+        the conflicts in its details.
+        """
+        repo = self.repository
+        with repo.lock(), repo.worktree(resolved.sha) as tree:
+            joins: list[Join] = []
+            picked: list[str] = []
+            dropped: list[str] = []
+            versions: list[FileVersions] = []
+            for pull in pulls:
+                before = self._head(tree)
+                base = self._merge_base(before, pull)
+                recorded = fitting(self.resolutions, resolved.sha, pull.head)
+                commits = self._commits(base, pull)
+                if pull.squash:
+                    commits = [self._squashed(base, pull)]
+                for commit in commits:
+                    joins += self._pick(tree, commit, pull, recorded)
+                _require_used(recorded, joins)
+                dropped += self._drop(tree, before, pull)
+                picked += commits
+                versions += self._versions(base, pull, before, tree)
+            commit = self._head(tree)
+            changed = self._changed(resolved.sha, commit)
+            checks = verify_tree(
+                tree,
+                changed=tuple(changed),
+                before={path: self._text(resolved.sha, path) for path in changed},
+                versions=versions,
+                expectations=self.expectations,
+                merge=self._merge,
+                decided={join.path for join in joins if join.rule == RECORDED},
+            )
+            failed = [check for check in checks if not check.passed]
+            if failed:
+                raise FleetError(
+                    f"The patched source did not pass {len(failed)} of {len(checks)} checks",
+                    expected="every check passed",
+                    found="; ".join(f"{check.name}: {check.detail}" for check in failed),
+                    remedy="do not ship this merge: name a rebased pull request or another ref",
+                    details={"checks": [check.as_dict() for check in checks]},
+                )
+            _export(tree, changed, dest)
+            return Patched(
+                commit=commit,
+                changed=tuple(changed),
+                dropped=tuple(dropped),
+                joins=tuple(joins),
+                checks=tuple(checks),
+                commits=tuple(picked),
+            )
+
+    def _head(self, tree: Path) -> str:
+        return self.repository.git("rev-parse", "HEAD", cwd=tree).stdout.strip()
+
+    def _merge_base(self, before: str, pull: PullRequest) -> str:
+        found = self.repository.git("merge-base", before, pull.head, check=False)
+        if found.rc != 0:
+            raise FleetError(
+                f"Pull request {pull.number} has no history in common with the ref",
+                expected="a common ancestor",
+                found="none",
+                remedy="name the repository that the pull request was opened in",
+            )
+        return found.stdout.split()[0]
+
+    def _commits(self, base: str, pull: PullRequest) -> list[str]:
+        git = self.repository.git
+        span = f"{base}..{pull.head}"
+        merges = git("rev-list", "--merges", span).stdout.split()
+        if merges and not pull.squash:
+            raise FleetError(
+                f"Pull request {pull.number} contains merge commits",
+                expected="a straight series of commits: a merge hides how it was resolved",
+                found=", ".join(merges),
+                remedy="set squash: true for it in release_pull_requests to apply all that it "
+                "changes as one commit, or name a pull request that was rebased",
+            )
+        commits = git("rev-list", "--reverse", "--topo-order", span).stdout.split()
+        if not commits:
+            raise FleetError(
+                f"Pull request {pull.number} adds nothing: the ref already contains it",
+                expected="commits that the ref lacks",
+                found="none",
+                remedy="remove it from release_pull_requests",
+            )
+        return commits
+
+    def _squashed(self, base: str, pull: PullRequest) -> str:
+        """Make one commit of all that a pull request changes since ``base``."""
+        git = self.repository.git
+        made = git(
+            *("commit-tree", f"{pull.head}^{{tree}}", "-p", base),
+            input_text=f"Pull request {pull.number} at {pull.head}\n",
+        )
+        return made.stdout.strip()
+
+    def _pick(
+        self, tree: Path, commit: str, pull: PullRequest, recorded: Mapping[str, Recorded]
+    ) -> list[Join]:
+        git = self.repository.git
+        done = git(
+            "cherry-pick",
+            "-x",
+            "--allow-empty",
+            "--keep-redundant-commits",
+            commit,
+            cwd=tree,
+            check=False,
+        )
+        if done.rc == 0:
+            return []
+        unmerged = _unmerged(git("ls-files", "-u", "-z", cwd=tree).stdout)
+        if not unmerged:
+            raise FleetError(
+                f"Commit {commit} of pull request {pull.number} cannot be applied",
+                found=done.stderr.strip()[-500:],
+                remedy="name a rebased pull request",
+            )
+        joins: list[Join] = []
+        refused: list[FleetError] = []
+        for path, stages in unmerged.items():
+            if _is_dropped(path, pull):
+                git("rm", "--quiet", "--force", "--cached", "--", path, cwd=tree)
+                if 2 in stages:
+                    git("checkout", "HEAD", "--", path, cwd=tree)
+                else:
+                    (tree / path).unlink(missing_ok=True)
+                continue
+            try:
+                if path in recorded:
+                    joins.append(self._apply_recorded(tree, recorded[path]))
+                else:
+                    joins += self._resolve(tree, path, stages, pull)
+            except FleetError as error:
+                refused.append(error)
+        if refused:
+            raise _refuse_all(refused)
+        git("-c", "core.editor=true", "cherry-pick", "--continue", cwd=tree)
+        return joins
+
+    def _resolve(
+        self, tree: Path, path: str, stages: set[int], pull: PullRequest
+    ) -> tuple[Join, ...]:
+        """Join the conflicts of one file by the rules, and tell git so."""
+        git = self.repository.git
+        if stages != {1, 2, 3}:
+            raise FleetError(
+                f"{path} was added, removed or renamed on one side only",
+                expected="a file that the ancestor, the ref and the pull request have",
+                found=_describe_stages(stages),
+                remedy=f"add {path} to drop of pull request {pull.number} if it is not "
+                "needed, or name a rebased pull request",
+            )
+        texts = [git("cat-file", "blob", f":{stage}:{path}", cwd=tree) for stage in (1, 2, 3)]
+        base, ours, theirs = (_require_text(text.stdout, path) for text in texts)
+        left = _count_conflicts((tree / path).read_bytes())
+        resolution = self.resolver.resolve(path, Versions(base, ours, theirs, left), self._merge)
+        (tree / path).write_bytes(resolution.text.encode())
+        git("add", "--", path, cwd=tree)
+        return resolution.joins
+
+    def _apply_recorded(self, tree: Path, recorded: Recorded) -> Join:
+        """Put the recorded text of one file in the place of its conflicts."""
+        git = self.repository.git
+        path = recorded.path
+        left = _count_conflicts((tree / path).read_bytes())
+        git("checkout", "HEAD", "--", path, cwd=tree)
+        blob = git("rev-parse", f"HEAD:{path}", cwd=tree).stdout.strip()
+        # Plain apply wants every line of context; the blob says that it is the same file.
+        done = git("apply", "--index", "-", cwd=tree, input_text=recorded.patch, check=False)
+        if blob != recorded.blob or done.rc != 0:
+            raise FleetError(
+                f"The recorded resolution of {path} in {recorded.source} does not fit",
+                expected=f"a patch of the text {recorded.blob}",
+                found=f"the text {blob} {done.stderr.strip()[:300]}".strip(),
+                remedy="resolve the conflict again and record it with git diff --full-index",
+            )
+        return Join(path, RECORDED, 1, left)
+
+    def _drop(self, tree: Path, before: str, pull: PullRequest) -> list[str]:
+        git = self.repository.git
+        touched = self._changed(before, self._head(tree))
+        paths = [path for path in touched if _is_dropped(path, pull)]
+        for path in paths:
+            known = git("cat-file", "-e", f"{before}:{path}", check=False).rc == 0
+            if known:
+                git("checkout", before, "--", path, cwd=tree)
+            else:
+                git("rm", "--quiet", "--", path, cwd=tree)
+        if paths:
+            git(
+                "commit",
+                "--quiet",
+                "--message",
+                f"Drop from pull request {pull.number}: {', '.join(paths)}",
+                cwd=tree,
+            )
+        return paths
+
+    def _changed(self, old: str, new: str) -> list[str]:
+        listing = self.repository.git("diff", "--no-renames", "--name-only", "-z", old, new)
+        return sorted(path for path in listing.stdout.split("\0") if path)
+
+    def _text(self, commit: str, path: str) -> str | None:
+        shown = self.repository.git("cat-file", "blob", f"{commit}:{path}", check=False)
+        return shown.stdout if shown.rc == 0 else None
+
+    def _versions(
+        self, base: str, pull: PullRequest, before: str, tree: Path
+    ) -> list[FileVersions]:
+        after = self._head(tree)
+        paths = set(self._changed(base, pull.head)) | set(self._changed(before, after))
+        return [
+            self._versions_of(path, base, pull, before, after)
+            for path in sorted(paths)
+            if not _is_dropped(path, pull)
+        ]
+
+    def _versions_of(
+        self, path: str, base: str, pull: PullRequest, before: str, after: str
+    ) -> FileVersions:
+        texts = [self._text(commit, path) for commit in (before, base, pull.head, after)]
+        return FileVersions(path, pull.number, *texts)
+
+    def _merge(self, base: str, ours: str, theirs: str) -> tuple[str, str]:
+        """Merge three texts as git does; give the result in style merge and in style diff3."""
+        shown = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("ours", ours), ("base", base), ("theirs", theirs)):
+                Path(folder, name).write_bytes(text.encode())
+            for style in ((), ("--diff3",)):
+                done = self.repository.git(
+                    "merge-file",
+                    "-p",
+                    *style,
+                    f"--marker-size={MARKER_SIZE}",
+                    *(str(Path(folder, name)) for name in ("ours", "base", "theirs")),
+                    check=False,
+                )
+                # The status is the number of conflicts; from 128 on it is an error.
+                if not 0 <= done.rc < 128:
+                    raise FleetError("git cannot merge a file", found=done.stderr.strip()[-300:])
+                shown.append(done.stdout)
+        return shown[0], shown[1]
+
+
+def _refuse_all(refused: Sequence[FleetError]) -> FleetError:
+    """Make one report of all files that no rule takes."""
+    if len(refused) == 1:
+        return refused[0]
+    conflicts = [each for error in refused for each in error.details.get("conflicts", [])]
+    return FleetError(
+        f"{len(refused)} files conflict in ways that no rule knows: "
+        + "; ".join(error.message for error in refused),
+        expected=refused[0].expected,
+        found=refused[0].found,
+        remedy=refused[0].remedy,
+        details={"conflicts": conflicts},
+    )
+
+
+def _require_used(recorded: Mapping[str, Recorded], joins: Sequence[Join]) -> None:
+    used = {join.path for join in joins if join.rule == RECORDED}
+    unused = [each for path, each in recorded.items() if path not in used]
+    if unused:
+        raise FleetError(
+            "A recorded resolution is for a file that does not conflict",
+            expected="a conflict in every file of it",
+            found=", ".join(f"{each.path} in {each.source}" for each in unused),
+            remedy="remove these files from the recorded resolution",
+        )
+
+
+def _is_dropped(path: str, pull: PullRequest) -> bool:
+    return any(path == drop or path.startswith(drop.rstrip("/") + "/") for drop in pull.drop)
+
+
+def _unmerged(listing: str) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for row in listing.split("\0"):
+        if row:
+            head, path = row.split("\t", 1)
+            found.setdefault(path, set()).add(int(head.split()[2]))
+    return found
+
+
+def _describe_stages(stages: set[int]) -> str:
+    names = {1: "the common ancestor", 2: "the ref", 3: "the pull request"}
+    return "only in " + " and ".join(names[stage] for stage in sorted(stages))
+
+
+def _count_conflicts(text: bytes) -> int:
+    return text.count(b"\n" + b"=" * MARKER_SIZE + b"\n")
+
+
+def _require_text(text: str, path: str) -> str:
+    # The runner replaces what is not UTF-8.
+    if "\ufffd" in text or "\0" in text:
+        raise FleetError(
+            f"{path} conflicts and is not text",
+            expected="UTF-8",
+            found="other bytes",
+            remedy="drop it from the pull request or name a rebased one",
+        )
+    return text
+
+
+def _export(tree: Path, changed: Sequence[str], dest: Path) -> None:
+    """Copy the changed files below ``dest``, whole or not at all."""
+    scratch = dest.with_name(f".{dest.name}.new")
+    for folder in (scratch, dest):
+        shutil.rmtree(folder, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for path in changed:
+        if (tree / path).is_file():
+            target = scratch / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree / path, target)
+    scratch.rename(dest)

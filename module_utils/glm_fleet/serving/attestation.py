@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attestation: may this node take traffic?
+
+It trusts what runs, not what lies on the disk: the journal of this very start, the files
+that the server has mapped, the record of the start gate, and answers of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.files import exclusive, write_atomically
+from ..core.http import Http
+from ..core.runner import Runner
+from ..core.systemd import journal
+from .client import ANSWER_TOKENS, Answer, complete, served_model
+from .diagnosis import diagnose, lower_graphs_help, relevant_lines
+from .evidence import EVIDENCE, Check, check_journal, read_evidence
+from .metrics import read_metrics
+from .record import RECORD, read_running, running_release
+from .startup import CHECKED_LINES
+
+_LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a short test
+
+
+def run_canary(
+    http: Http, model: str, context: int, *, thorough: bool
+) -> tuple[list[Check], dict[str, Any]]:
+    """Ask the model itself; return the checks and the figures of the first answer.
+
+    A short prompt always. With ``thorough``: the same again (a shared prefix, and the greedy
+    answer repeats itself), and twice a prompt above 2048 tokens where the context allows.
+    """
+    prompt = "The capital of France is Paris. The capital of Japan is"
+    before = read_metrics(http)
+    first = complete(http, model, prompt)
+    checks = [_answered("canary answers", first)]
+    if thorough and not first.problem:
+        again = complete(http, model, prompt)
+        checks.append(_answered("same prefix again", again))
+        checks.append(
+            Check("greedy answer repeats", again.text == first.text, repr(again.text[:60]))
+        )
+        if context >= _LONG_PROMPT_TOKENS + ANSWER_TOKENS:
+            # Token ids, so that the length is exact with any tokenizer.
+            ids = [10 + each % 97 for each in range(_LONG_PROMPT_TOKENS)]
+            for name in ("prompt above 2048 tokens", "the same long prompt again"):
+                checks.append(_answered(name, complete(http, model, ids)))
+    after = read_metrics(http)
+    name = "vllm:generation_tokens_total"
+    advanced = after.get(name, 0.0) - before.get(name, 0.0)
+    checks.append(Check("tokens advance in the metrics", advanced > 0, f"{advanced:g} tokens"))
+    # The first answer may have been compiled in; the last short one is what clients see.
+    measured = again if thorough and not first.problem else first
+    figures = {
+        "tokens_per_second": round(measured.tokens_per_second, 2),
+        "time_to_first_token_s": round(measured.first_token_s, 4),
+        "completion_tokens": measured.tokens,
+        "text": measured.text,
+    }
+    return checks, figures
+
+
+def _answered(name: str, answer: Answer) -> Check:
+    if answer.problem:
+        return Check(name, False, answer.problem)
+    detail = (
+        f"{answer.prompt_tokens} + {answer.tokens} tokens in {answer.total_s:.2f} s, "
+        f"first after {answer.first_token_s:.2f} s"
+    )
+    return Check(name, answer.tokens > 0, detail)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the attestation expects of a node; empty ids mean: whatever runs."""
+
+    unit: str
+    model_name: str
+    release: str
+    model: str
+    required: Sequence[str]
+    forbidden: Sequence[str]
+
+
+def attest(
+    runner: Runner,
+    http: Http,
+    wanted: Wanted,
+    *,
+    thorough: bool,
+    record_path: Path = RECORD,
+    evidence_path: Path = EVIDENCE,
+    proc: Path = Path("/proc"),
+) -> dict[str, Any]:
+    """Check everything and return the attestation.
+
+    A thorough one that passes leaves the lines of the journal that prove it in
+    ``evidence_path``, for later checks of the same start. Two of them wait for each other:
+    beside other requests a greedy answer need not repeat itself.
+
+    Shape: {passed, checks: [{name, passed, detail}], release_id, model_id, invocation_id,
+    started_at, unit, canary, metrics, diagnosis, step_down, journal}.
+    """
+    if thorough:
+        evidence_path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(evidence_path.with_name("attest.lock")):
+            return _attest(runner, http, wanted, True, record_path, evidence_path, proc)
+    return _attest(runner, http, wanted, False, record_path, evidence_path, proc)
+
+
+def _attest(
+    runner: Runner,
+    http: Http,
+    wanted: Wanted,
+    thorough: bool,
+    record_path: Path,
+    evidence_path: Path,
+    proc: Path,
+) -> dict[str, Any]:
+    running = read_running(runner, wanted.unit, record_path)
+    unit, record = running["unit"], running["record"]
+    known = read_evidence(evidence_path, running["invocation"])
+    # What was proven needs no second look at months of requests: only at what came since.
+    proven = not thorough and set(wanted.required) <= set(known)
+    lines = journal(runner, running["invocation"], CHECKED_LINES if proven else None)
+    checks = [
+        Check("unit is active", running["active"], f"{unit['active_state']} {unit['result']}")
+    ]
+    canary: dict[str, Any] = {}
+    proof: list[Check] = []
+    metrics: dict[str, float] = {}
+    release = running_release(unit["main_pid"], proc)
+    recorded = record.get("invocation") == running["invocation"]
+    model_id = record.get("model", "") if recorded else ""
+    if running["active"]:
+        checks.append(
+            Check(
+                "release that runs",
+                bool(release) and release == (wanted.release or record.get("release")),
+                f"{release or 'unknown'}, wanted {wanted.release or record.get('release')}",
+            )
+        )
+        checks.append(
+            Check(
+                "model that runs",
+                bool(model_id) and model_id == (wanted.model or model_id),
+                f"{model_id or 'unknown'}, wanted {wanted.model or 'any'}",
+            )
+        )
+        proof = check_journal(lines, wanted.required, wanted.forbidden, known)
+        checks += proof
+        served, context = served_model(http, wanted.model_name)
+        checks.append(served)
+        if served.passed:
+            more, canary = run_canary(http, wanted.model_name, context, thorough=thorough)
+            checks += more
+        metrics = {
+            key: value
+            for key, value in read_metrics(http).items()
+            if key in ("vllm:num_requests_running", "vllm:num_requests_waiting",
+                       "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total")
+        }  # fmt: skip
+    passed = all(check.passed for check in checks)
+    if passed and thorough:
+        evidence = dict(zip(wanted.required, (check.detail for check in proof)))
+        write_atomically(
+            evidence_path, json.dumps({**evidence, "invocation": running["invocation"]})
+        )
+    return {
+        "passed": passed,
+        "checks": [asdict(check) for check in checks],
+        "release_id": release,
+        "model_id": model_id,
+        "invocation_id": running["invocation"],
+        "started_at": unit["started_at"],
+        "unit": unit,
+        "canary": canary,
+        "metrics": metrics,
+        "diagnosis": "" if passed else diagnose(lines),
+        "step_down": not passed and lower_graphs_help(lines),
+        "journal": [] if passed else relevant_lines(lines),
+    }

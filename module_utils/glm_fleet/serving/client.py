@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One completion asked of a server, and what came back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Callable
+
+from ..core.http import Http
+from .evidence import Check
+
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion: its text, tokens, seconds to the first token and in all."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    first_token_s: float
+    total_s: float
+    problem: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens over the whole time of the request.
+
+        Not over the time after the first token: a busy client reads a short answer in one
+        go, and would measure itself.
+        """
+        return self.tokens / self.total_s if self.total_s > 0 else 0.0
+
+
+def complete(
+    http: Http,
+    model: str,
+    prompt: str | Sequence[int],
+    *,
+    tokens: int = ANSWER_TOKENS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Answer:
+    """Ask for a greedy completion and measure it as a client sees it."""
+    start = clock()
+    first = 0.0
+    text, used, prompt_used, ended = "", 0, 0, False
+    body = {
+        "model": model,
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    status, lines = http("/v1/completions", body)
+    if status != 200:
+        return Answer("", 0, 0, 0.0, 0.0, f"HTTP {status}: {''.join(lines)[:200]}")
+    for line in lines:
+        if not line.startswith("data: "):
+            if line.startswith("error"):
+                return Answer(text, used, 0, first, clock() - start, line[:200])
+            continue
+        if line == "data: [DONE]":
+            ended = True
+            break
+        try:
+            event = json.loads(line[len("data: ") :])
+        except ValueError:
+            return Answer(text, used, 0, first, clock() - start, f"not JSON: {line[:100]}")
+        if "error" in event:
+            return Answer(text, used, 0, first, clock() - start, str(event["error"])[:200])
+        for choice in event.get("choices", []):
+            if not first:
+                first = clock() - start
+            text += choice.get("text", "")
+        usage = event.get("usage") or {}
+        used = int(usage.get("completion_tokens") or used)
+        prompt_used = int(usage.get("prompt_tokens") or prompt_used)
+    problem = "" if ended else "the stream ended before its end"
+    return Answer(text, used, prompt_used, first, clock() - start, problem)
+
+
+def served_model(http: Http, model: str) -> tuple[Check, int]:
+    """Check that ``/v1/models`` names the model; return its longest context in tokens too."""
+    status, lines = http("/v1/models")
+    text = "\n".join(lines)
+    if status != 200:
+        return Check("model is served", False, f"HTTP {status}: {text[:120]}"), 0
+    try:
+        entries = json.loads(text)["data"]
+    except (ValueError, KeyError, TypeError):
+        return Check("model is served", False, f"something else answers: {text[:120]}"), 0
+    names = [str(each.get("id")) for each in entries]
+    length = max((int(each.get("max_model_len") or 0) for each in entries), default=0)
+    return Check("model is served", model in names, ", ".join(names) or "none"), length

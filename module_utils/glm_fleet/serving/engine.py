@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the engine of a node is doing: what it serves, how fast, and whether it moves at all.
+
+``/health`` answers 200 from a hung engine for hours. What cannot lie is the count of steps
+that the engine has made: it stands still while a request waits only when the engine hangs.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable
+
+from ..core.http import Http, local_http
+from ..core.runner import Runner
+from ..core.systemd import journal, last_words, unit_state
+from .attestation import Wanted, attest
+from .diagnosis import diagnose, relevant_lines
+from .evidence import EVIDENCE
+from .metrics import parse_metrics
+from .policy import read_api_key, read_policy
+from .record import RECORD
+from .startup import start_phase
+
+POLICY = Path("/etc/glm-fleet/attestation.json")
+ENVIRONMENT = Path("/etc/glm-fleet/serving.env")
+# What the server says of itself is in its memory and comes at once, also under load.
+_QUICK_S = 5.0
+_GAUGES = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_cache_usage": "vllm:kv_cache_usage_perc",
+}
+_COUNTERS = {
+    "steps": "vllm:iteration_tokens_total_count",
+    "generated_tokens": "vllm:generation_tokens_total",
+    "prompt_tokens": "vllm:prompt_tokens_total",
+    "requests": "vllm:request_success_total",
+    "preemptions": "vllm:num_preemptions_total",
+}
+_HISTOGRAMS = {
+    "first_token": "vllm:time_to_first_token_seconds",
+    "between_tokens": "vllm:inter_token_latency_seconds",
+}
+_BUCKET = re.compile(r'^(?P<name>[\w:]+)_bucket\{.*?le="(?P<le>[^"]+)".*\}\s+(?P<count>\S+)')
+
+
+def parse_sample(text: str, now: float) -> dict[str, Any]:
+    """Pick the engine's figures out of ``/metrics``; {} when they are not there.
+
+    Gauges and counters by their names here, and each histogram as {count, sum, buckets},
+    ``buckets`` being [upper bound in seconds, requests up to it] in rising order.
+    """
+    totals = parse_metrics(text)
+    if _GAUGES["running"] not in totals:
+        return {}
+    sample: dict[str, Any] = {"time_s": round(now, 3)}
+    for key, name in {**_GAUGES, **_COUNTERS}.items():
+        sample[key] = totals.get(name, 0.0)
+    buckets: dict[str, dict[str, float]] = {name: {} for name in _HISTOGRAMS.values()}
+    for line in text.splitlines():
+        match = _BUCKET.match(line)
+        if match and match["name"] in buckets:
+            counts = buckets[match["name"]]
+            counts[match["le"]] = counts.get(match["le"], 0.0) + float(match["count"])
+    for key, name in _HISTOGRAMS.items():
+        bounded = [[float(le), count] for le, count in buckets[name].items() if le != "+Inf"]
+        sample[key] = {
+            "count": totals.get(f"{name}_count", 0.0),
+            "sum": totals.get(f"{name}_sum", 0.0),
+            "buckets": sorted(bounded),
+        }
+    return sample
+
+
+def read_sample(http: Http, clock: Callable[[], float] = time.time) -> dict[str, Any]:
+    """Ask the server for its figures; {} when it does not answer."""
+    status, lines = http("/metrics")
+    return parse_sample("\n".join(lines), clock()) if status == 200 else {}
+
+
+def quantile(buckets: Sequence[Sequence[float]], count: float, share: float) -> float | None:
+    """Estimate a quantile of a histogram, as Prometheus does; None when it is empty.
+
+    A value above the highest bound is given as that bound.
+    """
+    if count <= 0 or not buckets:
+        return None
+    rank = share * count
+    below_bound, below_count = 0.0, 0.0
+    for bound, upto in buckets:
+        if upto >= rank:
+            inside = upto - below_count
+            part = (rank - below_count) / inside if inside > 0 else 1.0
+            return float(below_bound + (bound - below_bound) * part)
+        below_bound, below_count = bound, upto
+    return float(below_bound)
+
+
+def interval(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the engine did between two samples of one start.
+
+    Without ``before``, or when its counts are higher (another start), since the start:
+    then no rate is known. Seconds and tokens per second; quantiles are None without requests.
+    """
+    if not after:
+        return {}
+    same = bool(before) and all(before.get(key, 0) <= after[key] for key in _COUNTERS)
+    seconds = after["time_s"] - before["time_s"] if same else 0.0
+    figures: dict[str, Any] = {"seconds": round(seconds, 1) if seconds > 0 else None}
+    for key in _COUNTERS:
+        figures[key] = after[key] - (before[key] if same else 0.0)
+    figures["tokens_per_second"] = (
+        round(figures["generated_tokens"] / seconds, 2) if seconds > 0 else None
+    )
+    for key in _HISTOGRAMS:
+        earlier = dict(before[key]["buckets"]) if same else {}
+        count = after[key]["count"] - (before[key]["count"] if same else 0.0)
+        buckets = [[bound, upto - earlier.get(bound, 0.0)] for bound, upto in after[key]["buckets"]]
+        for name, share in (("p50", 0.5), ("p95", 0.95)):
+            found = quantile(buckets, count, share)
+            figures[f"{key}_{name}_s"] = None if found is None else round(found, 4)
+    return figures
+
+
+def look(
+    run: Runner,
+    *,
+    unit: str,
+    release: str = "",
+    model: str = "",
+    canary_timeout_s: float = 20.0,
+    policy_path: Path = POLICY,
+    environment_path: Path = ENVIRONMENT,
+    record_path: Path = RECORD,
+    evidence_path: Path = EVIDENCE,
+    proc: Path = Path("/proc"),
+    client: Callable[..., Http] = local_http,
+) -> dict[str, Any]:
+    """Look at the service of this node once, without disturbing it.
+
+    An active one gives its attestation with one short canary, and ``engine``: {state,
+    phase, before, after, steps, tokens, seconds}. ``state`` is one of
+
+    - serving: the canary was answered;
+    - busy: it was not answered in time, but the engine moves;
+    - hung: it was not, and the engine made no step meanwhile;
+    - starting: nothing answers yet, ``phase`` says how far the start has come;
+    - silent: the server does not answer although it was ready.
+
+    One that is not active gives the last words of its journal. `FleetError` without a policy.
+    """
+    state = unit_state(run, unit)
+    if state["active_state"] != "active":
+        words = last_words(run, unit)
+        return {
+            "unit": state,
+            "diagnosis": diagnose(words),
+            "journal": relevant_lines(words),
+            "engine": {"state": "down", "phase": start_phase(words)},
+        }
+    policy = read_policy(policy_path)
+    address, key = policy["address"], read_api_key(environment_path)
+
+    def open_client(timeout_s: float) -> Http:
+        return client(policy["port"], address=address, api_key=key, timeout_s=timeout_s)
+
+    quick, patient = open_client(_QUICK_S), open_client(canary_timeout_s)
+    begun = time.monotonic()
+    before = read_sample(quick)
+    if not before:
+        return {"unit": state, **_without_answer(run, state, unit)}
+    wanted = Wanted(
+        unit=unit,
+        model_name=policy["served_model_name"],
+        release=release,
+        model=model,
+        required=policy["required"],
+        forbidden=policy["forbidden"],
+    )
+    found = attest(
+        run,
+        lambda path, body=None: (quick if body is None else patient)(path, body),
+        wanted,
+        thorough=False,
+        record_path=record_path,
+        evidence_path=evidence_path,
+        proc=proc,
+    )
+    after = read_sample(quick)
+    progress = interval(before, after)
+    steps, tokens = progress.get("steps", 0.0), progress.get("generated_tokens", 0.0)
+    answered = all(
+        check["passed"] for check in found["checks"] if check["name"] == "canary answers"
+    )
+    verdict = "serving" if answered else "busy" if steps or tokens else "hung"
+    found["engine"] = {
+        "state": verdict if after else "silent",
+        "phase": "ready",
+        "before": before,
+        "after": after,
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+    return found
+
+
+def _without_answer(run: Runner, state: Mapping[str, Any], unit: str) -> dict[str, Any]:
+    """Tell a start that is under way from a server that was ready and fell silent."""
+    lines = journal(run, state["invocation_id"])
+    phase = start_phase(lines)
+    words = last_words(run, unit) if state["n_restarts"] else lines
+    return {
+        "passed": False,
+        "checks": [],
+        "diagnosis": diagnose(words),
+        "journal": relevant_lines(words),
+        "engine": {"state": "silent" if phase == "ready" else "starting", "phase": phase},
+    }

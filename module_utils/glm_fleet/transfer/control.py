@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting the agent, and asking it.
+
+python3 -m glm_fleet.swarm agent < job.json      the agent (needs libtorrent)
+python3 -m glm_fleet.swarm ask < request.json    one question to it, one answer
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import socketserver
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..artifact.store import Store
+from ..core.errors import FleetError
+from .agent import Agent
+from .session import Job
+
+RUN_FOLDER = Path("/run/glm-fleet/swarm")
+UNIT = "glm-swarm.service"
+# The service on a node comes first.
+NICE = 10
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    """One question, one answer: JSON, a line each."""
+
+    server: _Server
+
+    def handle(self) -> None:
+        request = json.loads(self.rfile.readline())
+        self.wfile.write(json.dumps(self.server.agent.answer(request)).encode() + b"\n")
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+    def __init__(self, path: Path, agent: Agent) -> None:
+        self.agent = agent
+        path.unlink(missing_ok=True)
+        super().__init__(str(path), _Handler)
+
+
+def ask(request: Mapping[str, Any], folder: Path = RUN_FOLDER) -> dict[str, Any]:
+    """Ask the agent of this host."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(float(request.get("wait", 0)) + 30)
+        try:
+            connection.connect(str(folder / "socket"))
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as stream:
+                answer: dict[str, Any] = json.loads(stream.readline())
+        except (OSError, ValueError) as error:
+            raise FleetError(
+                "The swarm's agent on this node does not answer",
+                expected=f"an answer on {folder / 'socket'}",
+                found=str(error),
+                remedy=f"read journalctl -u {UNIT} on the node, then run again",
+            ) from error
+    return answer
+
+
+def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str]:
+    """Return the command that starts the agent as a unit of its own, fenced in."""
+    properties = {
+        "Description": "glm-fleet: take and give an artifact while it is distributed",
+        "StandardInput": f"file:{job_file}",
+        "Nice": str(NICE),
+        "LimitNOFILE": "65536",
+        "RuntimeMaxSec": "7d",
+        "TimeoutStopSec": "20",
+        "ProtectSystem": "strict",
+        "ReadWritePaths": f"{root} {job_file.parent}",
+        "PrivateDevices": "yes",
+        "PrivateTmp": "yes",
+        "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER",
+        "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+    }
+    return [
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        f"--unit={UNIT}",
+        f"--setenv=PYTHONPATH={path}",
+        *(f"--property={name}={value}" for name, value in properties.items()),
+        python,
+        "-B",
+        "-m",
+        "glm_fleet.swarm",
+        "agent",
+        str(job_file.parent),
+    ]
+
+
+def failure_of(folder: Path) -> FleetError | None:
+    """Return what an agent died of, if it said so."""
+    try:
+        said = json.loads((folder / "failure.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return FleetError(
+        said["message"], expected=said["expected"], found=said["found"], remedy=said["remedy"]
+    )
+
+
+def run_agent(job: Job, folder: Path) -> int:
+    """Run until nobody needs it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.umask(0o022)
+    engine = importlib.import_module("libtorrent")
+    with Store(job.root).using(job.manifest.kind, job.manifest.id):
+        agent = Agent(job, folder, engine=engine)
+        server = _Server(folder / "socket", agent)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            while not agent.ended():
+                agent.tick()
+                agent.wait()
+        finally:
+            server.shutdown()
+            agent.close()
+            # Torrents are as good as a key: they go with the agent.
+            for path in (folder / "socket", folder / "job.json", *folder.glob("*.torrent")):
+                path.unlink(missing_ok=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be the agent, or ask it: see the top."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    folder = Path(words[1]) if len(words) > 1 else RUN_FOLDER
+    try:
+        if words[:1] == ["agent"]:
+            return run_agent(Job.from_dict(json.load(sys.stdin)), folder)
+        json.dump(ask(json.load(sys.stdin), folder), sys.stdout)
+    except FleetError as error:
+        if words[:1] == ["agent"]:
+            said = {**error.as_fail(), "message": error.message}
+            (folder / "failure.json").write_text(json.dumps(said))
+        json.dump({"standing": "gone", "failure": error.as_fail()}, sys.stdout)
+        return 1
+    return 0
