@@ -88,10 +88,10 @@ def test_the_crash_of_full_graphs_is_one_that_a_lower_mode_avoids() -> None:
         ("RuntimeError: CUDA error: 802", "fabric manager", False),
         ("CUDA error: system not yet initialized", "fabric manager", False),
         ("torch.OutOfMemoryError: CUDA out of memory.", "gpu_memory_utilization", False),
-        ("ValueError: No available memory for the cache blocks.", "max_model_len", False),
+        ("ValueError: No available memory for the cache blocks.", "gpu_memory_utilization", False),
         (
-            "ValueError: max seq len (32768) is larger than the maximum number of tokens that "
-            "can be stored in KV cache (9000)",
+            "ValueError: To serve at least one request with the model's max seq len (32768), (9.0 "
+            "GiB KV cache is needed, which is larger than the available KV cache memory (4 GiB).",
             "max_model_len",
             False,
         ),

@@ -1,112 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crashes that are known: how they look in the journal, and the way out."""
+"""Why a start died, as its journal tells it.
+
+A crash is told many times: by the process that met it, by those that lost it, and by each that
+waited for them, and the journal of a unit holds the starts before as well. What explains the
+rest is the first cause of the last start that has one.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# The frames of a traceback and their carets, which say less than the error below them.
-_FRAME = re.compile(r"\]\s{2,}\S|\^\^\^|Traceback \(most recent")
+from .signatures import EFFECT, SIGNATURES, Signature
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# What the journal puts before each line where it was not asked for the words alone.
+_SYSLOG = re.compile(r"^[A-Z][a-z]{2} +\d+ [\d:]{8} \S+ [^\s\[]+\[\d+\]: ")
+# What vLLM puts before each line: the process, and where it logs, level, time and place.
+_PROCESS = re.compile(r"^\((?P<name>[A-Za-z]\w*)(?: rank=(?P<rank>\d+))? pid=(?P<pid>\d+)\) ?")
+_LEVEL = re.compile(
+    r"^(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\](?: |$)"
+)
+_RANKS = re.compile(r"_TP(\d+)|\[rank(\d+)\]|^\S+:\d+:\d+ \[(\d+)\] ")
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s?)?(?:[\w.]*\.)?[A-Z]\w*(?:Error|Exception)(?:: |$)")
+# A start begins with a word of systemd or of the server.
+_BEGINS = re.compile(
+    r"^Start(?:ing|ed) \S+\.service|Scheduled restart job, restart counter"
+    r"|vLLM (?:API )?server version|\bnon-default args: "
+)
+_ENDED = re.compile(r"^RuntimeError: Engine core initialization failed")
+_MADE_PROGRESS = re.compile(
+    r"Loading weights took|Model loading took|KV cache size:|Capturing CUDA graphs"
+    r"|Graph capturing finished|init engine .* took|Application startup complete"
+)
+_ANY_START_IS_UP = re.compile(r"Application startup complete|Starting vLLM server on")
+_SAID = 240
 
 
 @dataclass(frozen=True)
-class Signature:
-    """A crash that people reported or we saw: how it looks, the way out, and whether a lower
-    mode of CUDA graphs is that way."""
+class _Line:
+    """A line of the journal, taken apart. ``process`` is (name, pid), ('', '') without one."""
 
-    pattern: str
-    remedy: str
-    graphs: bool = False
+    raw: str
+    text: str
+    process: tuple[str, str]
+    level: str
+    rank: str
+
+    @property
+    def is_frame(self) -> bool:
+        """Tell whether it belongs to a traceback: code, not what was said."""
+        return self.text.startswith(("  File ", "    ", "Traceback (")) or "^^^" in self.text
 
 
-_SIGNATURES = (
-    Signature(
-        r"an illegal instruction was encountered",
-        "CUDA graphs of this mode do not work here: set serving_cuda_graphs to piecewise, "
-        "then to eager",
-        graphs=True,
-    ),
-    Signature(
-        r"operation not permitted when stream is capturing",
-        "CUDA graph capture fails on this driver: set serving_cuda_graphs to piecewise, "
-        "then to eager",
-        graphs=True,
-    ),
-    Signature(
-        r"CUDA error.*802|system not yet initialized",
-        "the fabric manager is missing or of another version than the driver: install and start "
-        "the nvidia-fabricmanager package of the driver's version",
-    ),
-    Signature(
-        r"out of memory|OutOfMemoryError",
-        "the GPUs are too full: lower serving_gpu_memory_utilization or serving_max_model_len",
-    ),
-    Signature(
-        r"No available memory for the cache blocks",
-        "nothing is left for the KV cache: lower serving_max_model_len",
-    ),
-    Signature(
-        r"is larger than the maximum number of tokens that can be stored in KV cache",
-        "the context does not fit into the KV cache: lower serving_max_model_len",
-    ),
-    Signature(
-        r"No package metadata was found for vllm",
-        "the wheel of this release is not called vllm: build the release again",
-    ),
-    Signature(
-        r"Timed out waiting for engine|did not start in time|Engine core proc .* timed out",
-        "the engine took longer than VLLM_ENGINE_READY_TIMEOUT_S: raise it in "
-        "serving_environment, or find out why the weights load slowly",
-    ),
-    Signature(
-        r"vllm serve: error: |unrecognized arguments",
-        "this release of vLLM does not know a flag: look at serving_extra_arguments",
-    ),
-    Signature(
-        r"(Xid .*: 74|SXid.* 24007|NCCL error|ncclUnhandledCudaError)",
-        "the GPUs lost each other: look at `nvidia-smi nvlink -s` and the driver's version",
-    ),
-    Signature(
-        r"start gate: An earlier",
-        "an earlier engine still holds the GPUs: see the line of the start gate",
-    ),
-    # The frame around every crash of a start: only when nothing better is known.
-    Signature(
-        r"Engine core initialization failed",
-        "the engine died while it started: the first error above it in the journal says why",
-    ),
+@dataclass(frozen=True)
+class Diagnosis:
+    """What explains a crash: the line, whose it is ("" or "rank 3"), and what is known of it."""
+
+    said: str
+    of: str
+    signature: Signature
+
+    @property
+    def remedy(self) -> str:
+        """Return the way out, with the figures that the line has."""
+        found = re.search(self.signature.pattern, self.said)
+        groups = found.groupdict(default="") if found else {}
+        return self.signature.remedy.format(**groups) if groups else self.signature.remedy
+
+    def __str__(self) -> str:
+        said = self.said.strip()
+        said = said if len(said) <= _SAID else f"{said[:_SAID].rstrip()}…"
+        return f"{said}{f' ({self.of})' if self.of else ''}: {self.remedy}"
+
+
+_UNKNOWN = Signature(
+    "unknown",
+    r"^$",
+    "no crash that is known here, but the first error of this start: read the journal around it",
+    EFFECT,
 )
 
 
-def _known_crash(lines: Sequence[str]) -> tuple[Signature, str] | None:
-    for signature in _SIGNATURES:
-        # From the end: the error itself stands below the line of code that raised it.
-        for line in reversed(lines):
-            if re.search(signature.pattern, line):
-                return signature, line
+def find_crash(lines: Sequence[str]) -> Diagnosis | None:
+    """Return what explains the last start that went wrong; None when nothing says why."""
+    for start in reversed(_starts(lines)):
+        candidates = list(_candidates(start))
+        if candidates:
+            # Those of one rank are in the order of time.
+            _, best, signature = min(candidates, key=lambda each: (each[2].rank, each[0]))
+            return Diagnosis(best.text, f"rank {best.rank}" if best.rank else "", signature)
     return None
 
 
 def diagnose(lines: Sequence[str]) -> str:
-    """Name the known crash that the journal shows, with its remedy; '' if none is known."""
-    known = _known_crash(lines)
-    return f"{known[1].strip()[-160:]}: {known[0].remedy}" if known else ""
+    """Name the crash that the journal shows, with its remedy; '' if it shows none."""
+    found = find_crash(lines)
+    return str(found) if found else ""
 
 
 def lower_graphs_help(lines: Sequence[str]) -> bool:
     """Tell whether the journal shows a crash that a lower mode of CUDA graphs avoids."""
-    known = _known_crash(lines)
-    return known is not None and known[0].graphs
+    found = find_crash(lines)
+    return found is not None and found.signature.graphs
 
 
 def relevant_lines(lines: Sequence[str], most: int = 12) -> list[str]:
-    """Pick the lines a person would look for: errors first, else the end of the journal."""
-    errors = [
-        line
-        for line in lines
-        if re.search(r"\bERROR\b|Error:|error:|start gate", line) and not _FRAME.search(line)
-    ]
-    picked = errors[-most:] if errors else list(lines[-most:])
-    return [line[-300:] for line in picked]
+    """Pick the lines a person would look for: the errors of the last start that has some, the
+    first of them and the last, else the end of the journal."""
+    for start in reversed(_starts(lines)):
+        errors = [
+            line.raw
+            for line in start
+            if not line.is_frame
+            and line.text.strip()
+            and re.search(r"\bERROR\b|Error:|error:|start gate|NCCL WARN", line.raw)
+        ]
+        if errors:
+            head = most - most // 2
+            picked = errors if len(errors) <= most else [*errors[:head], *errors[-(most // 2) :]]
+            return [line[-300:] for line in picked]
+    return [line[-300:] for line in lines[-most:]]
+
+
+def _parse(raw: str) -> _Line:
+    """Take a line apart. The text keeps its indentation, which tells code from words."""
+    rest, process, rank = _SYSLOG.sub("", _COLOUR.sub("", raw.rstrip())), ("", ""), ""
+    match = _PROCESS.match(rest)
+    if match:
+        process, rank, rest = (
+            (match["name"], match["pid"]),
+            match["rank"] or "",
+            rest[match.end() :],
+        )
+    level = _LEVEL.match(rest)
+    text = rest[level.end() :] if level else rest
+    found = _RANKS.search(process[0]) or _RANKS.search(text)
+    if not rank and found:
+        rank = next(each for each in found.groups() if each)
+    return _Line(raw, text, process, level["level"] if level else "", rank)
+
+
+def _starts(lines: Sequence[str]) -> list[list[_Line]]:
+    """Divide a journal into its starts, oldest first.
+
+    A new one begins where systemd or the server says so, where a process of a name comes back
+    under another number, and where the API server speaks after its own end.
+    """
+    starts: list[list[_Line]] = [[]]
+    pids: dict[str, str] = {}
+    ended: tuple[str, str] | None = None
+    for line in map(_parse, lines):
+        name, pid = line.process
+        another = bool(name) and pids.get(name, pid) != pid
+        speaks_again = ended is not None and line.process == ended and bool(line.level)
+        if _BEGINS.search(line.text) or another or speaks_again:
+            starts.append([])
+            pids, ended = {}, None
+        if name:
+            pids[name] = pid
+        if _ENDED.search(line.text):
+            ended = line.process
+        starts[-1].append(line)
+    return starts
+
+
+def _candidates(start: Sequence[_Line]) -> Iterator[tuple[int, _Line, Signature]]:
+    """Yield (place, line, signature) of what went wrong in a start and was not survived."""
+    progress: dict[tuple[str, str], int] = {}
+    up = -1
+    for place, line in enumerate(start):
+        if _MADE_PROGRESS.search(line.text) and line.process[0]:
+            progress[line.process] = place
+        if _ANY_START_IS_UP.search(line.text):
+            up = place
+    for place, line in enumerate(start):
+        if line.is_frame or line.level in ("DEBUG", "INFO", "WARNING"):
+            continue
+        # An import that failed and was done without is no crash: the same process went on.
+        if place < up or place < progress.get(line.process, -1):
+            continue
+        known = next((each for each in SIGNATURES if re.search(each.pattern, line.text)), None)
+        if known is not None:
+            yield place, line, known
+        elif _EXCEPTION.search(line.text):
+            yield place, line, _UNKNOWN
