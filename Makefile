@@ -11,7 +11,7 @@ PLAYBOOKS = site.yml $(wildcard playbooks/*.yml)
 step = @echo "==> $(1)"; begin=$$SECONDS; $(2) && echo "    $(1): $$((SECONDS - begin)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit release-test fleet-test fleet-test-all lab-up lab-down lab-status bench clean
+.PHONY: help demo test check lint lint-ansible lint-python unit integration release-test fleet-test fleet-test-all lab-up lab-down lab-status bench clean
 # Ansible and the lab use both processors by themselves, and steps print as they go.
 .NOTPARALLEL:
 
@@ -24,23 +24,37 @@ demo: ## A serving fleet on this machine, and an answer from it
 	$(call step,site.yml,ansible-playbook -i inventory/lab site.yml)
 	@python -m lab.demo
 
-test: ## Linters, unit tests, the release tests and the fleet test
+test: ## Linters, unit tests, tests with real programs, the release tests and the fleet test
 	@./bootstrap test
-	$(call step,lint,$(MAKE) --no-print-directory lint)
-	$(call step,unit,$(MAKE) --no-print-directory unit)
+	$(call step,check,$(MAKE) --no-print-directory check)
+	$(call step,integration,$(MAKE) --no-print-directory integration)
 	$(call step,release-test,$(MAKE) --no-print-directory release-test)
 	$(call step,fleet-test,$(MAKE) --no-print-directory fleet-test)
 
-lint: ## Linters and type checks
+check: ## Linters and unit tests, on two processors: what to run before each commit
+	@$(MAKE) --no-print-directory lint-ansible >.check.log 2>&1 & ansible=$$!; \
+	$(MAKE) --no-print-directory lint-python unit; python=$$?; \
+	wait $$ansible; status=$$?; cat .check.log; rm -f .check.log; \
+	[ $$status -eq 0 ] && [ $$python -eq 0 ]
+
+lint: lint-python lint-ansible ## Linters, type checks and the contracts between packages
+
+lint-python:
 	$(call step,ruff check,ruff check .)
 	$(call step,ruff format,ruff format --check .)
-	$(call step,mypy,mypy --strict -p glm_fleet -p lab)
+	$(call step,imports,PYTHONPATH=module_utils lint-imports --no-logo)
+	$(call step,mypy,mypy)
+
+lint-ansible:
 	$(call step,yamllint,yamllint --strict .)
 	$(call step,ansible-lint,ansible-lint --profile production --offline --strict)
 	$(call step,syntax check,ansible-playbook -i inventory/example --syntax-check $(PLAYBOOKS) >/dev/null)
 
-unit: ## Unit tests: no network, no root
+unit: ## Unit tests: no network, no root, no program but git
 	@python -m pytest tests/unit
+
+integration: ## Our code with HAProxy, a browser, promtool, libtorrent and systemd's own checks
+	@python -m pytest tests/integration
 
 release-test: ## The compiler on vLLM's real releases, from the package index
 	@python -m pytest tests/release --capture=no

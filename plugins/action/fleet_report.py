@@ -133,9 +133,8 @@ def _health(
 ) -> tuple[list[Line], dict[str, Any], str]:
     previous, now = history.latest(kept), _now()
     nodes, gateways = judge_fleet(records, limits=limits, previous=previous, time=now)
-    bad: list[NodeHealth | GatewayHealth] = [
-        each for each in (*nodes, *gateways) if each.verdict in failing
-    ]
+    hosts: list[NodeHealth | GatewayHealth] = [*nodes, *gateways]
+    bad = [each for each in hosts if each.verdict in failing]
     failure = (
         "Health: " + ", ".join(f"{each.name} is {each.verdict}" for each in bad) if bad else ""
     )

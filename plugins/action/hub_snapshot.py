@@ -28,7 +28,7 @@ class ActionModule(BackgroundAction):
 
     def is_long(self, args: dict[str, Any]) -> bool:
         """Tell whether these arguments ask for something long."""
-        return args.get("state", "present") != "found"
+        return bool(args.get("state", "present") != "found")
 
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None

@@ -27,7 +27,7 @@ def undefined_names(python: Mapping[str, str], before: Mapping[str, str | None])
 
 def _pyflakes(text: str, path: str) -> list[tuple[str, int]]:
     try:
-        from pyflakes import checker, messages  # type: ignore[import-untyped]
+        from pyflakes import checker, messages
     except ImportError as error:
         raise FleetError(
             "The builder cannot look for undefined names",

@@ -400,7 +400,7 @@ def test_the_end_in_one_sentence() -> None:
 # -- what the controller makes of the answers ------------------------------------------
 
 _SPEC = importlib.util.spec_from_file_location(
-    "fleet_roll_action", Path(__file__).resolve().parents[2] / "plugins/action/fleet_roll.py"
+    "fleet_roll_action", Path(__file__).resolve().parents[3] / "plugins/action/fleet_roll.py"
 )
 assert _SPEC is not None
 assert _SPEC.loader is not None

@@ -177,7 +177,7 @@ def test_holds_and_the_lock_leave_each_other_alone(lock: FleetLock) -> None:
 # -- who asks, and does the holder live? -----------------------------------------------
 
 _SPEC = importlib.util.spec_from_file_location(
-    "fleet_lock_action", Path(__file__).resolve().parents[2] / "plugins/action/fleet_lock.py"
+    "fleet_lock_action", Path(__file__).resolve().parents[3] / "plugins/action/fleet_lock.py"
 )
 assert _SPEC is not None
 assert _SPEC.loader is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+PLUGINS = Path(__file__).resolve().parents[3] / "plugins"
 
 
 class Filters:

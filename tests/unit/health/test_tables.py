@@ -16,7 +16,7 @@ from glm_fleet.health.tables import (
     render_preflight,
     write_json,
 )
-from test_health import fleet_records, judge
+from test_judge import fleet_records, judge
 
 TIME = "2026-11-22T10:00:00+00:00"
 

@@ -11,8 +11,7 @@ from typing import Callable
 import pytest
 from glm_fleet.release.verify.model import Expectations, FileVersions
 from glm_fleet.release.verify.tree import verify_tree
-from test_merge import merge
-from test_source import (
+from test_compiler import (
     BACKEND,
     BASE_FILES,
     ENTRY,
@@ -24,6 +23,7 @@ from test_source import (
     TRITON,
     XPU,
 )
+from test_merge import merge
 
 IX = EXPECT.indexer
 RIGHT = {

@@ -23,7 +23,7 @@ from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment
 from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
 
 _SPEC = importlib.util.spec_from_file_location(
-    "enroll_action", Path(__file__).resolve().parents[2] / "plugins/action/enroll.py"
+    "enroll_action", Path(__file__).resolve().parents[3] / "plugins/action/enroll.py"
 )
 assert _SPEC is not None
 assert _SPEC.loader is not None

@@ -12,7 +12,7 @@ from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult
 from glm_fleet.node.gpu import GpuLink, parse_query, parse_topology, read_gpus
 
-FIXTURES = Path(__file__).parent / "fixtures" / "nvidia-smi"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "nvidia-smi"
 XML = (FIXTURES / "h200-x2-q.xml").read_text()
 TOPOLOGY = (FIXTURES / "h200-x2-topo.txt").read_text()
 UUID = "GPU-00000000-0000-0000-0000-00000000000"

@@ -17,7 +17,7 @@ from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.serving import attestation, client, diagnosis, metrics, startup
 from glm_fleet.serving import evidence as serving_evidence
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / "tests/unit/fixtures/vllm-logs"
 DEFAULTS = yaml.safe_load((ROOT / "roles/serving/defaults/main.yml").read_text())
 

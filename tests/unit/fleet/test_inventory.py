@@ -14,7 +14,7 @@ import yaml
 from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet.inventory import Inventory, check_inventory, left_out
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KNOWN = {
     "serving_port": 8000,
     "serving_tensor_parallel_size": 8,

@@ -22,7 +22,7 @@ from glm_fleet.node.processes import read_listeners, unit_of, vllm_processes
 from glm_fleet.node.query import ARGUMENTS, Host, NodeQuery
 from glm_fleet.node.system import read_disk, read_units, read_user
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHOW = """\
 Id=glm-serving.service
 LoadState=loaded

@@ -25,7 +25,7 @@ from glm_fleet.serving.activation import (
 )
 from glm_fleet.serving.deployment import UNIT, Deployment, Deployments, Places, make
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SECRET = "sk-very-secret"  # noqa: S105 - no password
 
 

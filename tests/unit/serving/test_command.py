@@ -24,7 +24,7 @@ from glm_fleet.serving.command import (
     unit_words,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def settings(**changed: Any) -> dict[str, Any]:
