@@ -223,7 +223,7 @@ node:
       type: dict
       returned: when asked for
     xids:
-      description: Xid and SXid lines as kind, code, device, time_s and message.
+      description: Xid and SXid lines as kind, code, device, instance, time_s and message.
       type: list
       elements: dict
       returned: when asked for

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from ..core.causes import why_no_driver
 from ..core.errors import FleetError
 from ..core.format import parse_version
+from ..node.xid import LOOK, NOTHING, PROGRAM, REBOOT, RESET, Fault, faults, same_device
 
 ERROR = "error"
 WARNING = "warning"
@@ -120,11 +122,14 @@ def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations)
             add(check, expected, f"{value} on GPU {_ranges(indexes)}", remedy, severity)
 
     if report.get("error"):
+        known = why_no_driver(report["error"])
         add(
             "driver",
             "nvidia-smi answers",
-            report["error"],
-            "install or repair the NVIDIA driver; see dmesg, and reboot if it names a GPU",
+            f"{known.cause}: {report['error']}" if known else report["error"],
+            known.remedy
+            if known
+            else "install or repair the NVIDIA driver; see dmesg, and reboot if it names a GPU",
         )
         if not gpus:
             return [*problems, *_xids(host, facts, expect)]
@@ -262,25 +267,61 @@ def _fabric(host: str, facts: Mapping[str, Any], driver: str | None) -> Iterable
         )
 
 
+# What an operator does about a fault, by what NVIDIA's lists ask for.
+_XID_REMEDIES: Mapping[str, str] = {
+    REBOOT: "drain the node and reboot it (a reset of the GPU is not enough); if it comes back, "
+    "have the board looked at",
+    RESET: "drain the node, then reset the GPU (nvidia-smi --gpu-reset -i {device}) or reboot; "
+    "if it comes back, have the board replaced",
+    LOOK: "have it looked at when the node is next maintained",
+    PROGRAM: "nothing for the board: the engine was restarted if it was its program; if it comes "
+    "back with every start, report the program",
+    NOTHING: "nothing now, the GPU goes on",
+}
+_SXID_REMEDIES: Mapping[str, str] = {
+    REBOOT: "drain the node and reboot it: only that brings the whole fabric back",
+    RESET: "drain the node, then reset all its GPUs and switches (stop nvidia-fabricmanager, "
+    "nvidia-smi --gpu-reset, start it) or reboot; if it comes back, have the board looked at",
+    NOTHING: "nothing: the switch went on by itself",
+}
+
+
 def _xids(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
-    counts: dict[tuple[str, int], int] = {}
-    last: dict[tuple[str, int], str] = {}
-    for xid in facts.get("xids", ()):
-        key = (xid["kind"], xid["code"])
-        if xid["kind"] == "SXid" or xid["code"] not in expect.xid_ignore:
-            counts[key] = counts.get(key, 0) + 1
-            last[key] = xid["message"]
-    for (kind, code), count in counts.items():
-        # The switch says itself whether the fault touched what runs over it.
-        harmless = kind == "SXid" and "non-fatal" in last[kind, code].lower()
+    gpus = facts.get("gpu", {}).get("gpus", ())
+    recovery = {
+        gpu["bus_id"]: gpu["recovery_action"] or "None" for gpu in gpus if gpu.get("recovery_told")
+    }
+    for fault in faults(facts.get("xids", ()), ignore=expect.xid_ignore, recovery=recovery):
+        remedies = _SXID_REMEDIES if fault.kind == "SXid" else _XID_REMEDIES
+        where = f" on {_devices(fault, gpus)}" if fault.devices else ""
+        remedy = remedies[fault.action].format(device=",".join(fault.devices))
+        if fault.code == 63 and fault.kind == "Xid":
+            remedy = "reset the GPU when the node is next drained: that remaps the row"
+        if fault.over:
+            remedy = "nothing, unless it comes again: what it asked for was done since"
+        harmful = fault.action in (RESET, REBOOT) or (fault.action == LOOK and not fault.meaning)
         yield Problem(
             host,
-            f"{kind} {code}",
+            fault.name,
             "none in the kernel log",
-            f"{count} x, last: {last[kind, code][:160]}",
-            f"look up {kind} {code} in NVIDIA's list; drain, then reset the GPU or reboot",
-            WARNING if harmless else ERROR,
+            f"{fault.count} x{where}: {fault.meaning or 'not in the lists'}; it says: "
+            f"{fault.said[:160]}",
+            f"{remedy} (look up {fault.name} in NVIDIA's list)",
+            ERROR if harmful and not fault.over else WARNING,
         )
+
+
+def _devices(fault: Fault, gpus: Sequence[Mapping[str, Any]]) -> str:
+    """Name GPUs by index and PCI address, switches by their address."""
+    named = []
+    for device in fault.devices:
+        index = next(
+            (gpu["index"] for gpu in gpus if same_device(gpu.get("bus_id", ""), device.split()[0])),
+            None,
+        )
+        known = "" if index is None or fault.kind == "SXid" else f"GPU {index} "
+        named.append(f"{known}({device})" if known else device)
+    return ", ".join(named)
 
 
 def _mig(gpu: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..artifact.retention import retirable
+from ..core.causes import why_no_answer
 from ..core.format import human_bytes, parse_version
 from ..fleet.inventory import GATEWAYS, NODES
 from .hardware import WARNING, DiskNeed, Expectations, Problem, hardware_problems
@@ -127,12 +128,14 @@ def evaluate(
 
 def unreachable(host: str, message: str) -> Problem:
     """Return the problem of a host that could not be asked at all."""
+    said = " ".join(message.split())[:300] or "no answer"
+    known = why_no_answer(message, host=host)
     return Problem(
         host,
         "connection",
         "an answer over SSH, with root by become",
-        " ".join(message.split())[:300] or "no answer",
-        f"try: ansible -i INVENTORY -b -m ping {host}",
+        f"{known.cause} ({said})" if known else said,
+        known.remedy if known else f"try: ansible -i INVENTORY -b -m ping {host}",
     )
 
 

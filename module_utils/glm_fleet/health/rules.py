@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..core.causes import why_no_answer
 from ..core.format import human_bytes
 from .hardware import ERROR, Expectations, Problem
 from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits
@@ -17,10 +18,14 @@ UNDRAIN_STEP = "playbooks/undrain.yml lets it back when that is over"
 
 
 def no_answer(name: str, message: str) -> Finding:
+    said = " ".join(message.split())[:200].rstrip(".") or "nothing was said"
+    known = why_no_answer(message, host=name)
+    if known:
+        return Finding("connection", UNKNOWN, f"no answer: {known.cause} ({said})", known.remedy)
     return Finding(
         "connection",
         UNKNOWN,
-        f"no answer: {' '.join(message.split())[:200].rstrip('.') or 'nothing was said'}",
+        f"no answer: {said}",
         f"check power and network, then try: ansible -i INVENTORY -b -m ping {name}",
     )
 

@@ -22,6 +22,7 @@ from ..core.runner import Runner
 
 _TIMEOUT_S = 60.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_XML_END = "</nvidia_smi_log>"
 _QUERY_FIELDS = "index,uuid,compute_cap"
 
 
@@ -40,7 +41,9 @@ class Gpu:
 
     ``mig_*`` and ``ecc_*`` are "Enabled", "Disabled" or None. The uncorrectable counts are
     since the last driver load (volatile) and over the life of the board (aggregate).
-    ``throttle_reasons`` are the active ones, such as ``hw_thermal_slowdown``, without idle.
+    ``recovery_action`` is what the driver asks for, None for nothing; ``recovery_told`` whether
+    it tells at all. ``throttle_reasons`` are the active ones, such as ``hw_thermal_slowdown``,
+    without idle.
     """
 
     index: int
@@ -59,6 +62,7 @@ class Gpu:
     remap_pending: bool | None
     remap_failure: bool | None
     recovery_action: str | None
+    recovery_told: bool
     temperature_c: int | None
     power_draw_w: float | None
     power_limit_w: float | None
@@ -186,13 +190,18 @@ def parse_xml(
     """Read ``nvidia-smi -q -x`` into (driver version, CUDA version, GPUs).
 
     Index and compute capability come from ``capabilities`` by UUID; a GPU that is not in
-    it is counted by its place. Raises `ET.ParseError` for text that is not XML.
+    it is counted by its place. What is printed around the XML is left out. From driver 610 on
+    the versions have notes beside them and other names. Raises `ET.ParseError` for text that is
+    not XML.
     """
-    root = ET.fromstring(text[text.index("<nvidia_smi_log") :])  # noqa: S314
+    end = text.rfind(_XML_END)
+    begin = text.index("<nvidia_smi_log")
+    root = ET.fromstring(text[begin : end + len(_XML_END) if end > 0 else None])  # noqa: S314
     gpus = tuple(
         _gpu(element, place, capabilities) for place, element in enumerate(root.findall("gpu"))
     )
-    return _text(root, "driver_version"), _text(root, "cuda_version"), gpus
+    driver = _version(root, "driver_version", "kmd_version")
+    return driver, _version(root, "cuda_version", "cuda_umd_version"), gpus
 
 
 def _gpu(element: ET.Element, place: int, capabilities: dict[str, tuple[int, str | None]]) -> Gpu:
@@ -218,6 +227,7 @@ def _gpu(element: ET.Element, place: int, capabilities: dict[str, tuple[int, str
         remap_pending=_flag(element, "remapped_rows/remapped_row_pending"),
         remap_failure=_flag(element, "remapped_rows/remapped_row_failure"),
         recovery_action=_text(element, "gpu_recovery_action"),
+        recovery_told=(element.findtext("gpu_recovery_action") or "N/A").strip() != "N/A",
         temperature_c=_integer(element, "temperature/gpu_temp"),
         power_draw_w=_first_number(power, "average_power_draw", "instant_power_draw", "power_draw"),
         power_limit_w=_first_number(power, "current_power_limit", "power_limit"),
@@ -261,6 +271,15 @@ def _text(element: ET.Element, path: str) -> str | None:
     found = element.find(path)
     text = (found.text or "").strip() if found is not None else ""
     return None if text in ("", "N/A", "[N/A]", "None") else text
+
+
+def _version(root: ET.Element, *paths: str) -> str | None:
+    """Return the first version that is there, without what is said about it."""
+    for path in paths:
+        found = re.match(r"\d+(?:\.\d+)*", _text(root, path) or "")
+        if found:
+            return found.group()
+    return None
 
 
 def _number(element: ET.Element, path: str) -> float | None:

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from ..core.runner import Runner
 from .query import TIMEOUT_S
-
-_XID = re.compile(r"(?P<kind>S?Xid) \(PCI:(?P<device>[0-9A-Fa-f:.]+)\): (?P<code>\d+)")
+from .xid import parse_message
 
 
 def read_xids(window_s: int, run: Runner) -> list[dict[str, Any]]:
     """Return the GPU driver's Xid and SXid lines of this boot within the window.
 
-    Each is {kind: Xid|SXid, code, device, time_s, message}.
+    Each is {kind: Xid|SXid|loaded, code, device, instance, time_s, message}; see
+    `xid.parse_message`.
     """
     answer = run(
         [
@@ -35,18 +34,12 @@ def read_xids(window_s: int, run: Runner) -> list[dict[str, Any]]:
 
 
 def parse_xids(journal: str) -> Iterator[dict[str, Any]]:
-    """Pick the Xid and SXid lines out of the journal's JSON lines."""
+    """Pick the driver's lines out of the journal's JSON lines."""
     for line in journal.splitlines():
-        if "Xid" not in line:
+        if "Xid" not in line and "NVRM" not in line:
             continue
         entry = json.loads(line)
         message = entry.get("MESSAGE")
-        match = _XID.search(message) if isinstance(message, str) else None
-        if match:
-            yield {
-                "kind": match["kind"],
-                "code": int(match["code"]),
-                "device": match["device"],
-                "time_s": int(entry.get("__REALTIME_TIMESTAMP", 0)) / 1e6,
-                "message": message,
-            }
+        found = parse_message(message) if isinstance(message, str) else None
+        if found:
+            yield {**found, "time_s": int(entry.get("__REALTIME_TIMESTAMP", 0)) / 1e6}

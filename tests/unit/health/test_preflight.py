@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from glm_fleet.core.errors import FleetError
 from glm_fleet.core.format import parse_version as version
 from glm_fleet.health.hardware import ERROR, WARNING, Expectations, Problem
 from glm_fleet.health.preflight import evaluate, sure_skew, unreachable
+from glm_fleet.node.xid import parse_message
 
+CASES = Path(__file__).parents[1] / "fixtures/cases"
 GB = 1_000_000_000
 UNIT = "glm-serving.service"
 EXPECT: dict[str, Any] = {
@@ -227,6 +230,52 @@ def test_switch_faults(word: str, severity: str) -> None:
     assert only(facts).severity == severity
 
 
+def test_a_driver_that_was_updated_under_its_module_wants_a_reboot_and_no_installation() -> None:
+    facts = make_facts()
+    said = " ".join((CASES / "07-driver-library-mismatch/nvidia-smi.out").read_text().split())
+    facts["gpu"] = {"error": f"nvidia-smi -q -x ended with 18: {said}", "gpus": [], "nvlink": {}}
+    problem = only(facts)
+    assert "the driver was updated while its old kernel module is loaded" in problem.found
+    assert problem.remedy.startswith("drain the node and reboot it")
+    assert "repair" not in problem.remedy
+
+
+def kernel_log(*lines: str) -> list[dict[str, Any]]:
+    found = [parse_message(line) for line in lines]
+    assert None not in found
+    return [{**each, "time_s": 0.0} for each in found if each]
+
+
+def test_each_gpu_of_a_fault_is_named_and_each_fault_has_its_own_remedy() -> None:
+    facts = make_facts()
+    for gpu, bus in zip(facts["gpu"]["gpus"], ("07", "08", "38", "47")):
+        gpu["bus_id"] = f"00000000:{bus}:00.0"
+    lines = (CASES / "06-xid-remedy/kernel.txt").read_text().splitlines()
+    facts["xids"] = kernel_log(*lines)
+    problems = {each.check: each for each in check(facts)}
+    changed = problems["Xid 154"]
+    assert "GPU 0 (0000:07:00), GPU 3 (0000:47:00)" in changed.found
+    assert changed.remedy.startswith("drain the node and reboot it")
+    assert (problems["Xid 94"].severity, problems["Xid 63"].severity) == (WARNING, WARNING)
+    assert "0000:01:00 GPU-I:05" in problems["Xid 94"].found
+    assert "reset the GPU (nvidia-smi --gpu-reset -i 0000:9b:00)" in problems["Xid 119"].remedy
+    assert problems["Xid 119"].severity == ERROR
+    assert "reset the GPU when the node is next drained" in problems["Xid 63"].remedy
+
+
+def test_a_gpu_that_was_reset_as_told_is_no_problem_any_more() -> None:
+    facts = make_facts()
+    gpu = facts["gpu"]["gpus"][2]
+    facts["xids"] = kernel_log("NVRM: Xid (PCI:0000:9b:00): 119, pid=1, Timeout after 6s")
+    assert only(facts).severity == ERROR
+    gpu.update(bus_id="00000000:9B:00.0", recovery_action="Reset", recovery_told=True)
+    assert {each.severity for each in check(facts)} == {ERROR}
+    gpu["recovery_action"] = None
+    assert only(facts).severity == WARNING
+    facts["xids"] = kernel_log("NVRM: Xid (PCI:0000:9b:00): 79, pid=1, GPU has fallen off the bus.")
+    assert only(facts).severity == ERROR, "only a reboot brings that GPU back"
+
+
 def test_disk_adds_up_what_shares_a_file_system() -> None:
     facts = make_facts()
     for disk in facts["disks"]:
@@ -362,10 +411,13 @@ def test_a_gateway_needs_no_gpus() -> None:
 
 def test_unreachable_is_a_problem_like_any_other() -> None:
     problem = unreachable("gpu02", "Connection\n refused")
-    assert (problem.check, problem.found, problem.severity) == (
-        "connection",
-        "Connection refused",
-        ERROR,
+    assert (problem.check, problem.severity) == ("connection", ERROR)
+    assert problem.found == "it refuses connections (Connection refused)"
+    assert problem.remedy == "start sshd there, or correct ansible_host and ansible_port"
+    unknown = unreachable("gpu02", "odd\nwords")
+    assert (unknown.found, unknown.remedy) == (
+        "odd words",
+        "try: ansible -i INVENTORY -b -m ping gpu02",
     )
 
 

@@ -13,6 +13,7 @@ from glm_fleet.core.runner import RunResult
 from glm_fleet.node.gpu import GpuLink, parse_query, parse_topology, read_gpus
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "nvidia-smi"
+CASES = Path(__file__).parents[1] / "fixtures/cases"
 XML = (FIXTURES / "h200-x2-q.xml").read_text()
 TOPOLOGY = (FIXTURES / "h200-x2-topo.txt").read_text()
 UUID = "GPU-00000000-0000-0000-0000-00000000000"
@@ -161,3 +162,31 @@ def test_topology_with_network_cards_names_pcie_pairs() -> None:
     )
     report = read_gpus(Smi(topology=text)).as_dict()
     assert report["nvlink"]["pcie_only"] == ["0-2 SYS", "1-2 PIX"]
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        "<driver_version>610.57.04 [Deprecated; will be removed in CUDA 14.0. Use KMD Version "
+        "instead]</driver_version>",
+        "<kmd_version>610.57.04</kmd_version>",
+        "<driver_version>N/A</driver_version><kmd_version>610.57.04</kmd_version>",
+    ],
+)
+def test_driver_610_writes_its_version_in_other_ways(version: str) -> None:
+    text = (CASES / "12-driver-610/nvidia-smi-q-head.txt").read_text()
+    assert version.partition(">")[2].partition("<")[0] in text or "N/A" in version
+    xml = XML.replace("<driver_version>580.159.04</driver_version>", version).replace(
+        "<cuda_version>13.0</cuda_version>", "<cuda_umd_version>13.3</cuda_umd_version>"
+    )
+    report = read_gpus(Smi(xml))
+    assert (report.driver_version, report.cuda_version) == ("610.57.04", "13.3")
+
+
+def test_messages_around_the_xml_are_no_damage() -> None:
+    report = read_gpus(
+        Smi(f"WARNING: x\n{XML}\nWARNING: infoROM is corrupted at gpu 0000:47:00.0\n")
+    )
+    assert report.error == ""
+    assert len(report.gpus) == 2
+    assert {each.recovery_told for each in report.gpus} == {True}

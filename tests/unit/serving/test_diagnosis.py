@@ -13,7 +13,7 @@ import yaml
 from glm_fleet.serving.diagnosis import diagnose, find_crash, lower_graphs_help, relevant_lines
 from glm_fleet.serving.signatures import SIGNATURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = FIXTURES / "cases"
 LOGS = FIXTURES / "vllm-logs"
 SAMPLES: list[dict[str, Any]] = yaml.safe_load((LOGS / "signatures.yml").read_text())
