@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .. import __version__
 from ..core.table import Line, render_table
 
 SCHEMA = "glm-fleet/benchmark/1"
@@ -68,10 +69,11 @@ def judge_target(
 def benchmark_json(
     targets: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], time: str
 ) -> dict[str, Any]:
-    """Return {schema, time, settings, targets, summary: {measured, warned, failed}}."""
+    """Return {schema, made_by, time, settings, targets, summary: {measured, warned, failed}}."""
     failed = sum(bool(each["error"]) for each in targets)
     return {
         "schema": SCHEMA,
+        "made_by": f"glm-fleet {__version__}",
         "time": time,
         "settings": dict(settings),
         "targets": list(targets),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..core.files import write_atomically
 from ..core.table import Line, plural, render_table, wrap
 from .hardware import ERROR, Problem
@@ -54,10 +55,11 @@ def preflight_sentence(hosts: Sequence[str], problems: Sequence[Problem]) -> str
 
 
 def preflight_json(hosts: Sequence[str], problems: Sequence[Problem], time: str) -> dict[str, Any]:
-    """Return {schema, time, hosts, problems, summary: {errors, warnings}}."""
+    """Return {schema, made_by, time, hosts, problems, summary: {errors, warnings}}."""
     errors = len(_errors(problems))
     return {
         "schema": PREFLIGHT_SCHEMA,
+        "made_by": f"glm-fleet {__version__}",
         "time": time,
         "hosts": list(hosts),
         "problems": [each.as_dict() for each in problems],
@@ -159,6 +161,7 @@ def health_json(
     """Return the report as docs/health.md describes it, with the changes since ``previous``."""
     report: dict[str, Any] = {
         "schema": SCHEMA,
+        "made_by": f"glm-fleet {__version__}",
         "time": time,
         "previous": (previous or {}).get("time"),
         "nodes": [each.as_dict() for each in nodes],

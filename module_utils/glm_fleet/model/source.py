@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..core.errors import FleetError
 
 KIND = "model"
@@ -96,6 +97,7 @@ def model_slug(repository: str, revision: str) -> str:
 def describe(source: Source, commit: str) -> dict[str, Any]:
     """Return the provenance of a model."""
     return {
+        "made_by": f"glm-fleet {__version__}",
         "repository": source.repository,
         "revision": commit,
         "requested": source.revision,

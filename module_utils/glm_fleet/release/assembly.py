@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..artifact.manifest import MANIFEST, Manifest
 from ..artifact.store import Store
 from .recipe import DISTRIBUTION, RELEASE_SCHEMA, Recipe
@@ -79,6 +80,7 @@ def assemble(
     }
     (folder / "release.json").write_text(json.dumps(release, indent=1, sort_keys=True) + "\n")
     return {
+        "made_by": f"glm-fleet {__version__}",
         "inputs_key": recipe.key,
         "inputs": dict(recipe.inputs),
         "version": recipe.version,
