@@ -21,9 +21,10 @@ from .settings import CACHE, PULL_REQUEST, TORCH_VERSION, VLLM_VERSION, LabError
 from .system import run, say
 
 WHEELS = CACHE / "wheels"
+CORRECTION = "standin.patch"
 PUBLIC_INDEX = "https://pypi.org/simple"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-REPOSITORY_FORMAT = 2  # raise when the history is built differently
+REPOSITORY_FORMAT = 3  # raise when the history is built differently
 
 # Fixed, so that the same source gives the same commit ids everywhere.
 IDENTITY = {
@@ -191,6 +192,7 @@ def ensure_repository() -> Path:
     result = work / "result"
     result.mkdir()
     head = build_repository(tree, result / "vllm.git")
+    (result / CORRECTION).write_text(standin.correction(head), encoding="utf-8")
     result.rename(final)
     shutil.rmtree(work)
     say(f"git repository is ready; the pull request's head is {head}")

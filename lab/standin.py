@@ -9,6 +9,8 @@ an anchor that must occur exactly once; otherwise StandInError says which one do
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,13 @@ NEW_FILES = {
     "tests/kernels/attention/test_mqa_logits_triton.py": "test_mqa_logits_triton.py.in",
     "tests/v1/attention/test_triton_mla_sparse.py": "test_triton_mla_sparse.py.in",
 }
+
+# What is wrong with the pull request, and the line that mends it.
+FAULT = "logits-past-the-row"
+SYMPTOM = "the logits of one request overwrite the first ones of the next"
+FAULTY = "vllm/v1/attention/ops/mqa_logits_triton.py"
+WRONG = "    tl.store(out_ptr + row * width + key, logits)\n"
+RIGHT = "    tl.store(out_ptr + row * width + key, logits, mask=key < width)\n"
 
 # The check as main has it, as the base had it, and as the pull request wants it.
 CHECK_MAIN = """\
@@ -287,6 +296,25 @@ def pull_request_changes(tree: Path) -> dict[str, str]:
     for path, name in NEW_FILES.items():
         changes[path] = (FILES / name).read_text(encoding="utf-8")
     return changes
+
+
+def correction(head: str) -> str:
+    """The correction of the pull request at `head`, as release_patches takes it."""
+    before = (FILES / NEW_FILES[FAULTY]).read_text(encoding="utf-8")
+    after = replace_once(before, WRONG, RIGHT)
+
+    def blob(text: str) -> str:
+        content = text.encode()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324 - git's
+
+    old, new = (text.splitlines(keepends=True) for text in (before, after))
+    lines = difflib.unified_diff(old, new, f"a/{FAULTY}", f"b/{FAULTY}", n=0)
+    return (
+        f"Head: {head}\nMends: {FAULT}\n"
+        "Reason: The logits of a decode step are stored inside their own row.\n\n"
+        f"diff --git a/{FAULTY} b/{FAULTY}\nindex {blob(before)}..{blob(after)} 100644\n"
+        + "".join(lines)
+    )
 
 
 def fingerprint_files() -> list[Path]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import sys
 import time
@@ -23,7 +24,7 @@ from .settings import (
     VLLM_VERSION,
     LabError,
 )
-from .standin import CUDA_STUB, VARIANTS
+from .standin import CUDA_STUB, FAULT, SYMPTOM, VARIANTS
 from .system import processes, run, start
 
 HUB_FAULTS = UPSTREAMS / "hub-faults.json"
@@ -108,10 +109,15 @@ def inventory_vars(git: Path) -> dict[str, Any]:
         return {"number": number, "head": head}
 
     main = [{**pull_request(PULL_REQUEST), "drop": [CUDA_STUB]}]
+    patch = git / source.CORRECTION
     return {
         "release_repository": f"git://{BRIDGE_ADDRESS}:{GIT_PORT}/vllm.git",
         "release_ref": f"v{VLLM_VERSION}",
         "release_pull_requests": main,
+        "release_patches": [
+            {"file": str(patch), "sha256": hashlib.sha256(patch.read_bytes()).hexdigest()}
+        ],
+        "release_known_faults": [{"name": FAULT, "heads": [main[0]["head"]], "symptom": SYMPTOM}],
         # What to give as release_pull_requests for another release of the lab.
         "lab_releases": {
             name: [*main, pull_request(number)] for name, (number, *_) in VARIANTS.items()

@@ -70,6 +70,31 @@ options:
     type: list
     elements: path
     default: []
+  patches:
+    description:
+      - Corrections of pull requests as C(name), C(sha256) and C(text). Each is taken only for
+        the head, and for the refs, that it names.
+    type: list
+    elements: dict
+    default: []
+  known_faults:
+    description:
+      - Known faults of pull requests as C(name), C(heads), C(refs), C(below_capability),
+        C(symptom) and C(remedy). One that concerns this recipe and that no correction mends is
+        refused.
+    type: list
+    elements: dict
+    default: []
+  accept_faults:
+    description: Names of known faults that are taken on purpose.
+    type: list
+    elements: str
+    default: []
+  compute_capabilities:
+    description: Compute capabilities of the GPUs, as MAJOR.MINOR.
+    type: list
+    elements: str
+    default: []
   cache:
     description: Folder of the bare clones.
     type: path
@@ -108,10 +133,17 @@ source:
     resolutions:
       description: SHA-256 of the recorded resolutions for this ref and these heads, by name.
       type: dict
+    corrections:
+      description: SHA-256 of the corrections for this ref and these heads, by name.
+      type: dict
+    accepted_faults:
+      description: Known faults that this recipe has and that were accepted.
+      type: list
+      elements: str
 report:
   description:
     - Commits picked, files changed and dropped, conflicts with the rule that joined each,
-      and every check with its outcome.
+      corrections with their reason, and every check with its outcome.
   returned: for O(state=patched), not in check mode
   type: dict
 checks:
@@ -133,6 +165,12 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.release.compiler import Compiler
+from ansible.module_utils.glm_fleet.release.corrections import (
+    Fault,
+    fitting,
+    read_correction,
+    refuse_faults,
+)
 from ansible.module_utils.glm_fleet.release.git import PullRequest, Repository
 from ansible.module_utils.glm_fleet.release.merge import Resolver
 from ansible.module_utils.glm_fleet.release.recorded import read_resolution
@@ -152,6 +190,17 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     resolutions = tuple(read_resolution(Path(file)) for file in params["resolutions"])
     resolved = repository.resolve(params["ref"], pulls)
     pairs = {(resolved.sha, pull.head) for pull in pulls}
+    corrections = [read_correction(**each) for each in params["patches"]]
+    heads = [pull.head for pull in pulls]
+    accepted = refuse_faults(
+        [Fault.read(each) for each in params["known_faults"]],
+        corrections,
+        ref=resolved.ref,
+        sha=resolved.sha,
+        heads=heads,
+        capabilities=params["compute_capabilities"],
+        accepted=params["accept_faults"],
+    )
     source = {
         "url": resolved.url,
         "ref": resolved.ref,
@@ -160,6 +209,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "resolutions": {
             each.name: each.sha256 for each in resolutions if (each.ref, each.head) in pairs
         },
+        "corrections": {
+            each.name: each.sha256
+            for head in heads
+            for each in fitting(corrections, resolved.sha, head)
+        },
+        "accepted_faults": [fault.name for fault in accepted],
     }
     if params["state"] == "resolved":
         return {"changed": False, "source": source}
@@ -167,7 +222,11 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return {"changed": True, "source": source}
     repository.fetch(resolved, pulls)
     compiler = Compiler(
-        repository, Resolver(), Expectations(backend=params["backend"]), resolutions
+        repository,
+        Resolver(),
+        Expectations(backend=params["backend"]),
+        resolutions,
+        tuple(corrections),
     )
     patched = compiler.build(resolved, pulls, dest=Path(params["dest"]))
     return {"changed": True, "source": source, "report": patched.report()}
@@ -193,6 +252,19 @@ def main() -> None:
             },
             "mirror": {"type": "str", "default": ""},
             "resolutions": {"type": "list", "elements": "path", "default": []},
+            "patches": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "sha256": {"type": "str", "required": True},
+                    "text": {"type": "str", "required": True},
+                },
+            },
+            "known_faults": {"type": "list", "elements": "dict", "default": []},
+            "accept_faults": {"type": "list", "elements": "str", "default": []},
+            "compute_capabilities": {"type": "list", "elements": "str", "default": []},
             "cache": {"type": "path", "required": True},
             "dest": {"type": "path"},
             "backend": {"type": "str", "default": "TRITON_MLA_SPARSE"},

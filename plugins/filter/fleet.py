@@ -24,6 +24,7 @@ FILTERS = (
     "protected_on",
     "drivers",
     "cuda_variant",
+    "correction_texts",
     "serve_command",
     "environment_file",
     "library_digest",

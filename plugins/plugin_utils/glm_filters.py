@@ -143,6 +143,21 @@ def cuda_variant(
         return {"variant": {}, "reason": "", "problem": str(error)}
 
 
+def correction_texts(patches: Sequence[Mapping[str, str]], folder: str) -> list[dict[str, str]]:
+    """Read the files of release_patches on the controller; ``folder`` has the shipped ones."""
+    try:
+        return [
+            {
+                "name": Path(each["file"]).name,
+                "sha256": each["sha256"],
+                "text": Path(folder, each["file"]).expanduser().read_text(encoding="utf-8"),
+            }
+            for each in patches
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnsibleFilterError(f"A file of release_patches cannot be read: {error}") from error
+
+
 def serve_command(settings: Mapping[str, Any]) -> str:
     """Give the arguments of vLLM, quoted for a systemd unit."""
     try:

@@ -17,6 +17,8 @@ from typing import Any
 
 from ..core.errors import FleetError
 from .conflict import MARKER_SIZE, Join, Versions
+from .corrections import Correction, correct
+from .corrections import fitting as fitting_corrections
 from .git import PullRequest, Repository, Resolved
 from .merge import Resolver
 from .recorded import Recorded, Resolution, fitting
@@ -37,6 +39,7 @@ class Patched:
     joins: tuple[Join, ...]
     checks: tuple[Check, ...]
     commits: tuple[str, ...]
+    corrections: tuple[Correction, ...] = ()
 
     def report(self) -> dict[str, Any]:
         """Return what the manifest tells about the source."""
@@ -46,6 +49,7 @@ class Patched:
             "changed_files": list(self.changed),
             "dropped_files": list(self.dropped),
             "conflicts": [join.as_dict() for join in self.joins],
+            "corrections": [each.as_dict() for each in self.corrections],
             "checks": [check.as_dict() for check in self.checks],
         }
 
@@ -58,6 +62,7 @@ class Compiler:
     resolver: Resolver
     expectations: Expectations
     resolutions: tuple[Resolution, ...] = ()
+    corrections: tuple[Correction, ...] = ()
 
     def build(self, resolved: Resolved, pulls: Sequence[PullRequest], *, dest: Path) -> Patched:
         """Patch ``resolved`` and write the changed files below ``dest``.
@@ -72,6 +77,8 @@ class Compiler:
             picked: list[str] = []
             dropped: list[str] = []
             versions: list[FileVersions] = []
+            corrected: list[Correction] = []
+            blobs: dict[str, str] = {}
             for pull in pulls:
                 before = self._head(tree)
                 base = self._merge_base(before, pull)
@@ -84,7 +91,13 @@ class Compiler:
                 _require_used(recorded, joins)
                 dropped += self._drop(tree, before, pull)
                 picked += commits
-                versions += self._versions(base, pull, before, tree)
+                added = self._versions(base, pull, before, tree)
+                versions += added
+                blobs = {path: blob for path, blob in blobs.items()
+                         if path not in {file.path for file in added}}  # fmt: skip
+                found = self._correct(tree, resolved.sha, pull)
+                blobs |= {change.path: change.after for each in found for change in each.changes}
+                corrected += found
             commit = self._head(tree)
             changed = self._changed(resolved.sha, commit)
             checks = verify_tree(
@@ -95,6 +108,7 @@ class Compiler:
                 expectations=self.expectations,
                 merge=self._merge,
                 decided={join.path for join in joins if join.rule == RECORDED},
+                corrected=blobs,
             )
             failed = [check for check in checks if not check.passed]
             if failed:
@@ -113,6 +127,7 @@ class Compiler:
                 joins=tuple(joins),
                 checks=tuple(checks),
                 commits=tuple(picked),
+                corrections=tuple(corrected),
             )
 
     def _head(self, tree: Path) -> str:
@@ -262,6 +277,19 @@ class Compiler:
                 cwd=tree,
             )
         return paths
+
+    def _correct(self, tree: Path, ref: str, pull: PullRequest) -> list[Correction]:
+        """Commit the corrections of a pull request, each from one exact text to another."""
+        git = self.repository.git
+        found = fitting_corrections(self.corrections, ref, pull.head)
+        for correction in found:
+            for change in correction.changes:
+                file = tree / change.path
+                content = file.read_bytes() if file.is_file() else b""
+                file.write_bytes(correct(correction, change, content))
+                git("add", "--", change.path, cwd=tree)
+            git("commit", "--quiet", "--message", f"Correct: {correction.reason}", cwd=tree)
+        return found
 
     def _changed(self, old: str, new: str) -> list[str]:
         listing = self.repository.git("diff", "--no-renames", "--name-only", "-z", old, new)

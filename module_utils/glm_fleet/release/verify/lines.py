@@ -128,10 +128,18 @@ def missing_lines(plain: Sequence[_Plain], expect: Expectations) -> list[str]:
 
 
 def foreign_changes(
-    plain: Sequence[_Plain], changed: Sequence[str], merge: Merge, decided: Collection[str]
+    plain: Sequence[_Plain],
+    changed: Sequence[str],
+    merge: Merge,
+    decided: Collection[str],
+    corrected: Collection[str] = (),
 ) -> list[str]:
+    """Name what differs from git's plain merge outside the joins.
+
+    Files that only a correction changes are in ``corrected``: another check reads those.
+    """
     versions = [each.file for each in plain]
-    known = {file.path for file in versions if file.head != file.base}
+    known = {file.path for file in versions if file.head != file.base} | {*corrected}
     problems = [f"{path}: the pull request does not touch it" for path in {*changed} - known]
     for each in plain:
         file = each.file
