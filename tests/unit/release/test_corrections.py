@@ -23,12 +23,12 @@ from glm_fleet.release.corrections import (
 )
 from glm_fleet.release.git import PullRequest
 from glm_fleet.release.merge import Resolver
-from test_source import EXPECT, KERNELS, PULL_FILES, Upstream, repository, upstream
+from test_compiler import EXPECT, KERNELS, PULL_FILES, Upstream, repository, upstream
 
 from lab import standin
 
 __all__ = ["upstream"]
-ROLE = Path(__file__).resolve().parents[2] / "roles/release"
+ROLE = Path(__file__).resolve().parents[3] / "roles/release"
 DEFAULTS = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
 HEAD = DEFAULTS["release_pull_requests"][0]["head"]
 KERNEL = PULL_FILES[KERNELS]
