@@ -17,6 +17,10 @@ A JSON file named by --faults makes it misbehave; it is read at every request:
     {"gated": ["hf_right"]}                only these tokens may read
     {"refs": {"main": "<commit>"}}         branches have moved
     {"gone": ["<commit>"]}                 these commits are no longer there
+    {"storage": "localhost"}               large files lie on the storage host of that name
+    {"storage_refuses": {"<file>": 2}}     it answers so often with 403 for that file
+    {"forbidden": "text"}                  every answer is 403 with this message
+    {"disabled": true}                     the repository is disabled
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ FAULTS = frozenset(
         "gated",
         "refs",
         "gone",
+        "storage",
+        "storage_refuses",
+        "forbidden",
+        "disabled",
     ]
 )
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
@@ -189,8 +197,13 @@ class Handler(BaseHTTPRequestHandler):
         busy = int(faults.get("too_many_requests", 0))
         if busy and self.server.faults.take("too_many_requests", busy):
             raise HubError(HTTPStatus.TOO_MANY_REQUESTS, "", "Too many requests")
+        if faults.get("forbidden"):
+            raise HubError(HTTPStatus.FORBIDDEN, "", str(faults["forbidden"]))
+        if faults.get("disabled"):
+            text = "Access to this resource is disabled."
+            raise HubError(HTTPStatus.FORBIDDEN, "", text)
         address = urlsplit(self.path)
-        path = unquote(address.path)
+        path = unquote(address.path).removeprefix("/storage")
         query = {name: values[-1] for name, values in parse_qs(address.query).items()}
         patterns = (
             (r"/api/models/([^/]+/[^/]+)", self.send_info),
@@ -324,6 +337,15 @@ class Handler(BaseHTTPRequestHandler):
         folder, commit, name = request["folder"], request["commit"], request["name"]
         entry = self.server.store.entry(folder, commit, name)
         size = entry["size"]
+        if "lfs" in entry and request["faults"].get("storage"):
+            if not self.path.startswith("/storage/"):
+                self.send_redirect(request["faults"]["storage"])
+                return
+            times = int(request["faults"].get("storage_refuses", {}).get(name, 0))
+            if self.server.faults.take(f"storage {name}", times):
+                self.send_response(HTTPStatus.FORBIDDEN)
+                self.send_body(b"<Error><Code>AccessDenied</Code></Error>", "application/xml")
+                return
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         start, end = self.byte_range(size)
         self.log_message("%s %s bytes %d-%d", self.command, name, start, end)
@@ -343,6 +365,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             path = folder / "revisions" / commit / name
             self.send_bytes(path, start, end, request["faults"], name)
+
+    def send_redirect(self, host: str) -> None:
+        """Send the caller to the storage host, with a signature of its own each time."""
+        port = self.server.server_address[1]
+        self.send_response(HTTPStatus.FOUND)
+        signature = time.monotonic_ns()
+        where = f"http://{host}:{port}/storage{urlsplit(self.path).path}?signature={signature}"
+        self.send_header("Location", where)
+        self.send_body(b"", "text/plain")
 
     def byte_range(self, size: int) -> tuple[int, int]:
         """First byte and the one after the last that the client asks for."""

@@ -147,12 +147,16 @@ def _running(probe: Mapping[str, Any], engine: Mapping[str, Any], log: str) -> I
     waited = f"{engine.get('seconds', 0):.0f} s"
     state = engine.get("state")
     if state == "silent":
-        cause = "the server does not answer although its process runs"
-        yield Finding("engine", BROKEN, cause, f"restart it: systemctl restart; read {log}")
+        cause = "the server does not answer although its process runs, also not when asked twice"
+        step = (
+            "wait for the watch (glm-watch): when nothing moves it takes the node out and has the "
+            f"engine started anew; read {log}"
+        )
+        yield Finding("engine", BROKEN, cause, step)
         return
     if state == "hung":
         cause = (
-            f"the engine hangs: no answer and no step in {waited}, "
+            f"the engine hangs: no answer and no step in {waited}, nothing else moves, "
             f"{after.get('running', 0):.0f} requests running"
         )
         yield Finding(

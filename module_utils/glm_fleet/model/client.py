@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import email.utils
 import importlib
 import re
 import time
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Callable, Protocol
@@ -16,15 +18,24 @@ from .source import HubFile
 
 LONGEST_PAUSE_S = 30.0
 _TIMEOUT_S = 30.0
+# Storage hosts refuse signatures that are older or younger than some minutes.
+_SKEW_S = 240.0
 
 
 class UnavailableError(Exception):
-    """The hub does not answer now; it may later. ``pause`` is how long it asks to wait, in s."""
+    """The hub does not answer now; it may later. ``pause`` is how long it asks to wait, in s.
 
-    def __init__(self, reason: str, *, quota: bool = False, pause: float = 0.0) -> None:
+    ``refused`` names the host that keeps a file from us which the hub itself gave out: the next
+    question gets another signature, and maybe another host.
+    """
+
+    def __init__(
+        self, reason: str, *, quota: bool = False, pause: float = 0.0, refused: str = ""
+    ) -> None:
         super().__init__(reason)
         self.quota = quota
         self.pause = pause
+        self.refused = refused
 
 
 class UnreachableError(FleetError):
@@ -115,6 +126,8 @@ class HubClient:
             with session.stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as answer:
                 if answer.status_code == 416:
                     raise UnavailableError(f"{name} has become shorter")
+                if answer.status_code >= 400:
+                    answer.read()  # what it says is part of the error
                 self._utils.hf_raise_for_status(answer)
                 # A proxy that does not know of ranges sends what lies before as well.
                 position = begin if answer.status_code == 206 else 0
@@ -126,7 +139,7 @@ class HubClient:
                     if fresh:
                         sink(fresh)
         except self._transport_error() as error:
-            raise self._explain(error, endpoint, repository, commit) from error
+            raise self._explain(error, endpoint, repository, commit, name) from error
 
     def _transport_error(self) -> type[Exception]:
         # The client's transport has had several names; its errors share this base.
@@ -134,20 +147,55 @@ class HubClient:
         return base
 
     def _explain(
-        self, error: Exception, endpoint: str, repository: str, revision: str
+        self, error: Exception, endpoint: str, repository: str, revision: str, name: str = ""
     ) -> Exception:
         """Turn an error of the client into one that says whether asking again may help."""
         errors = self._hub.errors
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
+        skew = clock_remark(response, error)
+        storage = storage_host(response, endpoint) if name else ""
+        if storage and status not in (408, 429):
+            return UnavailableError(
+                f"the storage host {storage} refuses {name} with HTTP {status}{skew}",
+                refused=storage,
+            )
+        if isinstance(error, errors.DisabledRepoError):
+            return FleetError(
+                f"The hub has disabled {repository}",
+                expected=f"access to {repository} on {endpoint}",
+                found=f"HTTP {status}: {server_message(error)}",
+                remedy="no token opens it: its page on the hub says why; choose another repository "
+                "or revision, or fetch it from a mirror that still has it (model_mirrors)",
+            )
         # The order matters: a gated repository is also "not found" to the client.
-        if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        if isinstance(error, errors.GatedRepoError):
             return FleetError(
                 f"The hub does not let us read {repository}",
                 expected=f"access to {repository} on {endpoint}",
                 found=f"HTTP {status or 'error'}: gated or private, "
                 + ("and the token has no access" if self._token else "and no token was given"),
                 remedy="accept its terms on the hub and give a token with access as model_token",
+            )
+        if status == 401 and self._token:
+            return FleetError(
+                "The hub does not know the token",
+                expected="a token that is valid, as model_token or HF_TOKEN",
+                found=f"HTTP 401: {server_message(error)}{skew}",
+                remedy="make a new token on the hub: tokens expire and can be revoked; for a "
+                "public repository leave model_token empty",
+            )
+        if status == 403:
+            return FleetError(
+                f"{urllib.parse.urlsplit(endpoint).netloc} does not let us read {repository}",
+                expected=f"access to {repository} on {endpoint}",
+                found=f"HTTP 403, and not because it is gated: {server_message(error)}{skew}",
+                remedy=(
+                    "give the token the right to read this repository, or look at what stands "
+                    if self._token
+                    else "give a token if the repository is private, or look at what stands "
+                )
+                + "between the fetcher and the hub (model_proxy, a firewall)",
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return FleetError(
@@ -174,7 +222,49 @@ class HubClient:
                 remedy="correct model_endpoint and model_mirrors; a proxy may answer in its place",
             )
         reason = str(error).splitlines()[0] if str(error) else ""
-        return UnavailableError(f"{type(error).__name__}: {reason}".rstrip(": "))
+        return UnavailableError(f"{type(error).__name__}: {reason}".rstrip(": ") + skew)
+
+
+def storage_host(response: Any, endpoint: str) -> str:
+    """Return the host that answered in place of the hub, '' when the hub itself did.
+
+    The hub redirects to a storage host with a signature in the address. Only the hub names the
+    kind of a refusal in a header.
+    """
+    url = getattr(response, "url", None)
+    if url is None or response.headers.get("x-error-code"):
+        return ""
+    parts = urllib.parse.urlsplit(str(url))
+    elsewhere = parts.netloc != urllib.parse.urlsplit(endpoint).netloc
+    return parts.netloc if elsewhere or getattr(response, "history", None) else ""
+
+
+def server_message(error: Exception) -> str:
+    """Return what the server says about a refusal, in one line."""
+    response = getattr(error, "response", None)
+    headers = getattr(response, "headers", {}) or {}
+    said = headers.get("x-error-message") or getattr(error, "server_message", "") or ""
+    return " ".join(str(said).split())[:200] or "no reason given"
+
+
+def clock_remark(response: Any, error: Exception) -> str:
+    """Say so where a refusal comes from a wrong clock; '' when nothing speaks for it."""
+    date = (getattr(response, "headers", None) or {}).get("date", "")
+    try:
+        theirs = email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        theirs = 0.0
+    ahead = time.time() - theirs
+    if theirs and abs(ahead) > _SKEW_S:
+        return (
+            f" (the clock of this host is {abs(ahead):.0f} s "
+            f"{'ahead of' if ahead > 0 else 'behind'} the server's: set it, signatures depend on "
+            f"it)"
+        )
+    if re.search(r"certificate (?:is not yet valid|has expired)", str(error)):
+        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        return f" (is the clock of this host right? it says {now})"
+    return ""
 
 
 def _asked_pause(headers: Mapping[str, str]) -> float:

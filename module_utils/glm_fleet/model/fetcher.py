@@ -31,6 +31,12 @@ from .pins import pin, pinned
 from .source import KIND, HubFile, Source, describe, git_blob_id, model_slug, select_files
 
 _Answer = TypeVar("_Answer")
+# A fresh signature each time: what is refused so often is not refused by chance.
+_MOST_REFUSALS = 4
+
+
+class RefusedError(FleetError):
+    """A storage host keeps one file back; others may come."""
 
 
 @dataclass
@@ -117,11 +123,17 @@ class Fetcher:
         self.meter.total = total
         self.meter.start(have)
         corrupt: dict[str, str] = {}
+        refused: dict[str, str] = {}
 
         def bring(job: tuple[FileEntry, int]) -> None:
             entry, number = job
             part = parts[entry]
-            self._bring(manifest, entry, part, number)
+            try:
+                self._bring(manifest, entry, part, number)
+            except RefusedError as error:
+                # The other files may come all the same.
+                refused[entry.path] = error.found
+                return
             if not part.close():
                 return
             # An empty file comes without a block.
@@ -147,6 +159,8 @@ class Fetcher:
                     part.note()
         if corrupt:
             raise _corrupt(corrupt)
+        if refused:
+            raise _refused(refused)
 
     def _drop(self, part: Part) -> None:
         self.meter.add(-part.have)
@@ -219,19 +233,30 @@ class Fetcher:
         """Ask one endpoint after the other, again and again while patience lasts."""
         clock = self.patience.clock
         deadline = clock() + self.patience.seconds
-        pause, before = 1.0, progress()
+        pause, before, refusals = 1.0, progress(), 0
         while True:
             problems: dict[str, UnavailableError] = {}
+            denied: list[FleetError] = []
             for endpoint in self.source.endpoints:
                 try:
                     return attempt(endpoint)
                 except UnavailableError as problem:
                     problems[endpoint] = problem
+                except FleetError as error:
+                    # A mirror may have what another endpoint refuses.
+                    denied.append(error)
                 except OSError as error:
                     raise from_os_error(error) from error
+            if not problems:
+                raise denied[0]
             if progress() > before:
-                before, pause = progress(), 1.0
+                before, pause, refusals = progress(), 1.0, 0
                 deadline = clock() + self.patience.seconds
+            if all(problem.refused for problem in problems.values()):
+                refusals += 1
+                if refusals == _MOST_REFUSALS:
+                    listed = "; ".join(dict.fromkeys(str(each) for each in problems.values()))
+                    raise RefusedError("A storage host refuses a file", found=listed)
             asked = max(problem.pause for problem in problems.values())
             if self._stop.is_set() or clock() + max(pause, asked) > deadline:
                 raise _unavailable(self.source, problems, self.patience.seconds)
@@ -295,6 +320,17 @@ def _corrupt(files: Mapping[str, str]) -> FleetError:
         expected="the digest of the hub's metadata",
         found="; ".join(f"{name}: {reason}" for name, reason in sorted(files.items())),
         remedy="try again later or another endpoint; a proxy may change what passes",
+    )
+
+
+def _refused(files: Mapping[str, str]) -> FleetError:
+    listed = "; ".join(dict.fromkeys(files[name] for name in sorted(files)))
+    return FleetError(
+        f"{len(files)} files of the model are kept back by the host that stores them",
+        expected="the bytes of every file: the hub gave out the list and the addresses",
+        found=listed,
+        remedy="the token has nothing to do with it. Look at the fetcher's clock, proxy and "
+        "firewall for that host, name a mirror in model_mirrors, then run again: what came is kept",
     )
 
 

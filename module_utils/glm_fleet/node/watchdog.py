@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches the engine of this node and restarts one that no longer moves.
 
-An engine hangs when somebody waits for it and it makes no step. Whether it is busy does
-not matter: a busy one makes steps. When nobody waits, the watch itself asks for one token.
+An engine hangs when somebody waits for it and nothing that it counts changes: no step, no token
+read or written, no request, no part of the KV cache. Whether it is busy does not matter: a busy
+one moves. When nobody waits, the watch itself asks for one token.
 
 The gateway is told first, by way of the sentry, which HAProxy asks every second: it says
 ``down`` while the file `sentry.STALLED` names the start that runs. The next start is another
@@ -31,7 +32,7 @@ from ..core.procfs import Process, list_processes
 from ..core.runner import Runner, run_program
 from ..core.systemd import journal, unit_state
 from ..serving.client import complete
-from ..serving.engine import ENVIRONMENT, POLICY, read_sample
+from ..serving.engine import ENVIRONMENT, POLICY, progress_mark, read_sample
 from ..serving.policy import read_api_key, read_policy
 from ..serving.record import read_record
 from .prestart import left_over
@@ -54,18 +55,18 @@ class EngineProgress:
     """Decides from one look to the next; times are seconds of any steady clock."""
 
     timeout_s: float
-    steps: float | None = None
+    mark: tuple[float, ...] | None = None
     moved_at: float = 0.0
     wanted_at: float | None = None
 
-    def observe(self, now: float, steps: float | None, *, wanted: bool) -> str:
+    def observe(self, now: float, mark: tuple[float, ...] | None, *, wanted: bool) -> str:
         """Return fine, suspect (a quarter of the time-out) or hung.
 
-        ``steps`` is the engine's count, None when the server gave no answer; ``wanted``
+        ``mark`` is `engine.progress_mark`, None when the server gave no answer; ``wanted``
         says whether anybody waits for the engine.
         """
-        if steps is not None and steps != self.steps:
-            self.steps, self.moved_at, self.wanted_at = steps, now, None
+        if mark is not None and mark != self.mark:
+            self.mark, self.moved_at, self.wanted_at = mark, now, None
         if not wanted:
             self.wanted_at = None
             return FINE
@@ -77,7 +78,7 @@ class EngineProgress:
         return SUSPECT if waited >= self.timeout_s / 4 else FINE
 
     def idle_for(self, now: float) -> float:
-        """Return the seconds since the last step."""
+        """Return the seconds since the engine moved last."""
         return now - self.moved_at
 
 
@@ -182,12 +183,11 @@ class Watchdog:
         self.ready = self.ready or bool(sample)
         if not self.ready:
             return "starting"
-        steps = sample.get("steps") if sample else None
         busy = bool(sample and (sample["running"] or sample["waiting"]))
         if not busy and self._quiet(now):
             self._ask(policy)
         wanted = busy or self.canary.waiting or not sample
-        seen = self.progress.observe(now, steps, wanted=wanted)
+        seen = self.progress.observe(now, progress_mark(sample), wanted=wanted)
         if seen == HUNG:
             self._incident(state, sample)
         elif seen == SUSPECT:
@@ -220,7 +220,7 @@ class Watchdog:
             return
         self.flag.take_out(self.invocation, "hung")
         timeout = self.settings.stall_timeout_s
-        _log(3, f"the engine made no step for {timeout:g} s although it was asked to")
+        _log(3, f"nothing moved in the engine for {timeout:g} s although it was asked to")
         self.flag.wait_until_told()
         folder = self._keep_evidence(state, sample)
         recent = self._recent_restarts()

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the engine of a node is doing: what it serves, how fast, and whether it moves at all.
 
-``/health`` answers 200 from a hung engine for hours. What cannot lie is the count of steps
-that the engine has made: it stands still while a request waits only when the engine hangs.
+``/health`` answers 200 from a hung engine for hours. What cannot lie are the counts of what the
+engine has done: all of them stand still while a request waits only when the engine hangs. One
+alone can: while a lone long prompt is read in chunks, no step is counted and no token comes
+(vLLM 0.20.2 to 0.33.0), and only the KV cache fills.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -40,6 +42,8 @@ _COUNTERS = {
     "requests": "vllm:request_success_total",
     "preemptions": "vllm:num_preemptions_total",
 }
+# An engine that changes any of these is at work.
+_MOVING = (*_COUNTERS, "kv_cache_usage")
 _HISTOGRAMS = {
     "first_token": "vllm:time_to_first_token_seconds",
     "between_tokens": "vllm:inter_token_latency_seconds",
@@ -79,6 +83,11 @@ def read_sample(http: Http, clock: Callable[[], float] = time.time) -> dict[str,
     """Ask the server for its figures; {} when it does not answer."""
     status, lines = http("/metrics")
     return parse_sample("\n".join(lines), clock()) if status == 200 else {}
+
+
+def progress_mark(sample: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return what differs between two samples of an engine that moves; None without a sample."""
+    return tuple(float(sample.get(key, 0.0)) for key in _MOVING) if sample else None
 
 
 def quantile(buckets: Sequence[Sequence[float]], count: float, share: float) -> float | None:
@@ -146,7 +155,7 @@ def look(
 
     - serving: the canary was answered;
     - busy: it was not answered in time, but the engine moves;
-    - hung: it was not, and the engine made no step meanwhile;
+    - hung: it was not, and nothing that the engine counts changed meanwhile;
     - starting: nothing answers yet, ``phase`` says how far the start has come;
     - silent: the server does not answer although it was ready.
 
@@ -168,8 +177,14 @@ def look(
         return client(policy["port"], address=address, api_key=key, timeout_s=timeout_s)
 
     quick, patient = open_client(_QUICK_S), open_client(canary_timeout_s)
+
+    def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
+        status, lines = (quick if body is None else patient)(path, body)
+        # A busy server can be late once: that is asked again, with more patience.
+        return (status, lines) if status or body is not None else patient(path, body)
+
     begun = time.monotonic()
-    before = read_sample(quick)
+    before = read_sample(ask)
     if not before:
         return {"unit": state, **_without_answer(run, state, unit)}
     wanted = Wanted(
@@ -182,20 +197,21 @@ def look(
     )
     found = attest(
         run,
-        lambda path, body=None: (quick if body is None else patient)(path, body),
+        ask,
         wanted,
         thorough=False,
         record_path=record_path,
         evidence_path=evidence_path,
         proc=proc,
     )
-    after = read_sample(quick)
+    after = read_sample(ask)
     progress = interval(before, after)
     steps, tokens = progress.get("steps", 0.0), progress.get("generated_tokens", 0.0)
     answered = all(
         check["passed"] for check in found["checks"] if check["name"] == "canary answers"
     )
-    verdict = "serving" if answered else "busy" if steps or tokens else "hung"
+    moves = progress_mark(before) != progress_mark(after)
+    verdict = "serving" if answered else "busy" if moves else "hung"
     found["engine"] = {
         "state": verdict if after else "silent",
         "phase": "ready",

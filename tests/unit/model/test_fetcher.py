@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,13 @@ from glm_fleet.artifact.store import Store
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.progress import Meter
 from glm_fleet.model.adopt import adopt, folder_manifest
-from glm_fleet.model.client import HubClient, Patience, UnavailableError, UnreachableError
+from glm_fleet.model.client import (
+    HubClient,
+    Patience,
+    UnavailableError,
+    UnreachableError,
+    clock_remark,
+)
 from glm_fleet.model.fetcher import Fetcher, find_published, missing_space
 from glm_fleet.model.partfile import Span
 from glm_fleet.model.pins import pin, pinned
@@ -569,6 +576,19 @@ def test_the_client_brings_segments_also_past_a_proxy_without_ranges(
         ({}, "", "no-such-branch", "revision is not on the hub.*no-such-branch"),
         ({"too_many_requests": 9, "retry_after": 60}, "", "main", "429.*asks to wait 60 s"),
         ({"down": True}, "", "main", "No hub delivers lab/tiny"),
+        ({"disabled": True}, "hf_x", "main", "has disabled lab/tiny.*disabled.*no token opens it"),
+        (
+            {"forbidden": "Blocked by the site's proxy"},
+            "",
+            "main",
+            "not because it is gated: Blocked by the site's proxy.*model_proxy",
+        ),
+        (
+            {"forbidden": "Fine-grained token without read"},
+            "hf_x",
+            "main",
+            "without read.*give the token the right to read",
+        ),
     ],
 )
 def test_each_refusal_is_one_clear_sentence(
@@ -585,6 +605,65 @@ def test_each_refusal_is_one_clear_sentence(
         fetcher(store, HubClient(token), source, seconds=2).plan()
     assert "What to do" in str(caught.value)
     assert "hf_wrong" not in str(caught.value)
+
+
+def test_a_storage_host_that_refuses_once_is_asked_again_with_another_signature(
+    served: tuple[str, Path], store: Store
+) -> None:
+    source = replace(SOURCE, endpoints=(served[0],))
+    plan = fetcher(store, HubClient(""), source).plan()
+    refused = dict.fromkeys(list(SHARDS)[:2], 2)
+    served[1].write_text(json.dumps({"storage": "localhost", "storage_refuses": refused}))
+    fetcher(store, HubClient(""), source, workers=2).fetch(plan)
+    assert find_damage(store.publish(plan), plan, deep=True) == []
+
+
+def test_what_a_storage_host_keeps_back_is_named_and_the_rest_comes(
+    served: tuple[str, Path], store: Store
+) -> None:
+    source = replace(SOURCE, endpoints=(served[0],))
+    plan = fetcher(store, HubClient("hf_x"), source).plan()
+    kept = ["model-2.safetensors", "model-3.safetensors"]
+    refused = dict.fromkeys(kept, 10**6)
+    served[1].write_text(json.dumps({"storage": "localhost", "storage_refuses": refused}))
+    with pytest.raises(FleetError) as caught:
+        fetcher(store, HubClient("hf_x"), source, workers=2).fetch(plan)
+    text = str(caught.value)
+    assert all(f"refuses {name} with HTTP 403" in text for name in kept)
+    assert "the storage host localhost:" in text
+    assert "gated" not in text
+    assert "accept its terms" not in text
+    assert sorted(entry.path for entry in store.missing(plan)) == kept
+
+
+def test_a_mirror_is_asked_for_what_the_hub_or_its_storage_refuses(store: Store) -> None:
+    def trouble(endpoint: str, what: str) -> None:
+        if endpoint == "http://hub" and what == "model-1.safetensors":
+            raise UnavailableError("cdn refuses it", refused="cdn")
+        if endpoint == "http://hub" and what == "model-2.safetensors":
+            raise FleetError("The hub does not let us read it")
+
+    client = FakeHub(trouble=trouble)
+    source = replace(SOURCE, endpoints=("http://hub", "http://mirror"))
+    made = fetcher(store, client, source)
+    made.fetch(made.plan())
+    assert made.clock.pauses == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("date", "said", "words"),
+    [
+        ("Fri, 01 Jan 2021 00:00:00 GMT", "", "s ahead of the server's"),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", "", "s behind the server's"),
+        ("", "certificate verify failed: certificate is not yet valid", "is the clock"),
+        ("", "timed out", ""),
+        ("no date", "timed out", ""),
+    ],
+)
+def test_a_wrong_clock_is_told(date: str, said: str, words: str) -> None:
+    remark = clock_remark(SimpleNamespace(headers={"date": date}), OSError(said))
+    assert words in remark
+    assert bool(remark) == bool(words)
 
 
 def test_the_right_token_opens_a_gated_repository(served: tuple[str, Path], store: Store) -> None:

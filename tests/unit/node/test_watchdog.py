@@ -18,20 +18,21 @@ METRICS = """\
 vllm:num_requests_running {running}
 vllm:num_requests_waiting 0
 vllm:iteration_tokens_total_count {steps}
+vllm:kv_cache_usage_perc {kv:.4f}
 """
 
 
 def test_progress() -> None:
     progress = watchdog.EngineProgress(100.0)
-    assert progress.observe(0, 5, wanted=True) == "fine"
-    assert progress.observe(24, 5, wanted=True) == "fine"
-    assert progress.observe(26, 5, wanted=True) == "suspect"
-    assert progress.observe(99, 6, wanted=True) == "fine", "one step is enough"
-    assert progress.observe(198, 6, wanted=True) == "suspect"
-    assert progress.observe(200, 6, wanted=True) == "hung"
-    assert progress.observe(201, 6, wanted=False) == "fine", "nobody waits any more"
-    assert progress.observe(900, 6, wanted=True) == "fine", "idle before is no stall"
-    assert progress.observe(999, 6, wanted=True) == "suspect"
+    assert progress.observe(0, (5.0,), wanted=True) == "fine"
+    assert progress.observe(24, (5.0,), wanted=True) == "fine"
+    assert progress.observe(26, (5.0,), wanted=True) == "suspect"
+    assert progress.observe(99, (6.0,), wanted=True) == "fine", "one step is enough"
+    assert progress.observe(198, (6.0,), wanted=True) == "suspect"
+    assert progress.observe(200, (6.0,), wanted=True) == "hung"
+    assert progress.observe(201, (6.0,), wanted=False) == "fine", "nobody waits any more"
+    assert progress.observe(900, (6.0,), wanted=True) == "fine", "idle before is no stall"
+    assert progress.observe(999, (6.0,), wanted=True) == "suspect"
     assert progress.observe(1000, None, wanted=True) == "hung", "a silent server makes no step"
 
 
@@ -42,6 +43,7 @@ class Node:
         self.now = 0.0
         self.steps, self.step, self.running = 0.0, 1.0, 0
         self.answers, self.serves = True, True
+        self.kv, self.kv_step = 0.0, 0.0
         self.invocation = 1
         self.commands: list[list[str]] = []
         self.out = ""
@@ -97,7 +99,7 @@ class Node:
             if not self.serves:
                 return 0, iter(["refused"])
             if path == "/metrics":
-                text = METRICS.format(running=self.running, steps=self.steps)
+                text = METRICS.format(running=self.running, steps=self.steps, kv=self.kv)
                 return 200, iter(text.splitlines())
             if not self.answers:
                 self.stopped.wait(20)
@@ -113,6 +115,7 @@ class Node:
         for _ in range(times):
             self.now += 5
             self.steps += self.step
+            self.kv += self.kv_step
             seen = self.watch.look()
             if self.answers and self.watch.canary._thread:
                 self.watch.canary._thread.join(5)
@@ -131,6 +134,15 @@ def test_a_busy_node_is_left_alone(node: Node) -> None:
     assert {node.look() for _ in range(40)} == {"fine"}
     assert (node.out, node.commands) == ("", [])
     assert node.watch.canary._thread is None, "a busy engine is not asked for more"
+
+
+def test_a_lone_long_prefill_is_no_hang(node: Node) -> None:
+    node.running, node.step = 1, 0
+    node.kv_step = 0.01
+    assert {node.look() for _ in range(60)} == {"fine"}
+    assert (node.out, node.commands) == ("", [])
+    node.kv_step, node.answers = 0.0, False
+    assert "hung" in {node.look() for _ in range(12)}
 
 
 def test_an_idle_node_is_asked_for_a_token_and_left_alone(node: Node) -> None:

@@ -35,6 +35,9 @@ class Server:
         self.answers, self.steps, self.tokens = answers, steps, tokens
         self.made = 100
         self.time_outs: set[float] = set()
+        self.missed = 0
+        self.kv_step = 0.0
+        self.kv = 0.25
 
     def client(self, port: int, **options: Any) -> Any:
         self.time_outs.add(options["timeout_s"])
@@ -42,9 +45,14 @@ class Server:
         def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
             if not self.answers:
                 return 0, iter(["refused"])
+            if options["timeout_s"] == 5.0 and self.missed:
+                self.missed -= 1
+                return 0, iter(["TimeoutError: timed out"])
             if path == "/metrics":
                 self.made += self.steps
+                self.kv += self.kv_step
                 text = METRICS.format(running=2, steps=self.made, tokens=self.made * 8)
+                text = text.replace(" 0.25", f" {self.kv:.4f}")
                 return 200, iter(text.splitlines())
             if path == "/v1/models":
                 return 200, iter([json.dumps({"data": [{"id": "glm-5.2"}]})])
@@ -104,6 +112,54 @@ def test_state_of_an_engine_that_was_ready(server: Server, state: str, policy: P
     # A hung engine holds a health check up for as long as the canary may wait, no longer.
     assert server.time_outs == {5.0, 7.0}
     json.dumps(found)
+
+
+@pytest.mark.parametrize("missed", range(1, 8))
+def test_missed_looks_are_asked_again_and_are_not_death(missed: int, policy: Path) -> None:
+    busy = Server(tokens=False)
+    busy.missed = missed
+    assert look(busy, policy)["engine"]["state"] == "busy"
+    well = Server()
+    well.missed = missed
+    found = look(well, policy)
+    assert found["engine"]["state"] == "serving"
+    assert all(check["passed"] for check in found["checks"] if check["name"] == "model is served")
+
+
+def test_a_lone_long_prompt_that_is_read_is_work(policy: Path) -> None:
+    server = Server(tokens=False, steps=0)
+    server.kv_step = 0.01
+    assert look(server, policy)["engine"]["state"] == "busy"
+
+
+def test_the_marks_of_a_real_prefill_differ() -> None:
+    folder = Path(__file__).parents[1] / "fixtures/cases/05-lone-long-prefill"
+    early, late = (
+        engine.parse_sample((folder / f"metrics-{seconds}s.txt").read_text(), float(seconds))
+        for seconds in (60, 180)
+    )
+    assert early["steps"] == late["steps"]
+    assert engine.progress_mark(early) != engine.progress_mark(late)
+    assert engine.progress_mark({}) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm:iteration_tokens_total_count",
+        "vllm:generation_tokens_total",
+        "vllm:prompt_tokens_total",
+        "vllm:kv_cache_usage_perc",
+        "vllm:request_success_total",
+        "vllm:num_preemptions_total",
+    ],
+)
+def test_any_count_of_the_engine_is_progress(name: str) -> None:
+    text = "vllm:num_requests_running 1\nvllm:num_requests_waiting {}\n" + name + " {}\n"
+    before = engine.progress_mark(engine.parse_sample(text.format(0, 0.1), 1.0))
+    assert engine.progress_mark(engine.parse_sample(text.format(0, 0.2), 2.0)) != before
+    waits = engine.parse_sample(text.format(9, 0.1), 2.0)
+    assert engine.progress_mark(waits) == before, "more who wait is no progress"
 
 
 @pytest.mark.parametrize(
