@@ -16,6 +16,23 @@ class Process:
     command: str
 
 
+def is_vllm(command: str) -> bool:
+    """Tell whether a command line is of a vLLM server: the API server, the engine or a worker.
+
+    Engine and workers rename themselves to ``VLLM::...``; before that, and the server always, they
+    have the command line of ``vllm serve`` or of a module of ``vllm.entrypoints``.
+    """
+    words = command.split()
+    return (
+        command.startswith("VLLM::")
+        or "vllm.entrypoints" in command
+        or any(
+            word.rpartition("/")[2] == "vllm" and following == "serve"
+            for word, following in zip(words, words[1:])
+        )
+    )
+
+
 def list_processes(proc: Path = Path("/proc")) -> list[Process]:
     """List the processes of this host; those that end meanwhile are left out."""
     found = []

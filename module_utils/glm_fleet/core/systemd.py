@@ -3,30 +3,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .runner import Runner
 
+_TIMEOUT_S = 20.0
+_FIELDS = {
+    "Id": "name",
+    "LoadState": "load_state",
+    "ActiveState": "active_state",
+    "SubState": "sub_state",
+    "Result": "result",
+    "InvocationID": "invocation_id",
+    "ActiveEnterTimestamp": "active_since",
+    "NRestarts": "n_restarts",
+    "MainPID": "main_pid",
+}
+_COUNTS = ("n_restarts", "main_pid")
+
+
+def read_units(runner: Runner, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Ask systemd about units: {name: `unit_state` of it}."""
+    states = [_parse(block) for block in _show(runner, names).split("\n\n")]
+    return {state["name"]: state for state in states if state["name"]}
+
 
 def unit_state(runner: Runner, unit: str) -> dict[str, Any]:
-    """Return active_state, sub_state, n_restarts, main_pid, invocation_id and result."""
-    names = {
-        "ActiveState": "active_state",
-        "SubState": "sub_state",
-        "NRestarts": "n_restarts",
-        "MainPID": "main_pid",
-        "InvocationID": "invocation_id",
-        "Result": "result",
-        "ActiveEnterTimestamp": "started_at",
-    }
-    answer = runner(["systemctl", "show", unit, *(f"--property={key}" for key in names)])
-    state: dict[str, Any] = dict.fromkeys(names.values(), "")
-    for line in answer.stdout.splitlines():
-        key, _, value = line.partition("=")
-        if key in names:
-            state[names[key]] = value
-    for key in ("n_restarts", "main_pid"):
-        state[key] = int(state[key]) if str(state[key]).isdigit() else 0
+    """Return what systemd says of a unit, '' and 0 where it says nothing.
+
+    Keys: name, load_state, active_state, sub_state, result, invocation_id, active_since,
+    n_restarts and main_pid.
+    """
+    return _parse(_show(runner, [unit]))
+
+
+def _show(runner: Runner, names: Sequence[str]) -> str:
+    command = ["systemctl", "show", f"--property={','.join(_FIELDS)}", *names]
+    return runner(command, timeout=_TIMEOUT_S).stdout.strip()
+
+
+def _parse(block: str) -> dict[str, Any]:
+    told = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+    state: dict[str, Any] = {ours: told.get(theirs, "") for theirs, ours in _FIELDS.items()}
+    for key in _COUNTS:
+        state[key] = int(state[key]) if state[key].isdigit() else 0
     return state
 
 

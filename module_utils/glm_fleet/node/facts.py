@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core.errors import FleetError
 from ..core.runner import run_program
+from ..core.systemd import read_units
 from ..release.environment import COMPLETE
 from .artifacts import protected_ids, read_artifacts, read_link, read_staging
 from .gateway import read_gateway
@@ -30,7 +31,6 @@ from .system import (
     read_memory,
     read_os,
     read_systemd_version,
-    read_units,
     read_uptime,
     read_user,
 )
@@ -91,7 +91,7 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
 def _read_system(query: NodeQuery, host: Host, attempt: Callable[..., Any]) -> dict[str, Any]:
     memory = attempt("memory", {}, read_memory, host.proc / "meminfo")
     names = [query.unit, FABRIC_MANAGER] if query.gpus else [query.unit]
-    units = attempt("units", {}, read_units, names, host.run)
+    units = attempt("units", {}, read_units, host.run, names)
     disks = [attempt(f"disk {path}", {}, read_disk, Path(path)) for path in query.paths]
     facts: dict[str, Any] = {
         "os": attempt("os", {}, read_os, host.os_release),

@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import pwd
-import re
 import signal
 import sys
 import time
@@ -27,17 +26,14 @@ from typing import Callable
 
 from ..core.errors import FleetError
 from ..core.files import write_atomically
-from ..core.procfs import Process, list_processes
+from ..core.procfs import Process, is_vllm, list_processes
 from ..core.runner import Runner, run_program
 from ..serving.record import RECORD, make_record
-
-# The titles that vLLM gives its processes, and its command line before it does.
-_VLLM = re.compile(r"^VLLM::|/vllm serve |vllm\.entrypoints")
 
 
 def left_over(processes: Iterable[Process], uid: int) -> list[Process]:
     """The processes of an earlier engine: vLLM's, of the service's user."""
-    return [each for each in processes if each.uid == uid and _VLLM.search(each.command)]
+    return [each for each in processes if each.uid == uid and is_vllm(each.command)]
 
 
 def memory_in_use(runner: Runner) -> dict[int, int]:

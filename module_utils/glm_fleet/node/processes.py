@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.procfs import is_vllm
+
 _LISTEN = "0A"
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _UNIT = re.compile(r"[^/]+\.(?:service|scope)")
@@ -114,16 +116,7 @@ def _is_vllm(pid: int, proc: Path) -> bool:
         name, command = _names(pid, proc)
     except OSError:
         return False
-    words = command.split()
-    return (
-        name.startswith("VLLM::")
-        or command.startswith("VLLM::")
-        or "vllm.entrypoints" in command
-        or any(
-            word.rpartition("/")[2] == "vllm" and following == "serve"
-            for word, following in zip(words, words[1:])
-        )
-    )
+    return is_vllm(name) or is_vllm(command)
 
 
 def _pids(proc: Path) -> Iterator[int]:

@@ -7,7 +7,6 @@ import os
 import platform
 import pwd
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ from ..core.runner import Runner
 from .query import TIMEOUT_S, Host
 
 _SYSTEM_UID_END = 1000
-_UNIT_FIELDS = (
-    "Id,LoadState,ActiveState,SubState,NRestarts,MainPID,InvocationID,ActiveEnterTimestamp"
-)
 
 
 def read_clock(controller_epoch: float | None, host: Host) -> dict[str, float]:
@@ -88,23 +84,3 @@ def read_user(name: str) -> dict[str, Any]:
     except KeyError:
         return {"exists": False}
     return {"exists": True, "uid": entry.pw_uid, "system": entry.pw_uid < _SYSTEM_UID_END}
-
-
-def read_units(names: Sequence[str], run: Runner) -> dict[str, dict[str, Any]]:
-    """Ask systemd about units: {name: {name, load_state, active_state, n_restarts, ...}}."""
-    answer = run(["systemctl", "show", "-p", _UNIT_FIELDS, *names], timeout=TIMEOUT_S)
-    units: dict[str, dict[str, Any]] = {}
-    for block in answer.stdout.strip().split("\n\n"):
-        fields = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-        if "Id" in fields:
-            units[fields["Id"]] = {
-                "name": fields["Id"],
-                "load_state": fields.get("LoadState", ""),
-                "active_state": fields.get("ActiveState", ""),
-                "sub_state": fields.get("SubState", ""),
-                "n_restarts": int(fields.get("NRestarts") or 0),
-                "main_pid": int(fields.get("MainPID") or 0),
-                "invocation_id": fields.get("InvocationID", ""),
-                "active_since": fields.get("ActiveEnterTimestamp", ""),
-            }
-    return units

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
 import shutil
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import FleetError
+from ..core.files import exclusive
 from ..core.runner import Runner, RunResult
 from .conflict import MARKER_SIZE
 
@@ -257,9 +257,7 @@ class Repository:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Let one build at a time use the cached clone."""
-        self.git_dir.parent.mkdir(parents=True, exist_ok=True)
-        with self.git_dir.with_suffix(".lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with exclusive(self.git_dir.with_suffix(".lock")):
             yield
 
     @contextmanager

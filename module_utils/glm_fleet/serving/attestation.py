@@ -177,7 +177,7 @@ def _attest(
         "release_id": release,
         "model_id": model_id,
         "invocation_id": running["invocation"],
-        "started_at": unit["started_at"],
+        "started_at": unit["active_since"],
         "unit": unit,
         "canary": canary,
         "metrics": metrics,

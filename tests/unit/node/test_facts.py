@@ -14,13 +14,14 @@ import yaml
 from glm_fleet.artifact.hashes import make_manifest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult
+from glm_fleet.core.systemd import read_units
 from glm_fleet.node.artifacts import read_artifacts, read_link, read_staging
 from glm_fleet.node.facts import read_node
 from glm_fleet.node.gateway import ask_as_client, check_config
 from glm_fleet.node.kernel import parse_xids
 from glm_fleet.node.processes import read_listeners, unit_of, vllm_processes
 from glm_fleet.node.query import ARGUMENTS, Host, NodeQuery
-from glm_fleet.node.system import read_disk, read_units, read_user
+from glm_fleet.node.system import read_disk, read_user
 
 ROOT = Path(__file__).resolve().parents[3]
 SHOW = """\
@@ -102,7 +103,7 @@ def test_vllm_processes_are_server_and_engine_only(proc: Path) -> None:
 
 
 def test_units() -> None:
-    units = read_units(["a", "b"], lambda argv, **_: RunResult(0, SHOW, ""))
+    units = read_units(lambda argv, **_: RunResult(0, SHOW, ""), ["a", "b"])
     serving = units["glm-serving.service"]
     assert (serving["active_state"], serving["n_restarts"], serving["main_pid"]) == (
         "active",
