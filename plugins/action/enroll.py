@@ -6,7 +6,9 @@ from __future__ import annotations
 import logging
 import shlex
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,8 +25,10 @@ from ansible.utils.display import Display
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
 
+from glm_fleet.core.causes import why_no_answer
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
+from glm_fleet.fleet.endpoints import host_address, host_key_file, host_port, host_user
 from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
 from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
 from glm_terminal import show, width
@@ -34,6 +38,8 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 _PROGRESS_S = 10.0
 _MOST_AT_ONCE = 64
+# How long a program that leads to a host may take to say why it ends.
+_LAST_WORDS_S = 0.5
 _MOST_KEYS = 5  # sshd hangs up after six attempts by default
 
 
@@ -95,19 +101,18 @@ class ActionModule(ActionBase):
         arguments = shlex.split(value("ansible_ssh_args") or _config("ssh_args"))
         for name in ("ansible_ssh_common_args", "ansible_ssh_extra_args"):
             arguments += shlex.split(value(name))
-        port = value("ansible_port", "ansible_ssh_port")
-        user = value("ansible_user", "ansible_ssh_user") or options.get("remote_user")
+        port = host_port(variables)
+        user = host_user(variables) or options.get("remote_user")
         arguments += ["-p", port] if port else []
         arguments += ["-l", user] if user else []
-        identity = value("ansible_ssh_private_key_file", "ansible_private_key_file")
-        identity = identity or options.get("private_key_file") or ""
+        identity = host_key_file(variables) or options.get("private_key_file") or ""
         return read_target(
             host,
-            value("ansible_host", "ansible_ssh_host") or host,
+            host_address(variables, host),
             arguments,
             run_program,
             identities=[Path(identity).expanduser()] if identity else [],
-            interpreter=value("ansible_python_interpreter") or "/usr/bin/python3",
+            interpreter=value("ansible_python_interpreter") or constants.INTERPRETER_PYTHON,
             become_password=value("ansible_become_password", "ansible_become_pass")
             or self._play_context.become_pass
             or "",
@@ -144,6 +149,7 @@ class Connection:
         self._target = target
         self._timeout = timeout
         self._end = time.monotonic() + timeout
+        self._way: Way | None = None
         begun = time.perf_counter()
         sock = self._dial()
         self.latency_s = time.perf_counter() - begun
@@ -159,8 +165,9 @@ class Connection:
             self._transport.start_client(timeout=self._left())
             key = self._transport.get_remote_server_key()
         except (OSError, EOFError, paramiko.SSHException) as error:
-            self._transport.close()
-            raise self._silent(error) from error
+            silent = self._silent(error)
+            self.close()
+            raise silent from error
         if target.proxy:
             # Through a proxy there is no handshake of our own to time.
             self.latency_s = time.perf_counter() - begun
@@ -218,13 +225,16 @@ class Connection:
     def close(self) -> None:
         """Hang up."""
         self._transport.close()
+        if self._way:
+            self._way.close()
 
     def _left(self) -> float:
         return max(self._end - time.monotonic(), 0.1)
 
     def _dial(self) -> Any:
         if self._target.proxy:
-            return paramiko.ProxyCommand(self._target.proxy)
+            self._way = Way(self._target.proxy)
+            return self._way.socket
         where = (self._target.address, self._target.port)
         try:
             return socket.create_connection(where, timeout=self._left())
@@ -248,6 +258,9 @@ class Connection:
             ) from error
 
     def _silent(self, error: Exception) -> FleetError:
+        refused = self._way.problem() if self._way else None
+        if refused:
+            return refused
         if time.monotonic() >= self._end or isinstance(error, TimeoutError):
             return FleetError(
                 f"it does not answer within {self._timeout:g} s",
@@ -269,6 +282,50 @@ class Connection:
         if self._target.use_agent:
             keys += paramiko.Agent().get_keys()
         return keys
+
+
+class Way:
+    """A program that leads to a host, such as ssh through jump hosts, and what it complains of.
+
+    Not paramiko's: that one does not notice when the program ends, and drops what it says.
+    """
+
+    def __init__(self, command: str) -> None:
+        self.socket, theirs = socket.socketpair()
+        # Closed with the way: it is read when the program has ended.
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115
+        with theirs:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", f"exec {command}"],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=self._words,
+                start_new_session=True,
+            )
+
+    def problem(self) -> FleetError | None:
+        """Return why the way does not lead there; None while its program runs."""
+        try:
+            status = self._process.wait(timeout=_LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
+            return None
+        self._words.seek(0)
+        said = self._words.read().decode(errors="replace").strip()
+        known = why_no_answer(said)
+        return FleetError(
+            "the way to it through its jump host is closed"
+            + (f": {known.cause.replace('its jump host', 'the jump host')}" if known else ""),
+            found=said.splitlines()[-1][-200:] if said else f"it ended with {status}",
+            remedy=(known.remedy if known else "try the same ssh by hand, with -v")
+            + "; a jump host that is new has to be known to ssh first",
+        )
+
+    def close(self) -> None:
+        """End the program."""
+        self.socket.close()
+        self._process.kill()
+        self._process.wait()
+        self._words.close()
 
 
 def _kind(algorithm: str) -> str:

@@ -80,7 +80,8 @@ class ActionModule(ActionBase):
         if interpreter.startswith("/") and self._is_pipelining_enabled("new"):
             asked["controller_epoch"] = asked["controller_epoch"] or time.time()
             # -I: nothing of whose directory it is.
-            parts = [self._compute_environment_string(), shlex.quote(interpreter), "-I", "-"]
+            python = " ".join(map(shlex.quote, shlex.split(interpreter)))
+            parts = [self._compute_environment_string(), python, "-I", "-"]
             answer = self._low_level_execute_command(
                 " ".join(each for each in parts if each),
                 in_data=program(

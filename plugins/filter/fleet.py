@@ -19,6 +19,7 @@ FILTERS = (
     "pushed_to",
     "taking_part",
     "addresses",
+    "host_address",
     "artifact_of",
     "artifacts_of_run",
     "protected_on",

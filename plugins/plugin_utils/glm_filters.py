@@ -21,6 +21,7 @@ from glm_fleet.artifact.manifest import parse_manifest
 from glm_fleet.core import closure
 from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet import rollout
+from glm_fleet.fleet.endpoints import host_address as host_address
 from glm_fleet.fleet.endpoints import node_endpoints as node_endpoints
 from glm_fleet.release.variant import choose_variant
 from glm_fleet.serving import command
@@ -90,7 +91,7 @@ def offers(hostvars: HostVars, sources: Mapping[str, str]) -> list[dict[str, Any
 def addresses(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
     """Give the addresses under which hosts reach each other."""
     return [
-        str(hostvars[host].get("artifact_address") or hostvars[host].get("ansible_host") or host)
+        str(hostvars[host].get("artifact_address") or host_address(hostvars[host], host))
         for host in hosts
     ]
 

@@ -6,6 +6,7 @@ What talks SSH is injected; who may be trusted, and what is done next, is decide
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.causes import why_no_sudo
 from ..core.errors import FleetError
 from ..core.runner import Runner, RunResult
 from ..core.table import Line, render_table
 from .known_hosts import NO_FILE, HostKey, KnownHosts, Target
 
 PYTHON_MIN = (3, 9)
+# Before each answer of the check, so that what a shell or a Python prints by itself does not count.
+_MARK = "glm-fleet-enrolment"
+# What Ansible looks for where the inventory leaves the choice to it.
+DISCOVERED = (*(f"python3.{minor}" for minor in range(14, 8, -1)), "/usr/bin/python3", "python3")
 
 
 class Session(Protocol):
@@ -95,9 +101,9 @@ def read_target(
     hostname, port, user = first("hostname", address), int(first("port", "22")), first("user")
     alias = first("hostkeyalias")
     jump = first("proxyjump")
-    proxy = f"ssh -W [{hostname}]:{port} {jump}" if jump else first("proxycommand")
-    for sign, value in (("%h", hostname), ("%p", str(port)), ("%r", user)):
-        proxy = proxy.replace(sign, value)
+    proxy = jump_command(jump, arguments) if jump else first("proxycommand")
+    signs = {"%": "%", "h": hostname, "p": str(port), "r": user, "n": address}
+    proxy = re.sub(r"%([%hprn])", lambda found: signs[found[1]], proxy)
     own = [Path(each) for each in stated.pop("identities", ())]
     theirs = [Path(each).expanduser() for each in settings.get("identityfile", ())]
     return Target(
@@ -229,40 +235,112 @@ class Enrolment:
     def _look(self, row: Row, target: Target, session: Session) -> Row:
         if row.login == "key to be installed":
             return row
-        sudo = "sudo -k -S -p ''" if target.become_password else "sudo -n"
-        version = 'import sys; print("%d.%d.%d" % sys.version_info[:3])'
-        python = f"{shlex.quote(target.interpreter)} -c {shlex.quote(version)}"
-        script = (
-            f'out=$(if [ "$(id -u)" = 0 ]; then :; else {sudo} true; fi 2>&1); '
-            'echo "$? $out" | head -n 1; '
-            f'out=$({python} 2>&1 </dev/null); echo "$? $out" | tail -n 1'
-        )
         words = f"{target.become_password}\n" if target.become_password else ""
-        answer = session.run(f"/bin/sh -c {shlex.quote(script)}", words)
-        lines = [line.partition(" ") for line in [*answer.stdout.splitlines(), "", ""]]
-        (sudo_rc, _, sudo_said), (python_rc, _, python_said) = lines[:2]
+        answer = session.run(f"/bin/sh -c {shlex.quote(look_script(target))}", words)
+        said = answer.stderr.strip()[-200:] or answer.stdout.strip()[-200:]
+        sudo_rc, sudo_said = _answer_of("sudo", answer.stdout)
         row = replace(row, sudo="yes" if sudo_rc == "0" else "no")
         if sudo_rc != "0":
-            raise FleetError(
-                f"{target.user} may not use sudo without being asked",
-                found=sudo_said or answer.stderr.strip()[-200:] or "no answer",
-                remedy=f"allow it there, such as by `{target.user} ALL=(ALL) NOPASSWD: ALL` in "
-                "/etc/sudoers.d, or set ansible_become_password from a vault",
-            )
-        found = _version(python_said) if python_rc == "0" else None
-        if found is None or found < PYTHON_MIN:
+            raise _no_sudo(target, sudo_said or said or "no answer")
+        python_rc, python_said = _answer_of("python", answer.stdout)
+        version = re.search(rf"{_MARK} version ([\d.]+)", python_said)
+        found = tuple(map(int, version[1].split("."))) if version else ()
+        if python_rc != "0" or found < PYTHON_MIN:
             wanted = ".".join(map(str, PYTHON_MIN))
             raise FleetError(
-                f"{target.interpreter} is no Python {wanted} or newer",
-                found=python_said or "no answer",
+                f"{' '.join(interpreters(target.interpreter)[-1])} is no Python {wanted} or newer",
+                found=version[1] if version else python_said or said or "no answer",
                 remedy="install python3 there, or correct ansible_python_interpreter",
             )
-        return replace(row, python=python_said)
+        return replace(row, python=version[1] if version else "")
 
 
-def _version(text: str) -> tuple[int, ...] | None:
-    parts = text.strip().split(".")
-    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else None
+def jump_command(jump: str, arguments: Sequence[str]) -> str:
+    """Return the command by which ssh itself goes through jump hosts, its last one last.
+
+    ``jump`` is ProxyJump as ``ssh -G`` prints it, with %h and %p for the host behind. Of the
+    arguments ssh passes on its configuration file alone: keys and options of a jump host belong
+    there.
+    """
+    *before, last = jump.split(",")
+    user, _, place = last.rpartition("@")
+    host, port = place, ""
+    found = re.fullmatch(r"\[([^\]]*)\](?::(\d+))?|([^:]+)(?::(\d+))?", place)
+    if found:
+        host, port = found[1] or found[3], found[2] or found[4] or ""
+    words = ["ssh", "-o", "BatchMode=yes"]
+    words += ["-l", user] if user else []
+    words += ["-p", port] if port else []
+    words += ["-J", ",".join(before)] if before else []
+    words += _configuration(arguments)
+    quoted = " ".join(map(shlex.quote, words)).replace("%", "%%")
+    return f"{quoted} -W '[%h]:%p' {shlex.quote(host)}"
+
+
+def _configuration(arguments: Sequence[str]) -> list[str]:
+    for place, word in enumerate(arguments):
+        if word == "-F" and place + 1 < len(arguments):
+            return ["-F", arguments[place + 1]]
+        if word.startswith("-F") and len(word) > 2:
+            return ["-F", word[2:]]
+    return []
+
+
+def interpreters(stated: str) -> list[list[str]]:
+    """Return the commands of Python to try, in order, for a value of ansible_python_interpreter.
+
+    A path, a command with words such as ``/usr/bin/env python3``, or ``auto`` and its kin, which
+    leave the choice to Ansible.
+    """
+    if re.fullmatch(r"auto(?:_legacy)?(?:_silent)?|", stated.strip()):
+        return [[each] for each in DISCOVERED]
+    return [shlex.split(stated)]
+
+
+def look_script(target: Target) -> str:
+    """Return the script that tries sudo and Python: of one line, for any log-in shell.
+
+    It prints ``MARK sudo STATUS WORDS`` and ``MARK python STATUS WORDS``.
+    """
+    sudo = "sudo -k -S -p ''" if target.become_password else "sudo -n"
+    code = (
+        f'import sys; print("{_MARK} version %d.%d.%d" % sys.version_info[:3]); '
+        f"sys.exit(sys.version_info[:2] < {PYTHON_MIN})"
+    )
+    tries = [
+        f"{' '.join(map(shlex.quote, each))} -c {shlex.quote(code)}"
+        for each in interpreters(target.interpreter)
+    ]
+    # The words of all that were tried, the status of the last one.
+    python = " || ".join(f"{{ {each}; }}" for each in tries)
+    parts = (
+        ("sudo", f'if [ "$(id -u)" = 0 ]; then :; else {sudo} true; fi', ""),
+        ("python", python, " </dev/null"),
+    )
+    return "; ".join(
+        f"out=$({{ {command}; }} 2>&1{source}); status=$?; "
+        # On a line of its own, whatever was printed before it without an end.
+        f"echo; echo \"{_MARK} {name} $status $(echo \"$out\" | tr '\\n' ' ')\""
+        for name, command, source in parts
+    )
+
+
+def _answer_of(name: str, stdout: str) -> tuple[str, str]:
+    """Return (exit status, words) of one part of the script's answer, ('', '') without one."""
+    found = re.findall(rf"^{_MARK} {name} (\d+) ?(.*)$", stdout, re.MULTILINE)
+    return (found[-1][0], found[-1][1].strip()) if found else ("", "")
+
+
+def _no_sudo(target: Target, said: str) -> FleetError:
+    known = why_no_sudo(said, user=target.user)
+    if known:
+        return FleetError(known.cause, found=said[-200:], remedy=known.remedy)
+    return FleetError(
+        f"{target.user} may not use sudo without being asked",
+        found=said[-200:],
+        remedy=f"allow it there, such as by `{target.user} ALL=(ALL) NOPASSWD: ALL` in "
+        "/etc/sudoers.d, or set ansible_become_password from a vault",
+    )
 
 
 def _install(session: Session, line: str) -> None:

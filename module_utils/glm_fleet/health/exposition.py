@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from ..core.net import join_endpoint
-from ..fleet.endpoints import node_endpoints
+from ..fleet.endpoints import host_address, node_endpoints
 from .verdict import HEALTHY, VERDICTS
 
 _Sample = tuple[Mapping[str, str], float]
@@ -35,8 +35,7 @@ def targets(
         variables = hostvars[name]
         bind = str(variables.get("gateway_metrics_bind", "127.0.0.1:8405") or "")
         if bind:
-            address = str(variables.get("ansible_host") or name)
-            endpoint = join_endpoint(address, int(bind.rpartition(":")[2]))
+            endpoint = join_endpoint(host_address(variables, name), int(bind.rpartition(":")[2]))
             found.append({"targets": [endpoint], "labels": {"role": "gateway", "host": name}})
     return found
 

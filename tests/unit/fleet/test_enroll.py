@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
+from glm_fleet.fleet.enroll import _MARK as MARK
 from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
 from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
 
@@ -30,6 +32,7 @@ assert _SPEC.loader is not None
 plugin = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(plugin)
 
+CASES = Path(__file__).parents[1] / "fixtures/cases"
 LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGVucm9sbWVudHRlc3QgZW5yb2xtZW50dGVzdCAx me@here"
 SSH_G = """user ops
 hostname 192.0.2.11
@@ -54,6 +57,11 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[HostKey]:
     return found
 
 
+def answer(sudo: str = "0", python: str = f"0 {MARK} version 3.11.2") -> str:
+    """What the check prints."""
+    return f"\n{MARK} sudo {sudo}\n\n{MARK} python {python}\n"
+
+
 class Host:
     """A host that answers as it is told; ``said`` is what the log-in shell was asked."""
 
@@ -62,7 +70,7 @@ class Host:
         self.takes_key = settings.get("takes_key", True)
         self.password = settings.get("password", "")
         self.ignores_key = settings.get("ignores_key", False)
-        self.answer = settings.get("answer", "0 \n0 3.11.2\n")
+        self.answer = settings.get("answer", answer())
         self.asked_for: list[list[str]] = []
         self.passwords: list[str] = []
         self.said: list[tuple[str, str]] = []
@@ -246,20 +254,45 @@ def test_a_host_that_lets_nobody_in_is_named(
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("said", "words", "remedy"),
     [
-        ("1 sudo: a password is required\n0 3.11.2\n", "ops may not use sudo.*password is requir"),
-        ("127 sh: sudo: not found\n0 3.11.2\n", "ops may not use sudo.*not found"),
-        ("0 \n0 3.6.9\n", r"is no Python 3.9 or newer \(3.6.9\)"),
-        ("0 \n127 sh: python3: not found\n", r"is no Python 3.9.*python3: not found"),
-        ("", "ops may not use sudo.*no answer"),
+        (
+            answer("1 sudo: a password is required"),
+            "sudo there asks ops for a password, and none is given .sudo: a password is requir",
+            "NOPASSWD",
+        ),
+        (answer("127 sh: sudo: not found"), "there is no sudo there .*not found", "install sudo"),
+        (
+            answer("1 sudo: sorry, you must have a tty to run sudo"),
+            "sudo there wants a terminal",
+            "`Defaults:ops !requiretty`",
+        ),
+        (
+            answer("1 Sorry, try again. sudo: no password was provided sudo: 1 incorrect password"),
+            "the become password is wrong for ops there",
+            "correct ansible_become_password",
+        ),
+        (answer("1 odd words"), "ops may not use sudo without being asked .odd words", "sudoers.d"),
+        (answer(python=f"1 {MARK} version 3.6.9"), r"no Python 3.9 or newer \(3.6.9\)", "install"),
+        (answer(python="127 sh: python3: not found"), r"no Python 3.9.*python3: not found", "in"),
+        ("", "ops may not use sudo.*no answer", "sudoers.d"),
     ],
 )
 def test_a_host_that_cannot_do_the_work_is_named(
-    go: Callable[..., Row], keys: list[HostKey], answer: str, words: str
+    go: Callable[..., Row], keys: list[HostKey], said: str, words: str, remedy: str
 ) -> None:
-    row = go(Host(keys[0], answer=answer))
+    row = go(Host(keys[0], answer=said))
     assert re.search(words, row.problem), row.problem
+    assert remedy in row.remedy
+
+
+def test_what_a_shell_or_a_python_says_by_itself_does_not_matter(
+    go: Callable[..., Row], keys: list[HostKey]
+) -> None:
+    greeting = f"hello from .bashrc\n{MARK}? no\n0 \nno end of line"
+    python = f"0 /usr/lib/x.py:1: UserWarning: old {MARK} version 3.11.2 goodbye"
+    row = go(Host(keys[0], answer=greeting + answer(python=python) + "logout\n"))
+    assert (row.problem, row.sudo, row.python) == ("", "yes", "3.11.2")
 
 
 def test_the_password_of_sudo_goes_in_by_the_input(
@@ -273,15 +306,98 @@ def test_the_password_of_sudo_goes_in_by_the_input(
     assert words == "secret\n"
 
 
-def test_the_check_is_a_script_that_any_shell_runs(keys: list[HostKey], target: Target) -> None:
-    host = Host(keys[0])
-    interpreter = replace(target, interpreter=sys.executable)
-    Enrolment(host.connect, KnownHosts(run_program)).enroll(interpreter, LINE)
-    ((command, _),) = host.said
-    answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)  # noqa: S602
-    lines = answer.stdout.splitlines()
-    assert len(lines) == 2
-    assert lines[1] == "0 {}.{}.{}".format(*sys.version_info[:3])
+class RealHost(Host):
+    """A host whose log-in shell is a real one; ``sudo`` is a program of the test."""
+
+    def __init__(self, key: HostKey, folder: Path, sudo: str, shell: Sequence[str]) -> None:
+        super().__init__(key)
+        self.shell = shell
+        program = folder / "bin/sudo"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{sudo}\n")
+        program.chmod(0o755)
+        # No root, whom the check does not ask for sudo.
+        (folder / "bin/id").write_text("#!/bin/sh\necho 1000\n")
+        (folder / "bin/id").chmod(0o755)
+        self.environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        self.environment["BASH_ENV"] = str(CASES / "09-shell-that-talks/bashrc")
+
+    def connect(self, target: Target, kinds: Sequence[str]) -> HostSession:
+        session = super().connect(target, kinds)
+
+        def run(command: str, input_text: str = "") -> RunResult:
+            done = subprocess.run(
+                [*self.shell, command],
+                input=input_text,
+                capture_output=True,
+                text=True,
+                check=False,
+                env=self.environment,
+            )
+            return RunResult(done.returncode, done.stdout, done.stderr)
+
+        session.run = run  # type: ignore[method-assign]
+        return session
+
+
+def real(
+    keys: list[HostKey], folder: Path, target: Target, sudo: str = "exit 0", **changes: Any
+) -> Row:
+    host = RealHost(keys[0], folder, sudo, ["bash", "-c"])
+    return Enrolment(host.connect, KnownHosts(run_program)).enroll(replace(target, **changes), LINE)
+
+
+@pytest.mark.parametrize(
+    "interpreter",
+    [sys.executable, "/usr/bin/env python3", "auto", "auto_silent", "auto_legacy", ""],
+)
+def test_the_check_runs_in_a_shell_that_talks_with_every_form_of_interpreter(
+    keys: list[HostKey], target: Target, tmp_path: Path, interpreter: str
+) -> None:
+    row = real(keys, tmp_path, target, interpreter=interpreter)
+    assert (row.problem, row.sudo) == ("", "yes")
+    assert re.fullmatch(r"3\.\d+\.\d+", row.python)
+
+
+@pytest.mark.parametrize(
+    ("sudo", "words", "remedy"),
+    [
+        (
+            "echo We trust you have received the usual lecture >&2; "
+            "echo sudo: unable to resolve host gpu01: Name or service not known >&2",
+            "",
+            "",
+        ),
+        (
+            "echo sudo: sorry, you must have a tty to run sudo >&2; exit 1",
+            "requiretty",
+            "!requiretty",
+        ),
+        (
+            "cat >/dev/null; echo Sorry, try again. >&2; echo sudo: no password was provided >&2; "
+            "echo sudo: 1 incorrect password attempt >&2; exit 1",
+            "the become password is wrong",
+            "correct ansible_become_password",
+        ),
+        ("echo sudo: a password is required >&2; exit 1", "asks ops for a password", "NOPASSWD"),
+        ("echo ops is not in the sudoers file. >&2; exit 1", "may not use sudo", "sudoers.d"),
+    ],
+)
+def test_the_words_of_sudo_lead_to_their_cause(
+    keys: list[HostKey], target: Target, tmp_path: Path, sudo: str, words: str, remedy: str
+) -> None:
+    row = real(keys, tmp_path, target, sudo, interpreter=sys.executable, become_password="x")
+    assert words in row.problem
+    assert bool(words) == bool(row.problem)
+    assert remedy in row.remedy
+
+
+@pytest.mark.parametrize("text", ["/no/such/python", "/usr/bin/env no-such-python", "false"])
+def test_a_python_that_is_not_there_is_named_as_the_inventory_names_it(
+    keys: list[HostKey], target: Target, tmp_path: Path, text: str
+) -> None:
+    row = real(keys, tmp_path, target, interpreter=text)
+    assert row.problem.startswith(f"{text} is no Python 3.9 or newer")
 
 
 def test_a_key_is_added_once_and_nothing_else_is_lost(
@@ -328,12 +444,17 @@ def test_a_host_is_reached_as_ssh_would_reach_it() -> None:
     [
         ("port 22", "port 2222", "[192.0.2.11]:2222", ""),
         ("port 22", "port 2222\nhostkeyalias gpu-one", "gpu-one", ""),
-        ("proxyjump none", "proxyjump me@jump", "192.0.2.11", "ssh -W [192.0.2.11]:22 me@jump"),
         (
             "proxyjump none",
-            "proxycommand nc -X connect %h %p",
+            "proxyjump me@jump",
             "192.0.2.11",
-            "nc -X connect 192.0.2.11 22",
+            "ssh -o BatchMode=yes -l me -W '[192.0.2.11]:22' jump",
+        ),
+        (
+            "proxyjump none",
+            "proxycommand nc -X connect %h %p %r 100%%",
+            "192.0.2.11",
+            "nc -X connect 192.0.2.11 22 ops 100%",
         ),
     ],
 )
@@ -342,6 +463,77 @@ def test_ports_aliases_and_jump_hosts_are_followed(
 ) -> None:
     found = read_target("gpu01", "192.0.2.11", [], runner_of(SSH_G.replace(was, is_now), []))
     assert (found.lookup, found.proxy) == (lookup, proxy)
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [
+        "ops@203.0.113.10",
+        "kube@localhost:8022",
+        "jump1,jump2",
+        "ops@jump1:2201,ops@jump2",
+        "a@jump1,b@[2001:db8::1]:2222",
+        "ssh://ops@jump:2200",
+        "jump",
+    ],
+)
+def test_jump_hosts_are_passed_by_ssh_s_own_command(jump: str, tmp_path: Path) -> None:
+    configuration = tmp_path / "config"
+    configuration.write_text("Host *\n  ConnectTimeout 1\n")
+    arguments = ["-F", str(configuration), "-J", jump, "-p", "2022"]
+    ours = read_target("gpu01", "10.0.2.9", arguments, run_program).proxy
+    # What ssh itself would do: it says so, and does it with a program that only ends.
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    said = tmp_path / "said"
+    (folder / "ssh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{said}\n')
+    (folder / "ssh").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+    def words(program: str, *command: str) -> list[str]:
+        subprocess.run(
+            command,
+            executable=program,
+            check=False,
+            env=environment,
+            capture_output=True,
+            timeout=30,
+        )
+        found = said.read_text().splitlines()
+        said.unlink()
+        return found
+
+    wanted = words("/usr/bin/ssh", "ssh", *arguments, "10.0.2.9", "true")
+    found = words("/bin/sh", "sh", "-c", ours)
+    assert [each for each in found if each not in ("-o", "BatchMode=yes")] == wanted
+
+
+def test_a_way_that_ends_at_once_says_why(target: Target) -> None:
+    said = "ssh: Could not resolve hostname jump1: Name or service not known"
+    proxy = f"sh -c 'echo {said} >&2; exit 255'"
+    begun = time.monotonic()
+    with pytest.raises(FleetError) as caught:
+        plugin.Connection(replace(target, proxy=proxy), [], 30)
+    assert time.monotonic() - begun < 10, "it does not wait for an answer that cannot come"
+    assert caught.value.message == (
+        "the way to it through its jump host is closed: its name cannot be resolved"
+    )
+    assert caught.value.found == said
+
+
+def test_a_way_that_is_silent_is_no_better_than_a_silent_host(target: Target) -> None:
+    with pytest.raises(FleetError, match=r"does not answer within 0\.5 s"):
+        plugin.Connection(replace(target, proxy="sleep 30"), [], 0.5)
+
+
+def test_a_way_carries_both_ways() -> None:
+    way = plugin.Way("cat")
+    try:
+        way.socket.sendall(b"hello")
+        assert way.socket.recv(5) == b"hello"
+        assert way.problem() is None
+    finally:
+        way.close()
 
 
 def test_ssh_that_keeps_no_host_keys_is_refused() -> None:
