@@ -21,10 +21,10 @@ from glm_fleet.core.errors import FleetError, from_os_error
 from glm_fleet.core.table import Line
 from glm_fleet.health import history
 from glm_fleet.health.exposition import exposition, targets
-from glm_fleet.health.hardware import ERROR, Expectations, Problem
+from glm_fleet.health.hardware import ERROR
 from glm_fleet.health.html import RUNS_DRAWN, render_page
 from glm_fleet.health.judge import judge_fleet
-from glm_fleet.health.preflight import evaluate, sure_skew, unreachable
+from glm_fleet.health.preflight import judge_hosts
 from glm_fleet.health.tables import (
     health_json,
     preflight_json,
@@ -107,15 +107,7 @@ class ActionModule(ActionBase):
 def _preflight(
     records: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[Line], dict[str, Any], str]:
-    problems: list[Problem] = []
-    for host, record in records.items():
-        if record["message"]:
-            problems.append(unreachable(host, record["message"]))
-            continue
-        for part in record["expect"]:
-            expect = Expectations.from_dict(part["expect"])
-            found = evaluate(host, record["node"], expect, gpu_node=part["gpu_node"])
-            problems += [each for each in found if each not in problems]
+    problems = judge_hosts(records)
     hosts = list(records)
     failed = any(each.severity == ERROR for each in problems)
     return (
@@ -170,9 +162,6 @@ def _records(
                 "groups": hostvars[host]["group_names"],
             }
         records[host] = plain(record)
-        clock = (records[host].get("node") or {}).get("clock") or {}
-        if "skew_s" in clock:
-            clock["skew_s"] = round(sure_skew(clock, float(record["answered"])), 3)
     return records
 
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Ansible puts module_utils on the path of modules only, not of plugins.
 sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
 
+from glm_fleet.core.errors import FleetError
 from glm_fleet.health.preflight import expectations, query
+from glm_fleet.node.answer import decode_facts
 from glm_fleet.node.query import ARGUMENTS
 from glm_fleet.node.remote_call import answer_in, program
 from glm_terminal import plain
@@ -35,7 +37,7 @@ class ActionModule(ActionBase):
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the module's result as ``record``: {answered, message, groups, node, expect}."""
+        """Return the module's result as ``record``: see `health.records`."""
         super().run(tmp, task_vars)
         variables = task_vars or {}
         arguments = dict(self._task.args)
@@ -49,18 +51,21 @@ class ActionModule(ActionBase):
         except AnsibleConnectionFailure as error:
             answer = {"msg": str(error)}
         answered = time.time()
-        if deep and arguments.get("artifact_root") and "node" in answer:
+        if deep and arguments.get("artifact_root") and isinstance(answer.get("node"), dict):
             answer["node"].update(self._hash(arguments, task_vars))
-        return {
-            "changed": False,
-            "record": {
-                "answered": answered,
-                "message": "" if "node" in answer else str(answer.get("msg") or "no answer"),
-                "groups": groups,
-                "node": answer.get("node", {}),
-                "expect": expectations(settings, groups) if role else [],
-            },
+        record: dict[str, Any] = {
+            "answered": answered,
+            "message": "" if "node" in answer else str(answer.get("msg") or "no answer"),
+            "groups": groups,
+            "node": {},
+            "expect": expectations(settings, groups) if role else [],
         }
+        if "node" in answer:
+            try:
+                record["node"] = decode_facts(variables["inventory_hostname"], answer["node"])
+            except FleetError as error:
+                record["wrong"] = error.as_fail()
+        return {"changed": False, "record": record}
 
     def _read(self, arguments: Mapping[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return {node}, or a module's failure.

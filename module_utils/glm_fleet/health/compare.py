@@ -80,17 +80,22 @@ def _traits(
     yield "model", DEGRADED, SITE_STEP, values(lambda node: node.model)
     yield "command line", DEGRADED, SITE_STEP, values(_flags)
     step = "install the same driver on every node, one drained node at a time"
-    yield "driver", DEGRADED, step, values(lambda node: node.facts["gpu"]["driver_version"])
+    yield (
+        "driver",
+        DEGRADED,
+        step,
+        values(lambda node: node.facts.get("gpu", {}).get("driver_version")),
+    )
     step = "reboot into the same kernel when the node is next drained"
-    yield "kernel", HEALTHY, step, values(lambda node: node.facts["os"].get("kernel"))
+    yield "kernel", HEALTHY, step, values(lambda node: node.facts.get("os", {}).get("kernel"))
 
 
 def _flags(node: NodeHealth) -> str:
     """The arguments of the server that runs, without where its programs lie."""
     for process in node.facts.get("vllm_processes", ()):
-        _, found, arguments = process["command"].partition(" serve ")
+        _, found, arguments = process.get("command", "").partition(" serve ")
         if found and process["unit"] == node.facts.get("unit", {}).get("name"):
-            return str(arguments)
+            return arguments
     return ""
 
 

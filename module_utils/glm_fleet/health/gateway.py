@@ -6,18 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .rules import no_answer
+from ..gateway.answer import GatewayAnswer
 from .verdict import BROKEN, DEGRADED, Finding, GatewayHealth
 
 
 def judge_gateway(
-    name: str, *, message: str, gateway: Mapping[str, Any], before: Mapping[str, Any] | None = None
+    name: str, *, gateway: GatewayAnswer, before: Mapping[str, Any] | None = None
 ) -> GatewayHealth:
-    """Judge one gateway from ``gateway`` of node_info ({} when it ended with ``message``)."""
-    before = before or {}
-    if not gateway:
-        return GatewayHealth(name, [no_answer(name, message)], baseline=before)
-    sent_before: Mapping[str, int] = before.get("sent") or {}
+    """Judge one gateway from ``gateway`` of node_info."""
+    sent_before: Mapping[str, int] = (before or {}).get("sent") or {}
     servers = []
     for server in gateway.get("servers", ()):
         total, earlier = server.get("sessions_total", 0), sent_before.get(server["name"], 0)
@@ -67,7 +64,7 @@ def judge_gateway(
     )
 
 
-def states_of(node: str, gateways: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def states_of(node: str, gateways: Mapping[str, GatewayAnswer]) -> dict[str, str]:
     """Return the state of a node at each gateway; "?" where the gateway gave no answer."""
     states = {}
     for name, gateway in gateways.items():

@@ -13,6 +13,7 @@ from typing import Any
 from ..core.causes import why_no_driver
 from ..core.errors import FleetError
 from ..core.format import parse_version
+from ..node.answer import Facts, GpuFacts, GpuFactsReport
 from ..node.xid import LOOK, NOTHING, PROGRAM, REBOOT, RESET, Fault, faults, same_device
 
 ERROR = "error"
@@ -96,10 +97,10 @@ class Expectations:
         return cls(**{**data, "disk": disk})
 
 
-def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations) -> list[Problem]:
+def hardware_problems(host: str, facts: Facts, expect: Expectations) -> list[Problem]:
     """Return the problems of GPUs, driver, links, fabric manager and kernel log."""
-    report = facts.get("gpu", {})
-    gpus: list[Mapping[str, Any]] = list(report.get("gpus", ()))
+    report: GpuFactsReport = facts.get("gpu") or {}
+    gpus = list(report.get("gpus", ()))
     problems: list[Problem] = []
 
     def add(check: str, expected: str, found: str, remedy: str, severity: str = ERROR) -> None:
@@ -108,7 +109,7 @@ def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations)
     def each_gpu(
         check: str,
         expected: str,
-        found: Callable[[Mapping[str, Any]], str | None],
+        found: Callable[[GpuFacts], str | None],
         remedy: str,
         severity: str = ERROR,
     ) -> None:
@@ -244,7 +245,7 @@ def hardware_problems(host: str, facts: Mapping[str, Any], expect: Expectations)
     return [*problems, *_xids(host, facts, expect)]
 
 
-def _fabric(host: str, facts: Mapping[str, Any], driver: str | None) -> Iterable[Problem]:
+def _fabric(host: str, facts: Facts, driver: str | None) -> Iterable[Problem]:
     """Boards with NVSwitch answer CUDA error 802 without a fabric manager like the driver."""
     fabric = facts.get("fabric_manager", {})
     if not fabric.get("nvswitches"):
@@ -257,12 +258,12 @@ def _fabric(host: str, facts: Mapping[str, Any], driver: str | None) -> Iterable
             fabric.get("active_state") or "not installed",
             "install nvidia-fabricmanager of the driver's version and start it",
         )
-    elif driver and fabric.get("version") and fabric["version"] != driver:
+    elif driver and (version := fabric.get("version")) and version != driver:
         yield Problem(
             host,
             "fabric manager",
             f"version {driver}, as the driver",
-            fabric["version"],
+            version,
             "install the matching nvidia-fabricmanager and restart it",
         )
 
@@ -286,7 +287,7 @@ _SXID_REMEDIES: Mapping[str, str] = {
 }
 
 
-def _xids(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+def _xids(host: str, facts: Facts, expect: Expectations) -> Iterable[Problem]:
     gpus = facts.get("gpu", {}).get("gpus", ())
     recovery = {
         gpu["bus_id"]: gpu["recovery_action"] or "None" for gpu in gpus if gpu.get("recovery_told")
@@ -311,7 +312,7 @@ def _xids(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable
         )
 
 
-def _devices(fault: Fault, gpus: Sequence[Mapping[str, Any]]) -> str:
+def _devices(fault: Fault, gpus: Sequence[GpuFacts]) -> str:
     """Name GPUs by index and PCI address, switches by their address."""
     named = []
     for device in fault.devices:
@@ -324,7 +325,7 @@ def _devices(fault: Fault, gpus: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(named)
 
 
-def _mig(gpu: Mapping[str, Any]) -> str | None:
+def _mig(gpu: GpuFacts) -> str | None:
     if gpu["mig_current"] == "Enabled":
         return "on"
     return "on after the next reset" if gpu["mig_pending"] == "Enabled" else None

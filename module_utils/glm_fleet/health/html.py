@@ -8,6 +8,7 @@ escapes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import jinja2
 
 from ..core.format import human_bytes
+from ..node.answer import Facts
 from .history import sentence
 from .rules import missing_gpus
 from .tables import engine_words, load_words
@@ -89,7 +91,7 @@ def _headline(nodes: Sequence[Mapping[str, Any]], gateways: Sequence[Mapping[str
 
 
 def _node(node: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    facts = node.get("facts") or {}
+    facts: Facts = node.get("facts") or Facts()
     engine = node.get("engine") or {}
     since = engine.get("since") or {}
     rows = [
@@ -135,7 +137,7 @@ def _brief(node: Mapping[str, Any]) -> str:
     return speed or engine_words(node["unit"], node.get("engine") or {}) or "no answer"
 
 
-def _gpus(facts: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _gpus(facts: Facts, baseline: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the boards in the order of the bus, lost ones in their place where it is known."""
     boards = []
     for gpu in (facts.get("gpu") or {}).get("gpus", ()):
@@ -281,15 +283,13 @@ def _chart(
 
 
 def _round_up(value: float) -> float:
-    """Return the next 1, 2 or 5 times a power of ten: the top of an axis."""
+    """Return the next round number from 1 to 10 times a power of ten: the top of an axis."""
     if value <= 0:
         return 1.0
-    power = 1.0
-    while power > value:
-        power /= 10
-    while power * 10 <= value:
-        power *= 10
-    return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)
+    power = 10.0 ** math.floor(math.log10(value))
+    # Rounding may leave the largest step a hair below the value.
+    steps = (step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10))
+    return next((step for step in steps if step >= value), value)
 
 
 def _figure(value: float) -> str:
@@ -315,13 +315,14 @@ def _pair(since: Mapping[str, Any], key: str) -> str:
     return f"{float(half) * 1000:.0f} ms median, {float(most) * 1000:.0f} ms p95"
 
 
-def _links(facts: Mapping[str, Any]) -> str:
-    links = (facts.get("gpu") or {}).get("nvlink") or {}
-    pairs = links.get("pairs") or 0
-    return f"{pairs - len(links['pcie_only'])} of {pairs} pairs" if pairs else ""
+def _links(facts: Facts) -> str:
+    links = facts.get("gpu", {}).get("nvlink")
+    if not links or not links["pairs"]:
+        return ""
+    return f"{links['pairs'] - len(links['pcie_only'])} of {links['pairs']} pairs"
 
 
-def _disk(facts: Mapping[str, Any]) -> str:
+def _disk(facts: Facts) -> str:
     disks = {disk["device"]: disk for disk in facts.get("disks", ())}
     return "; ".join(
         f"{human_bytes(each['free_bytes'])} of {human_bytes(each['total_bytes'])} free "
@@ -330,7 +331,7 @@ def _disk(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _memory(facts: Mapping[str, Any]) -> str:
+def _memory(facts: Facts) -> str:
     free, total = facts.get("memory_available_bytes"), facts.get("memory_total_bytes")
     return f"{human_bytes(free)} of {human_bytes(total)} free" if free and total else ""
 

@@ -13,10 +13,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..fleet.inventory import GATEWAYS, NODES
+from ..gateway.answer import GatewayAnswer
+from ..node.answer import Facts, GpuFactsReport
 from ..serving.engine import interval
+from ..serving.probe import Probe, UnitState
 from .compare import compare_nodes
 from .gateway import gateway_step, judge_gateway, states_of
 from .hardware import Expectations, hardware_problems
+from .records import HostRecord, read_records, wrong_finding
 from .rules import (
     UNDRAIN_STEP,
     artifact_findings,
@@ -42,17 +47,18 @@ def judge_fleet(
 ) -> tuple[list[NodeHealth], list[GatewayHealth]]:
     """Judge every host, and then the nodes against each other.
 
-    ``records`` is what the role gathered of each host: {message, groups, node, expect};
-    ``previous`` the report of the last check, {} when there was none.
+    ``records`` is what the role gathered of each host, see `read_records`; ``previous`` the
+    report of the last check, {} when there was none.
     """
+    hosts = read_records(records)
     earlier = {
         kind: {each["name"]: each.get("baseline") or {} for each in previous.get(kind, ())}
         for kind in ("nodes", "gateways")
     }
-    answers = {
-        host: (record.get("node") or {}).get("gateway") or {}
-        for host, record in records.items()
-        if "gateways" in record["groups"]
+    answers: dict[str, GatewayAnswer] = {
+        host: record.facts.get("gateway") or {}
+        for host, record in hosts.items()
+        if GATEWAYS in record.groups
     }
     held = {
         node: f"held out of service by {each['by']}: {each['reason']}"
@@ -61,32 +67,32 @@ def judge_fleet(
     }
     gateways = []
     for host, answer in answers.items():
-        judged = judge_gateway(
-            host,
-            message=str(records[host]["message"]),
-            gateway=answer,
-            before=earlier["gateways"].get(host, {}),
-        )
+        record, before = hosts[host], earlier["gateways"].get(host, {})
+        if not answer:
+            gateways.append(GatewayHealth(host, [_unknown(host, record)], baseline=before))
+            continue
+        judged = judge_gateway(host, gateway=answer, before=before)
         # A gateway that is a node too is judged as a host there.
-        if answer and "gpu_nodes" not in records[host]["groups"]:
-            (part,) = records[host]["expect"]
+        if NODES not in record.groups:
+            (part,) = record.expect
             expect = Expectations.from_dict(part["expect"])
-            more = system_findings(records[host]["node"], expect, limits)
+            more = system_findings(record.facts, expect, limits)
             judged = replace(judged, findings=[*judged.findings, *more])
         gateways.append(judged)
     nodes = []
-    for host, record in records.items():
-        if "gpu_nodes" not in record["groups"]:
+    for host, record in hosts.items():
+        if NODES not in record.groups:
             continue
         states, before = states_of(host, answers), earlier["nodes"].get(host, {})
-        if record["message"]:
-            nodes.append(unknown_node(host, str(record["message"]), states, before))
+        if not record.answered:
+            finding = _unknown(host, record)
+            nodes.append(NodeHealth(host, [finding], gateway=states, baseline=before))
             continue
-        expect = next(part["expect"] for part in record["expect"] if part["gpu_node"])
+        expect = next(part["expect"] for part in record.expect if part["gpu_node"])
         nodes.append(
             judge_node(
                 host,
-                facts=record["node"],
+                facts=record.facts,
                 expect=Expectations.from_dict(expect),
                 gateway=states,
                 limits=limits,
@@ -98,17 +104,15 @@ def judge_fleet(
     return compare_nodes(nodes, limits, earlier["nodes"]), gateways
 
 
-def unknown_node(
-    name: str, message: str, gateway: Mapping[str, str], before: Mapping[str, Any] | None = None
-) -> NodeHealth:
-    """Return the row of a node that gave no facts; ``message`` says why."""
-    return NodeHealth(name, [no_answer(name, message)], gateway=gateway, baseline=before or {})
+def _unknown(host: str, record: HostRecord) -> Finding:
+    """Say why nothing is known of a host."""
+    return wrong_finding(record.wrong) if record.wrong else no_answer(host, record.message)
 
 
 def judge_node(
     name: str,
     *,
-    facts: Mapping[str, Any],
+    facts: Facts,
     expect: Expectations,
     gateway: Mapping[str, str],
     limits: Limits | None = None,
@@ -122,8 +126,8 @@ def judge_node(
     check that reached it, ``held`` says who keeps it out of service and why.
     """
     limits, before = limits or Limits(), before or {}
-    probe: Mapping[str, Any] = facts.get("attestation") or {}
-    unit = facts.get("unit", {})
+    probe: Probe = facts.get("attestation") or {}
+    unit: UnitState = facts.get("unit") or {}
     restarts = count_restarts(unit, before)
     problems = hardware_problems(name, without_old_xids(facts, before), expect)
     findings = [
@@ -181,20 +185,20 @@ def judge_node(
     )
 
 
-def _gpus(report: Mapping[str, Any], expected: int) -> str:
+def _gpus(report: GpuFactsReport, expected: int) -> str:
     gpus = report.get("gpus", ())
     names = sorted({re.sub(r"^NVIDIA ", "", gpu["name"]) for gpu in gpus})
     return f"{len(gpus)}/{expected} {' + '.join(names)}".strip()
 
 
-def _unit(unit: Mapping[str, Any]) -> str:
+def _unit(unit: UnitState) -> str:
     if unit.get("load_state") != "loaded":
         return ""
-    state, sub = unit["active_state"], unit["sub_state"]
-    return str(state) if sub == "running" else f"{state} ({sub})"
+    state, sub = unit.get("active_state", ""), unit.get("sub_state", "")
+    return state if sub == "running" else f"{state} ({sub})"
 
 
-def _attestation(probe: Mapping[str, Any]) -> str:
+def _attestation(probe: Probe) -> str:
     checks = probe.get("checks", ())
     if not checks:
         return ""

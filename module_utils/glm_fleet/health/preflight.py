@@ -18,7 +18,9 @@ from ..artifact.retention import retirable
 from ..core.causes import why_no_answer
 from ..core.format import human_bytes, parse_version
 from ..fleet.inventory import GATEWAYS, NODES
+from ..node.answer import Facts
 from .hardware import WARNING, DiskNeed, Expectations, Problem, hardware_problems
+from .records import read_records, wrong_problem
 
 
 def query(settings: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:
@@ -102,9 +104,23 @@ def _node_disk(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(
-    host: str, facts: Mapping[str, Any], expect: Expectations, *, gpu_node: bool
-) -> list[Problem]:
+def judge_hosts(records: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Return every problem of every host; ``records`` as for `read_records`."""
+    problems: list[Problem] = []
+    for host, record in read_records(records).items():
+        if record.message:
+            problems.append(unreachable(host, record.message))
+        elif record.wrong:
+            problems.append(wrong_problem(host, record.wrong))
+        else:
+            for part in record.expect:
+                expect = Expectations.from_dict(part["expect"])
+                found = evaluate(host, record.facts, expect, gpu_node=part["gpu_node"])
+                problems += [each for each in found if each not in problems]
+    return problems
+
+
+def evaluate(host: str, facts: Facts, expect: Expectations, *, gpu_node: bool) -> list[Problem]:
     """Return every problem of one host; ``gpu_node`` is false for a gateway."""
     problems = [*_system(host, facts, expect), *_disk(host, facts, expect)]
     problems += _port(host, facts, expect)
@@ -139,16 +155,7 @@ def unreachable(host: str, message: str) -> Problem:
     )
 
 
-def sure_skew(clock: Mapping[str, float], answered: float) -> float:
-    """Return the least that a clock is off, in seconds: on a busy controller a question is long
-    under way, and that is no fault of the host's clock.
-
-    ``clock`` is node_info's; ``answered`` is the controller's clock when the answer was there.
-    """
-    return min(clock["skew_s"], 0.0) or max(clock["epoch_s"] - answered, 0.0)
-
-
-def _system(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+def _system(host: str, facts: Facts, expect: Expectations) -> Iterable[Problem]:
     def wrong(check: str, expected: str, found: Any, remedy: str) -> Problem:
         return Problem(host, check, expected, str(found), remedy)
 
@@ -160,11 +167,12 @@ def _system(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterab
             arch or "unknown",
             "use a host of that architecture",
         )
-    if parse_version(facts["python"]) < parse_version(expect.python_min):
+    python = facts.get("python") or "unknown"
+    if parse_version(python) < parse_version(expect.python_min):
         yield wrong(
             "Python",
             f"{expect.python_min} or newer",
-            facts["python"],
+            python,
             "install it and set ansible_python_interpreter",
         )
     systemd = facts.get("systemd")
@@ -208,7 +216,7 @@ def _system(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterab
         )
 
 
-def _disk(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+def _disk(host: str, facts: Facts, expect: Expectations) -> Iterable[Problem]:
     """Compare what is missing with what is free, per file system: paths may share one."""
     disks = {disk["path"]: disk for disk in facts.get("disks", ())}
     missing: dict[Any, dict[str, int]] = {}
@@ -243,7 +251,7 @@ def _disk(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable
             )
 
 
-def _freed(facts: Mapping[str, Any], expect: Expectations) -> dict[str, int]:
+def _freed(facts: Facts, expect: Expectations) -> dict[str, int]:
     """Return {path: bytes} that the run retires before it brings anything."""
     freed: dict[str, int] = {}
     protected = facts.get("protected")
@@ -252,14 +260,16 @@ def _freed(facts: Mapping[str, Any], expect: Expectations) -> dict[str, int]:
     for need in expect.disk:
         if not need.kind or need.built:
             continue
-        here = {each["id"]: each for each in facts["artifacts"] if each["kind"] == need.kind}
+        here = {
+            each["id"]: each for each in facts.get("artifacts", ()) if each["kind"] == need.kind
+        }
         wanted = [
             name
             for name, each in here.items()
-            if need.provenance and _is_subset(need.provenance, each["provenance"])
+            if need.provenance and _is_subset(need.provenance, each.get("provenance"))
         ]
         going = retirable(
-            {name: each["published_at"] for name, each in here.items()},
+            {name: each.get("published_at", 0.0) for name, each in here.items()},
             keep=expect.artifact_keep,
             protected=protected,
             coming=wanted or ["what comes"],
@@ -269,10 +279,10 @@ def _freed(facts: Mapping[str, Any], expect: Expectations) -> dict[str, int]:
     return freed
 
 
-def _published(need: DiskNeed, facts: Mapping[str, Any]) -> bool:
+def _published(need: DiskNeed, facts: Facts) -> bool:
     return bool(need.provenance) and any(
         artifact["kind"] == need.kind
-        and _is_subset(need.provenance, artifact["provenance"])
+        and _is_subset(need.provenance, artifact.get("provenance"))
         and (not need.built or artifact["id"] in facts.get("environments", ()))
         for artifact in facts.get("artifacts", ())
     )
@@ -286,15 +296,15 @@ def _is_subset(wanted: Any, actual: Any) -> bool:
     return bool(wanted == actual)
 
 
-def _port(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+def _port(host: str, facts: Facts, expect: Expectations) -> Iterable[Problem]:
     units = {expect.port: expect.unit}
     units.update({int(each["port"]): each["unit"] for each in expect.ports})
     for listener in facts.get("listeners", ()):
         port = listener["port"]
         if port in units and listener["unit"] != units[port]:
             owner = (
-                f"{listener['name']} (pid {listener['pid']}, user {listener['user']}, "
-                f"{listener['unit'] or 'no unit'})"
+                f"{listener.get('name') or 'a process'} (pid {listener['pid']}, "
+                f"user {listener['user']}, {listener['unit'] or 'no unit'})"
                 if listener["pid"]
                 else "a process that cannot be seen"
             )
@@ -307,19 +317,19 @@ def _port(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable
             )
 
 
-def _user(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+def _user(host: str, facts: Facts, expect: Expectations) -> Iterable[Problem]:
     user = facts.get("users", {}).get(expect.user, {})
-    if user.get("exists") and not user["system"]:
+    if user.get("exists") and not user.get("system"):
         yield Problem(
             host,
             f"user {expect.user}",
             "a system user (uid below 1000), or none yet",
-            f"uid {user['uid']}: a person's account",
+            f"uid {user.get('uid', 'unknown')}: a person's account",
             "choose another name for the service's user",
         )
 
 
-def _left_over(host: str, facts: Mapping[str, Any], expect: Expectations) -> Iterable[Problem]:
+def _left_over(host: str, facts: Facts, expect: Expectations) -> Iterable[Problem]:
     """Name engines and GPU memory that are not our running service's.
 
     A SIGKILL of the API server leaves engine and workers behind with the memory held while
@@ -330,7 +340,7 @@ def _left_over(host: str, facts: Mapping[str, Any], expect: Expectations) -> Ite
     serving = facts.get("unit", {}).get("active_state") in alive
 
     def ours(process: Mapping[str, Any]) -> bool:
-        return serving and process["unit"] == expect.unit
+        return serving and process.get("unit") == expect.unit
 
     strangers = [each for each in facts.get("vllm_processes", ()) if not ours(each)]
     if strangers:
@@ -338,7 +348,9 @@ def _left_over(host: str, facts: Mapping[str, Any], expect: Expectations) -> Ite
             host,
             "vLLM processes",
             f"none outside the running {expect.unit}",
-            "; ".join(f"pid {p['pid']} ({p['user']}): {p['command'][:80]}" for p in strangers[:4]),
+            "; ".join(
+                f"pid {p['pid']} ({p['user']}): {p.get('command', '')[:80]}" for p in strangers[:4]
+            ),
             "end them: they hold GPU memory that the service needs",
         )
     gpus = facts.get("gpu", {}).get("gpus", ())

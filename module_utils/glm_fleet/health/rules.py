@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.causes import why_no_answer
 from ..core.format import human_bytes
+from ..node.answer import Facts
 from .hardware import ERROR, Expectations, Problem
 from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits
 
@@ -38,12 +39,12 @@ def count_restarts(unit: Mapping[str, Any], before: Mapping[str, Any]) -> int:
     return now - earlier if now >= earlier else now
 
 
-def without_old_xids(facts: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def without_old_xids(facts: Facts, before: Mapping[str, Any]) -> Facts:
     seen_until = before.get("epoch_s") or 0.0
     return {**facts, "xids": [xid for xid in facts.get("xids", ()) if xid["time_s"] > seen_until]}
 
 
-def ecc_counts(facts: Mapping[str, Any]) -> dict[str, int]:
+def ecc_counts(facts: Facts) -> dict[str, int]:
     return {
         gpu["uuid"]: gpu["volatile_uncorrectable"]
         for gpu in facts.get("gpu", {}).get("gpus", ())
@@ -51,13 +52,13 @@ def ecc_counts(facts: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def missing_gpus(facts: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+def missing_gpus(facts: Facts, before: Mapping[str, Any]) -> list[str]:
     """Return the bus ids of GPUs that an earlier check saw and that are gone now."""
     present = {gpu["bus_id"] for gpu in facts.get("gpu", {}).get("gpus", ())}
     return [bus for bus in before.get("gpus") or () if bus not in present]
 
 
-def gpu_slots(facts: Mapping[str, Any], before: Mapping[str, Any], expected: int) -> list[str]:
+def gpu_slots(facts: Facts, before: Mapping[str, Any], expected: int) -> list[str]:
     """Return the bus ids of the GPUs, the lost ones included: the driver numbers the rest anew."""
     present = [gpu["bus_id"] for gpu in facts.get("gpu", {}).get("gpus", ())]
     return present if len(present) >= expected else sorted({*present, *missing_gpus(facts, before)})
@@ -65,7 +66,7 @@ def gpu_slots(facts: Mapping[str, Any], before: Mapping[str, Any], expected: int
 
 def hardware_findings(
     problems: Sequence[Problem],
-    facts: Mapping[str, Any],
+    facts: Facts,
     limits: Limits,
     before: Mapping[str, Any],
 ) -> Iterator[Finding]:
@@ -103,7 +104,7 @@ def hardware_findings(
         yield Finding("Xid history", HEALTHY, cause, "nothing, unless it comes again")
 
 
-def service_findings(facts: Mapping[str, Any], name: str, restarts: int) -> Iterator[Finding]:
+def service_findings(facts: Facts, name: str, restarts: int) -> Iterator[Finding]:
     unit, probe = facts.get("unit", {}), facts.get("attestation") or {}
     state, sub = unit.get("active_state", ""), unit.get("sub_state", "")
     engine = probe.get("engine") or {}
@@ -186,9 +187,7 @@ def _running(probe: Mapping[str, Any], engine: Mapping[str, Any], log: str) -> I
             yield Finding("attestation", BROKEN, f"{check['name']}: {check['detail']}", step)
 
 
-def system_findings(
-    facts: Mapping[str, Any], expect: Expectations, limits: Limits
-) -> Iterator[Finding]:
+def system_findings(facts: Facts, expect: Expectations, limits: Limits) -> Iterator[Finding]:
     skew = facts.get("clock", {}).get("skew_s")
     if skew is not None and abs(skew) > expect.clock_skew_s:
         cause = f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} ours"
@@ -203,32 +202,29 @@ def system_findings(
             )
             step = "remove what does not belong there, old artifacts or logs; see du -xh"
             yield Finding("disk", DEGRADED, cause, step)
-    free, total = facts.get("memory_available_bytes"), facts.get("memory_total_bytes")
-    if free is not None and total and free * 100 < limits.memory_free_percent * total:
-        cause = f"memory is nearly used up: {human_bytes(free)} of {human_bytes(total)} left"
+    left, memory = facts.get("memory_available_bytes"), facts.get("memory_total_bytes")
+    if left is not None and memory and left * 100 < limits.memory_free_percent * memory:
+        cause = f"memory is nearly used up: {human_bytes(left)} of {human_bytes(memory)} left"
         yield Finding("memory", DEGRADED, cause, "see what uses it: ps -e --sort=-rss")
     for error in facts.get("errors", ()):
         yield Finding("facts", HEALTHY, f"not read: {error}", "look at this tool on the host")
 
 
-def artifact_findings(facts: Mapping[str, Any]) -> Iterator[Finding]:
+def artifact_findings(facts: Facts) -> Iterator[Finding]:
     active = {link_target(facts, "current"), link_target(facts, "model")}
-    for each in facts.get("artifacts", ()):
-        damage = each.get("damage") or ()
-        if not damage:
+    for artifact in facts.get("artifacts", ()):
+        names = artifact["damage"]
+        if not names:
             continue
-        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         yield Finding(
             "artifact",
-            DEGRADED if each["id"] in active else HEALTHY,
-            f"{each['kind']} {each['id']} is damaged: {', '.join(damage[:3])}{more}",
+            DEGRADED if artifact["id"] in active else HEALTHY,
+            f"{artifact['kind']} {artifact['id']} is damaged: {', '.join(names[:3])}{more}",
             "run site.yml: it fetches only these files again; until then a restart may fail",
         )
     for each in facts.get("verified") or ():
-        damage = [
-            f"{file['path']} {file['reason']} ({file['found']})"
-            for file in each.get("damage") or ()
-        ]
+        damage = [f"{file['path']} {file['reason']} ({file['found']})" for file in each["damage"]]
         if damage:
             more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
             yield Finding(
@@ -246,6 +242,6 @@ def artifact_findings(facts: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def link_target(facts: Mapping[str, Any], link: str) -> str:
+def link_target(facts: Facts, link: str) -> str:
     target = (facts.get("links", {}).get(link) or {}).get("target")
     return PurePosixPath(target).name if target else ""

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..core.errors import FleetError
+from ..node.answer import Facts
+from ..serving.probe import Probe
 from .hardware import Problem
 
 HEALTHY = "healthy"
@@ -94,8 +96,8 @@ class NodeHealth(Judged):
     gateway: Mapping[str, str] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     problems: Sequence[Problem] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    probe: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
+    probe: Probe = field(default_factory=Probe)
     baseline: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -72,6 +72,6 @@ def answer_in(output: str) -> Any:
         if line.startswith(_MARK):
             try:
                 return json.loads(line[len(_MARK) :])
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
     return None

@@ -406,22 +406,25 @@ def test_figures_since_the_last_check() -> None:
 
 def test_gateways() -> None:
     answer = gateway_answer(2)
-    assert judge_gateway("gw01", message="", gateway=answer).verdict == "healthy"
+    assert judge_gateway("gw01", gateway=answer).verdict == "healthy"
     drained = copy.deepcopy(answer)
     for server in drained["servers"]:
         server["status"] = "DRAIN"
-    assert judge_gateway("gw01", message="", gateway=drained).reasons == ["no server is UP"]
-    bad = judge_gateway("gw01", message="", gateway={**answer, "config_error": "[ALERT] line 3"})
+    assert judge_gateway("gw01", gateway=drained).reasons == ["no server is UP"]
+    bad = judge_gateway("gw01", gateway={**answer, "config_error": "[ALERT] line 3"})
     assert bad.verdict == "degraded"
     assert "line 3" in bad.reasons[0]
     error = "The socket is silent. Found: no file. What to do: look there."
-    down = judge_gateway("gw01", message="", gateway={"valid": False, "errors": [error]})
+    down = judge_gateway("gw01", gateway={"valid": False, "errors": [error]})
     assert (down.verdict, down.next_step) == ("broken", "look there")
     deaf = {**answer, "client": {"status": 503, "error": ""}}
-    assert "HTTP 503" in judge_gateway("gw01", message="", gateway=deaf).reasons[0]
-    assert judge_gateway("gw01", message="timed out", gateway={}).verdict == "unknown"
+    assert "HTTP 503" in judge_gateway("gw01", gateway=deaf).reasons[0]
+    records = fleet_records()
+    records["gw01"].update(message="timed out", node={})
+    _, (gateway,) = judge(records)
+    assert (gateway.verdict, gateway.reasons) == ("unknown", ["no answer: timed out"])
     before = {"sent": {"gpu01": 30, "gpu02": 50}}
-    judged = judge_gateway("gw01", message="", gateway=answer, before=before)
+    judged = judge_gateway("gw01", gateway=answer, before=before)
     assert [server["sent"] for server in judged.servers] == [10, 40]
     assert states_of("gpu02", {"gw01": drained, "gw02": {}}) == {"gw01": "DRAIN", "gw02": "?"}
     assert states_of("gpu09", {"gw01": answer}) == {"gw01": "absent"}

@@ -11,7 +11,8 @@ import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.format import parse_version as version
 from glm_fleet.health.hardware import ERROR, WARNING, Expectations, Problem
-from glm_fleet.health.preflight import evaluate, sure_skew, unreachable
+from glm_fleet.health.preflight import evaluate, unreachable
+from glm_fleet.health.records import sure_skew
 from glm_fleet.node.xid import parse_message
 
 CASES = Path(__file__).parents[1] / "fixtures/cases"

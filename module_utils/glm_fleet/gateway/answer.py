@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a gateway tells about itself, as types: see `haproxy.describe` and `node.gateway`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypedDict
+
+from ..core.decode import Amount, Count, Range, Size, Words
+
+AdminState = Literal["ready", "drain", "maint"]
+
+
+class _ServerOptional(TypedDict, total=False):
+    backend: Words
+    address: Words
+    port: Annotated[int, Range(0, 65535)]
+    admin_state: AdminState
+    check: Words
+    sessions_current: Count
+    sessions_total: Count
+    weight: Count
+    last_change_s: int
+
+
+class Server(_ServerOptional):
+    """One server of HAProxy; ``status`` is UP, DOWN, DRAIN, MAINT or another word of HAProxy's."""
+
+    name: Words
+    status: Words
+
+
+class ClientAnswer(TypedDict, total=False):
+    """What a request through the front door gave; ``status`` is 0 without an answer."""
+
+    status: Annotated[int, Range(0, 999)]
+    seconds: Amount
+    node: Words | None
+    error: Words
+
+
+class Hold(TypedDict):
+    """Who holds a node out of service, since when and why."""
+
+    by: Words
+    at: Words
+    reason: Words
+
+
+class GatewayAnswer(TypedDict, total=False):
+    """A gateway; ``valid`` says whether HAProxy answered every question."""
+
+    valid: bool
+    version: Words
+    revision: Words
+    uptime_s: Count
+    servers: Annotated[Sequence[Server], Size(10_000)]
+    errors: Annotated[Sequence[Words], Size(1000)]
+    config_error: Words
+    client: ClientAnswer
+    held: Mapping[str, Hold]

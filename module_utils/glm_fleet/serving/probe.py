@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a look at the engine of a node gives, as types: see `engine.look` and `attestation.attest`.
+
+The controller reads the answers of nodes by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NoReturn, TypedDict
+
+from ..core.decode import Amount, Count, Range, Size, Words
+
+EngineState = Literal["serving", "busy", "hung", "starting", "silent", "down", ""]
+Speed = Annotated[float, Range(0.0, 1e7)]
+
+
+class UnitState(TypedDict, total=False):
+    """What systemd says of a unit; {} where it says nothing."""
+
+    name: Words
+    load_state: Words
+    active_state: Words
+    sub_state: Words
+    result: Words
+    n_restarts: Count
+    main_pid: Count
+    invocation_id: Words
+    active_since: Words
+    started_at: Words
+
+
+class Histogram(TypedDict):
+    """Requests by seconds: ``buckets`` are (upper bound, requests up to it), bounds rising."""
+
+    count: Amount
+    sum: Amount
+    buckets: Annotated[Sequence[tuple[Amount, Amount]], Size(1000)]
+
+
+class Sample(TypedDict):
+    """The engine's figures at ``time_s``, in seconds since 1970: see `engine.parse_sample`."""
+
+    time_s: Amount
+    running: Amount
+    waiting: Amount
+    kv_cache_usage: Amount
+    steps: Amount
+    generated_tokens: Amount
+    prompt_tokens: Amount
+    requests: Amount
+    preemptions: Amount
+    first_token: Histogram
+    between_tokens: Histogram
+
+
+class EngineLook(TypedDict, total=False):
+    """How the engine is doing; ``before`` and ``after`` are {} where it gave no figures."""
+
+    state: EngineState
+    phase: Words
+    before: Sample | Mapping[str, NoReturn]
+    after: Sample | Mapping[str, NoReturn]
+    steps: Amount
+    tokens: Amount
+    seconds: Amount
+
+
+class CheckOutcome(TypedDict):
+    """One point of the attestation."""
+
+    name: Words
+    passed: bool
+    detail: Words
+
+
+class Canary(TypedDict, total=False):
+    """What the canary request measured."""
+
+    tokens_per_second: Speed
+    time_to_first_token_s: Amount
+    completion_tokens: Count
+    text: Words
+
+
+class Probe(TypedDict, total=False):
+    """The attestation of a node, or why there is none."""
+
+    passed: bool
+    checks: Annotated[Sequence[CheckOutcome], Size(1000)]
+    release_id: Words
+    model_id: Words
+    invocation_id: Words
+    started_at: Words
+    unit: UnitState
+    canary: Canary
+    metrics: Mapping[str, Amount]
+    diagnosis: Words
+    step_down: bool
+    journal: Annotated[Sequence[Words], Size(10_000)]
+    engine: EngineLook
