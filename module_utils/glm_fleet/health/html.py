@@ -193,7 +193,8 @@ def _gateway(gateway: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": gateway["verdict"],
         "version": gateway["version"],
         "reasons": gateway["reasons"],
-        "client": f"answered in {float(client['seconds']) * 1000:.0f} ms by {client['node']}"
+        "client": f"answered in {client.get('seconds', 0.0) * 1000:.0f} ms by "
+        f"{client.get('node') or 'a node'}"
         if client.get("status") == 200
         else "",
         "servers": [
