@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from glm_fleet.health.tables import health_json, preflight_json, render_health, 
 from glm_fleet.health.verdict import Limits
 from glm_fleet.node.answer import decode_facts
 from glm_fleet.node.gpu import read_gpus
-from test_health import TIME, fleet_records
+
+# The answers that the tests of the health package judge.
+sys.path.append(str(Path(__file__).parent / "health"))
+from test_judge import TIME, fleet_records
 from test_preflight import EXPECT
 
 NVIDIA_SMI = Path(__file__).parent / "fixtures/nvidia-smi"
