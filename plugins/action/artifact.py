@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows how far the hashing of an artifact has come."""
+"""Shows how far the hashing of an artifact has come: see library/artifact.py."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from ansible.plugins.loader import action_loader
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
+
+from glm_background import WatchedAction
 
 
-class ActionModule(action_loader.get("hub_snapshot", class_only=True)):  # type: ignore[misc]
+class ActionModule(WatchedAction):
     """Runs the module; one that reads a whole artifact is watched."""
 
     MODULE = "artifact"
 
-    def is_long(self, args: dict[str, Any]) -> bool:
+    def is_long(self, arguments: dict[str, Any]) -> bool:
         """Tell whether these arguments ask for something long."""
-        return args.get("state") == "verified" and bool(args.get("deep"))
+        return arguments.get("state") == "verified" and bool(arguments.get("deep"))

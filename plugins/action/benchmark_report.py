@@ -9,28 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
-from ansible.plugins.action import ActionBase
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-_ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
+from glm_action import ControllerAction
 from glm_fleet.bench.report import GATEWAY, NODE, benchmark_json, judge_target, render_benchmark
 from glm_fleet.health.tables import write_json
 from glm_terminal import plain, show, width
 
 
-class ActionModule(ActionBase):
+class ActionModule(ControllerAction):
     """Runs on the controller; touches no host."""
 
-    TRANSFERS_FILES = False
-    _requires_connection = False
-
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Print the table, write the JSON, and fail if a target was not measured."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
             argument_spec={
                 "nodes": {"type": "list", "elements": "str", "required": True},
@@ -52,8 +44,8 @@ class ActionModule(ActionBase):
             }
         )
         if self._task.check_mode:
-            return {**result, "skipped": True, "msg": "check mode measures nothing"}
-        hostvars = (task_vars or {})["hostvars"]
+            return {"skipped": True, "msg": "check mode measures nothing"}
+        hostvars = variables["hostvars"]
         reference = {each["streams"]: each["tokens_per_second"] for each in arguments["reference"]}
         targets = [
             judge_target(
@@ -73,4 +65,4 @@ class ActionModule(ActionBase):
         unmeasured = [each["name"] for each in targets if each["error"]]
         if unmeasured:
             raise AnsibleActionFail(f"Not measured: {', '.join(unmeasured)}. See above for why.")
-        return {**result, "changed": False, "summary": report["summary"]}
+        return {"changed": False, "summary": report["summary"]}

@@ -17,14 +17,12 @@ from typing import Any
 
 import paramiko
 from ansible import constants, context
-from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import connection_loader
 from ansible.utils.display import Display
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-_ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
+from glm_action import ControllerAction
 from glm_fleet.core.causes import why_no_answer
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
@@ -43,17 +41,11 @@ _LAST_WORDS_S = 0.5
 _MOST_KEYS = 5  # sshd hangs up after six attempts by default
 
 
-class ActionModule(ActionBase):
+class ActionModule(ControllerAction):
     """Runs on the controller; reaches hosts by itself, before Ansible can."""
 
-    TRANSFERS_FILES = False
-    _requires_connection = False
-
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Enroll the hosts at once and print the table. ``problem`` says who cannot be used."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
             argument_spec={
                 "hosts": {"type": "list", "elements": "str", "required": True},
@@ -62,7 +54,7 @@ class ActionModule(ActionBase):
                 "timeout": {"type": "float", "default": 15.0},
             }
         )
-        hostvars = (task_vars or {})["hostvars"]
+        hostvars = variables["hostvars"]
         display = Display()
         try:
             targets = [
@@ -76,7 +68,7 @@ class ActionModule(ActionBase):
                 for target in targets
             ]
         except FleetError as error:
-            return {**result, "changed": False, "hosts": [], "problem": str(error)}
+            return {"changed": False, "hosts": [], "problem": str(error)}
         enrolment = Enrolment(
             connect=lambda target, kinds: Connection(target, kinds, arguments["timeout"]),
             known=KnownHosts(run_program),
@@ -86,7 +78,6 @@ class ActionModule(ActionBase):
         rows = _at_once(enrolment, targets, keys, display)
         show(render_enrolment(rows, width(160)))
         return {
-            **result,
             "changed": any(row.changed for row in rows),
             "hosts": [row.as_dict() for row in rows],
             "problem": sentence(rows),

@@ -6,28 +6,28 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
-from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
+
+from glm_action import FleetAction
 
 _display = Display()
 
 
-class ActionModule(ActionBase):
+class ActionModule(FleetAction):
     """Runs the module on the gateway, with the identity of this run."""
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the module's result."""
-        super().run(tmp, task_vars)
-        arguments = dict(self._task.args)
         claim = _claim(str(arguments.get("operation", "")))
         arguments["claim"] = claim
         if arguments.get("state") in ("free", "taken"):
-            known = self._module({"state": "info"}, task_vars)
+            known = self.module("fleet_lock", {"state": "info"}, variables)
             if known.get("failed") or known.get("unreachable"):
                 return known
             holder = known["roll"]
@@ -39,13 +39,7 @@ class ActionModule(ActionBase):
                     f"  The lock of {holder.get('operation')} by {holder.get('owner')} is taken "
                     f"over: {'on purpose' if takeover else 'its process is gone'}."
                 )
-        return self._module(arguments, task_vars)
-
-    def _module(self, args: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
-        result: dict[str, Any] = self._execute_module(
-            module_name="fleet_lock", module_args=args, task_vars=task_vars
-        )
-        return result
+        return self.module("fleet_lock", arguments, variables)
 
 
 def _claim(operation: str) -> dict[str, Any]:

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
-from ansible.plugins.action import ActionBase
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
-
+from glm_action import ROOT, ControllerAction
 from glm_fleet.core.errors import FleetError, from_os_error
 from glm_fleet.core.table import Line
 from glm_fleet.health import history
@@ -45,17 +42,11 @@ _FAILING = {
 _TEMPLATE = ROOT / "roles/health/templates/fleet.html.j2"
 
 
-class ActionModule(ActionBase):
+class ActionModule(ControllerAction):
     """Runs on the controller; touches no host."""
 
-    TRANSFERS_FILES = False
-    _requires_connection = False
-
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Judge the records, print the table, write the JSON, and fail once if need be."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
             argument_spec={
                 "kind": {"type": "str", "required": True, "choices": ["preflight", "health"]},
@@ -69,7 +60,6 @@ class ActionModule(ActionBase):
             }
         )
         hosts: list[str] = arguments["hosts"]
-        variables = task_vars or {}
         alive = variables["ansible_play_hosts"]
         records = _records(hosts, alive, arguments["record"], variables["hostvars"])
         dest = Path(arguments["dest"]) if arguments["dest"] else None
@@ -101,7 +91,7 @@ class ActionModule(ActionBase):
         show(lines)
         if failure:
             raise AnsibleActionFail(failure)
-        return {**result, "changed": False, "summary": report["summary"]}
+        return {"changed": False, "summary": report["summary"]}
 
 
 def _preflight(

@@ -8,29 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ansible.plugins.action import ActionBase
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-_ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
-
-from glm_fleet.core.errors import FleetError
+from glm_action import ControllerAction
 from glm_fleet.fleet.rollout import UNTOUCHED, NodeState, plan_roll
 from glm_fleet.fleet.rollout_table import Ending, end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
 
 
-class ActionModule(ActionBase):
+class ActionModule(ControllerAction):
     """Runs on the controller; touches no host."""
 
-    TRANSFERS_FILES = False
-    _requires_connection = False
-
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Print the plan or the end of a roll, and return it."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
             argument_spec={
                 "state": {"type": "str", "required": True, "choices": ["planned", "ended"]},
@@ -42,14 +32,11 @@ class ActionModule(ActionBase):
                 "canary": {"type": "str", "default": ""},
             }
         )
-        hostvars = (task_vars or {})["hostvars"]
-        try:
-            planned = arguments["state"] == "planned"
-            found = _plan(arguments, hostvars) if planned else _end(arguments["nodes"], hostvars)
-        except FleetError as error:
-            return {**result, "failed": True, **error.as_fail()}
+        hostvars = variables["hostvars"]
+        planned = arguments["state"] == "planned"
+        found = _plan(arguments, hostvars) if planned else _end(arguments["nodes"], hostvars)
         show(found.pop("lines"))
-        return {**result, "changed": False, **found}
+        return {"changed": False, **found}
 
 
 def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:

@@ -8,32 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
-from ansible.plugins.action import ActionBase
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(ROOT / "module_utils"))
-
-from glm_fleet.core.errors import FleetError
+from glm_action import ROOT, ControllerAction
 from glm_fleet.fleet.inventory import CONTROLLER, Inventory, check_inventory, left_out
 
 _HERE = {"connection": "local", "interpreter": sys.executable}
 
 
-class ActionModule(ActionBase):
+class ActionModule(ControllerAction):
     """Runs on the controller; touches no host."""
 
-    TRANSFERS_FILES = False
-    _requires_connection = False
     _VALID_ARGS: frozenset[str] = frozenset()
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the list of problems, and fail if there is one."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
-        variables = task_vars or {}
         groups, hostvars = variables["groups"], variables["hostvars"]
         # The raw variables: reading names must not run every host's templates.
         raw = {host: hostvars.raw_get(host) for host in groups["all"]}
@@ -54,12 +44,8 @@ class ActionModule(ActionBase):
             },
             complaint=lambda name, value: _complaint(name, value, specs[name]),
         )
-        try:
-            check_inventory(inventory)
-        except FleetError as error:
-            return {**result, "failed": True, **error.as_fail()}
+        check_inventory(inventory)
         return {
-            **result,
             "changed": False,
             "problems": [],
             "left_out": [

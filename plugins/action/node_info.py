@@ -15,14 +15,11 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.module_utils.common.yaml import yaml_load
 from ansible.module_utils.parsing.convert_bool import boolean
-from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path += [str(ROOT / "module_utils"), str(ROOT / "plugins/plugin_utils")]
-
+from glm_action import ROOT, FleetAction
 from glm_fleet.core.errors import FleetError
 from glm_fleet.health.preflight import expectations, query
 from glm_fleet.node.answer import decode_facts
@@ -31,16 +28,11 @@ from glm_fleet.node.remote_call import answer_in, program
 from glm_terminal import plain
 
 
-class ActionModule(ActionBase):
+class ActionModule(FleetAction):
     """Runs the module of its name. A host without an answer is a row of a report, no failure."""
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the module's result as ``record``: see `health.records`."""
-        super().run(tmp, task_vars)
-        variables = task_vars or {}
-        arguments = dict(self._task.args)
         groups = list(variables.get("group_names", []))
         role = arguments.pop("settings", "")
         settings = self._settings(role, variables) if role else {}
@@ -52,7 +44,7 @@ class ActionModule(ActionBase):
             answer = {"msg": str(error)}
         answered = time.time()
         if deep and arguments.get("artifact_root") and isinstance(answer.get("node"), dict):
-            answer["node"].update(self._hash(arguments, task_vars))
+            answer["node"].update(self._hash(arguments, variables))
         record: dict[str, Any] = {
             "answered": answered,
             "message": "" if "node" in answer else str(answer.get("msg") or "no answer"),
@@ -120,7 +112,7 @@ class ActionModule(ActionBase):
             for name, value in found.validated_parameters.items()
         }
 
-    def _hash(self, arguments: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+    def _hash(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Have what is active hashed: {verified, verified_error}."""
         links = arguments["links"]
         task = self._task.copy()
@@ -140,7 +132,7 @@ class ActionModule(ActionBase):
             shared_loader_obj=self._shared_loader_obj,
         )
         try:
-            answer = action.run(task_vars=task_vars)
+            answer = action.run(task_vars=variables)
         except AnsibleConnectionFailure as error:
             answer = {"msg": str(error)}
         return {

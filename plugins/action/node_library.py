@@ -7,27 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ansible.plugins.action import ActionBase
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "module_utils"))
-
+from glm_action import PACKAGE, FleetAction
 from glm_fleet.core.closure import ENTRY_POINTS, closure
 
 
-class ActionModule(ActionBase):
+class ActionModule(FleetAction):
     """Returns what the module returns."""
 
     _VALID_ARGS = frozenset({"dest"})
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Run the module with the files beside its arguments."""
-        super().run(tmp, task_vars)
-        files = closure(ENTRY_POINTS, ROOT / "module_utils/glm_fleet")
-        return dict(
-            self._execute_module(
-                module_args={**self._task.args, "files": files}, task_vars=task_vars
-            )
-        )
+        files = closure(ENTRY_POINTS, PACKAGE)
+        return self.module("node_library", {**arguments, "files": files}, variables)

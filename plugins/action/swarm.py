@@ -22,9 +22,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.utils.color import ANSIBLE_COLOR
 from ansible.utils.display import Display
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-_ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(_ROOT / "module_utils"), str(_ROOT / "plugins/plugin_utils")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_background import BackgroundAction, Work
 from glm_fleet.core.progress import Progress, Reporter, bar
@@ -42,25 +40,21 @@ class ActionModule(BackgroundAction):
 
     TRANSFERS_FILES = True
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the module's result, or that of the whole distribution on this host."""
-        super().run(tmp, task_vars)
-        arguments = dict(self._task.args)
         fetch = dict(arguments.pop("fetch", None) or {})
         if arguments.get("state") != "distributed":
-            return self._module(arguments, task_vars)
-        variables = task_vars or {}
+            return self.module("swarm", arguments, variables)
         self._host = str(variables.get("inventory_hostname", ""))
-        self._vars = task_vars
-        planned = self._module(
+        self._vars = variables
+        planned = self.module(
+            "swarm",
             {
                 "state": "planned",
                 "root": arguments["root"],
                 "manifests": [arguments["manifest"]],
             },
-            task_vars,
+            variables,
         )
         if planned.get("failed"):
             return planned
@@ -69,12 +63,6 @@ class ActionModule(BackgroundAction):
             return {"changed": not published, "received": 0}
         forks = int(variables.get("ansible_forks", 5))
         return self._distribute(arguments, {} if published else fetch, published, forks)
-
-    def _module(self, args: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
-        result: dict[str, Any] = self._execute_module(
-            module_name="swarm", module_args=args, task_vars=task_vars
-        )
-        return result
 
     def _distribute(
         self, arguments: dict[str, Any], fetch: dict[str, Any], published: bool, forks: int
@@ -90,7 +78,7 @@ class ActionModule(BackgroundAction):
         step = {**arguments, "run": run}
         record = Record()
         try:
-            started = self._module({**step, "state": "started"}, self._vars)
+            started = self.module("swarm", {**step, "state": "started"}, self._vars)
             if started.get("failed"):
                 return started
             self._command = " ".join(
@@ -107,7 +95,7 @@ class ActionModule(BackgroundAction):
         finally:
             # The others do not wait for this host any more, whatever happened.
             meeting.say(record.ended())
-        stopped = self._module({**step, "state": "stopped"}, self._vars)
+        stopped = self.module("swarm", {**step, "state": "stopped"}, self._vars)
         result = {"changed": not published, "received": record.received, "warnings": record.notes}
         if record.standing == "published":
             return {**result, "failed": bool(stopped.get("failed")), **_message(stopped)}

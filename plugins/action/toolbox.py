@@ -15,32 +15,25 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from ansible.errors import AnsibleActionFail
-from ansible.plugins.action import ActionBase
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-# Ansible puts module_utils on the path of modules only, not of plugins.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "module_utils"))
-
-from glm_fleet.core.errors import FleetError
+from glm_action import FleetAction
 from glm_fleet.core.files import exclusive
 from glm_fleet.core.runner import run_program
 
 
-class ActionModule(ActionBase):
+class ActionModule(FleetAction):
     """Returns ``path`` on the host, whether it is ``present``, and else the ``archive``."""
 
     _VALID_ARGS = frozenset({"name", "lock", "cache", "dest"})
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Look at the host, and make the archive that it needs."""
-        super().run(tmp, task_vars)
         arguments = self._task.args
-        facts = self._module(
+        facts = self.module(
             "ansible.legacy.setup",
             {"gather_subset": ["!all", "!min", "python", "platform"]},
-            task_vars,
+            variables,
         )
         if facts.get("failed"):
             return facts
@@ -50,18 +43,15 @@ class ActionModule(ActionBase):
         digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
         name = f"{arguments['name']}-py{python}-{machine}-{digest}"
         path = f"{arguments['dest']}/{name}"
-        found = self._module("ansible.legacy.stat", {"path": path}, task_vars)
+        found = self.module("ansible.legacy.stat", {"path": path}, variables)
         if found.get("failed"):
             return found
         archive = Path(arguments["cache"]).expanduser() / f"{name}.tar.gz"
         present = bool(found["stat"]["exists"])
         if not present and not self._task.check_mode:
-            try:
-                with exclusive(archive.with_suffix(".lock")):
-                    if not archive.is_file():
-                        _make(archive, name, lock, python, machine)
-            except FleetError as error:
-                raise AnsibleActionFail(str(error)) from error
+            with exclusive(archive.with_suffix(".lock")):
+                if not archive.is_file():
+                    _make(archive, name, lock, python, machine)
         return {
             "changed": False,
             "name": name,
@@ -69,14 +59,6 @@ class ActionModule(ActionBase):
             "present": present,
             "archive": str(archive),
         }
-
-    def _module(
-        self, name: str, args: dict[str, Any], task_vars: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        result: dict[str, Any] = self._execute_module(
-            module_name=name, module_args=args, task_vars=task_vars
-        )
-        return result
 
 
 def _make(archive: Path, name: str, lock: Path, python: str, machine: str) -> None:

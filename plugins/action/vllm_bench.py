@@ -3,30 +3,32 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
+
+from glm_action import FleetAction
 
 _display = Display()
 
 
-class ActionModule(ActionBase):
+class ActionModule(FleetAction):
     """One call of the module for each level."""
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the module's result, the levels of all calls together."""
-        super().run(tmp, task_vars)
-        host = (task_vars or {}).get("inventory_hostname", "")
+        host = variables.get("inventory_hostname", "")
         levels: list[dict[str, Any]] = []
         result: dict[str, Any] = {"changed": False}
         for streams in self._task.args.get("streams", [1, 2, 4, 8, 16, 32]):
             result = self._execute_module(
                 module_name="vllm_bench",
                 module_args={**self._task.args, "streams": [streams]},
-                task_vars=task_vars,
+                task_vars=variables,
             )
             if result.get("failed") or result.get("skipped"):
                 # Kept apart: the role goes on and `failed` is lost.

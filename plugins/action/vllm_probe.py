@@ -3,48 +3,43 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
-from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
+
+from glm_action import FleetAction
 
 _display = Display()
 _LOOK_S = 10.0
 _PATIENCE_S = 60.0
 
 
-class ActionModule(ActionBase):
+class ActionModule(FleetAction):
     """Runs the module; with ``mode: attest`` watches the start first."""
 
-    def run(
-        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the module's result."""
-        super().run(tmp, task_vars)
-        arguments = dict(self._task.args)
         if arguments.get("mode") == "attest":
             if self._task.check_mode:
                 return {"changed": False, "skipped": True, "msg": "nothing to attest in check mode"}
-            watched = self._watch(arguments, task_vars)
+            watched = self._watch(arguments, variables)
             if watched.get("failed") or not watched["watched"]["ready"]:
                 return watched
-        return self._module(arguments, task_vars)
+        return self.module("vllm_probe", arguments, variables)
 
-    def _module(self, args: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
-        result: dict[str, Any] = self._execute_module(
-            module_name="vllm_probe", module_args=args, task_vars=task_vars
-        )
-        return result
-
-    def _watch(self, arguments: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
-        host = (task_vars or {}).get("inventory_hostname", "")
+    def _watch(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+        host = variables.get("inventory_hostname", "")
         stall = float(arguments.get("stall_timeout", 900))
         begun = moved = time.monotonic()
         progress = said = ""
         while True:
-            look = self._look(arguments, task_vars)
+            look = self._look(arguments, variables)
             if look.get("failed") or look["watched"]["ready"]:
                 return look
             now = time.monotonic()
@@ -57,15 +52,17 @@ class ActionModule(ActionBase):
                 _display.display(f"{line} ({now - begun:.0f} s)")
             if now - moved > stall:
                 reason = f"it makes no progress for {stall:.0f} s"
-                return self._look({**arguments, "give_up": reason}, task_vars)
+                return self._look({**arguments, "give_up": reason}, variables)
 
-    def _look(self, arguments: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+    def _look(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Look once. One lost connection in a start of 45 minutes is not the end of it."""
         lost = time.monotonic()
         while True:
             try:
                 seconds = 0.0 if arguments.get("give_up") else _LOOK_S
-                return self._module({**arguments, "mode": "watch", "seconds": seconds}, task_vars)
+                return self.module(
+                    "vllm_probe", {**arguments, "mode": "watch", "seconds": seconds}, variables
+                )
             except AnsibleConnectionFailure:
                 if time.monotonic() - lost > _PATIENCE_S:
                     raise

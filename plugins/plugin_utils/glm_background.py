@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
-from ansible.plugins.action import ActionBase
-from glm_fleet.core.progress import Progress, from_json
+from ansible.utils.color import ANSIBLE_COLOR
+from ansible.utils.display import Display
+from glm_action import FleetAction
+from glm_fleet.core.progress import Progress, Reporter, from_json
 
 _LOOK_S = (0.3, 0.5, 1.0, 2.0)
 _STATUS_EVERY_S = 15.0
@@ -45,7 +47,7 @@ class Work:
         return _LOOK_S[min(self.looks, len(_LOOK_S) - 1)]
 
 
-class BackgroundAction(ActionBase):
+class BackgroundAction(FleetAction):
     """Starts modules that take the option ``progress_file``, and looks after them."""
 
     def start_work(
@@ -137,3 +139,36 @@ class BackgroundAction(ActionBase):
         answer = self._low_level_execute_command(f"{{ {look}; }} 2>/dev/null || true")
         text, _, age = answer.get("stdout", "").strip().rpartition("\n")
         return from_json(text), float(age) if age.lstrip("-").isdigit() else 0.0
+
+
+class WatchedAction(BackgroundAction):
+    """Runs the module ``MODULE``; a call of it that takes long is watched and shown."""
+
+    MODULE = ""
+
+    def is_long(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether these arguments ask for something long."""
+        raise NotImplementedError
+
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+        """Return the module's result."""
+        if self._task.check_mode or not self.is_long(arguments):
+            return self.module(self.MODULE, arguments, variables)
+        alone = len(variables.get("ansible_play_hosts", [])) == 1
+        reporter = Reporter(
+            str(variables.get("inventory_hostname", "")), terminal=bool(ANSIBLE_COLOR) and alone
+        )
+        work = self.start_work(self.MODULE, arguments, variables)
+        try:
+            while work.result is None:
+                time.sleep(work.pause)
+                if self.look_at(work, variables) is None and work.progress:
+                    _say(reporter.show(work.progress))
+        finally:
+            _say(reporter.end())
+        return work.result
+
+
+def _say(text: str) -> None:
+    if text:
+        Display().display(text, newline=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from glm_fleet.health.exposition import exposition, targets
 from glm_fleet.health.tables import health_json
-from test_health import FAULTS, fleet_records, judge
+from test_judge import FAULTS, fleet_records, judge
 
 ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "monitoring"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from glm_fleet.health import html
 from glm_fleet.health.tables import health_json
-from test_health import FAULTS, fleet_records, judge
+from test_judge import FAULTS, fleet_records, judge
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "roles/health/templates/fleet.html.j2"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -137,11 +137,10 @@ def test_the_pages_say_what_there_is_to_say(tmp_path: Path) -> None:
         "uncorrectable on GPU 1",
         "nearly full",
         "the engine hangs",
-        "no answer: Connection timed out",
+        "(Connection timed out)",
         "gpu03: verdict healthy -&gt; unknown",
         'class="board lost"',
         'class="board broken"',
-        "ansible -i INVENTORY -b -m ping gpu03",
     ):
         assert words in broken, words
 

@@ -50,54 +50,7 @@ def ensure_state(
     A server that takes requests is taken out only if ``min_ready`` others go on taking them;
     they get half a minute to come back, and two callers do not count on each other.
     """
-
-    def too_few() -> FleetError | None:
-        statistics = haproxy.statistics()
-        taking = {
-            server.name
-            for server in haproxy.servers()
-            if server.backend == backend
-            and server.admin_state == "ready"
-            and statistics[backend, server.name].status == "UP"
-        }
-        others = sorted(taking - {name})
-        if name not in taking or len(others) >= min_ready:
-            return None
-        return FleetError(
-            f"{name} cannot be taken out of service",
-            expected=f"at least {min_ready} other nodes that take requests (serve_min_ready)",
-            found=f"{len(others)}: {', '.join(others) or 'none'}",
-            remedy="mend or join the other nodes first, or allow an outage with a lower "
-            "serve_min_ready",
-        )
-
-    def not_up() -> FleetError | None:
-        server = haproxy.statistics()[backend, name]
-        if server.settled:
-            return None
-        return FleetError(
-            f"{name} did not become ready at the gateway",
-            expected=f"health check passed within {timeout:g} s",
-            found=f"{server.status}, last check {server.check or 'not yet made'}",
-            remedy=f"ask the node for /health from the gateway; {name} was put back to {before}",
-        )
-
-    def not_idle() -> FleetError | None:
-        # A restart between the change and its note on disk brings back the state before.
-        if haproxy.server(backend, name).admin_state != state:
-            haproxy.set_state(backend, name, state)
-            save_states(haproxy, state_file)
-        sessions = haproxy.sessions(backend, name)
-        if sessions == 0:
-            return None
-        return FleetError(
-            f"{name} still has requests running",
-            expected=f"no request left within {timeout:g} s",
-            found=f"{sessions} running",
-            remedy=f"wait longer, or accept that they are cut; {name} takes no new ones",
-            details={"sessions": sessions},
-        )
-
+    server = _Server(haproxy, backend, name, state_file, timeout)
     before = haproxy.server(backend, name).admin_state
     changed = before != state
     if check_mode:
@@ -105,13 +58,13 @@ def ensure_state(
         return Change(before, state, changed, haproxy.sessions(backend, name))
     if changed and state != "ready":
         with state_lock(state_file.with_name(f"{state_file.name}.turn")):
-            _wait_while(too_few, _MENDING_S, clock, sleep)
+            _wait_while(lambda: server.too_few_others(min_ready), _MENDING_S, clock, sleep)
             haproxy.set_state(backend, name, state)
     elif changed:
         haproxy.set_state(backend, name, state)
     if wait and state == "ready":
         try:
-            _wait_while(not_up, timeout, clock, sleep)
+            _wait_while(lambda: server.not_up(before), timeout, clock, sleep)
         except FleetError:
             haproxy.set_state(backend, name, before)
             raise
@@ -120,11 +73,73 @@ def ensure_state(
     saved = save_states(haproxy, state_file)
     if wait and state != "ready":
         try:
-            _wait_while(not_idle, timeout, clock, sleep)
+            _wait_while(lambda: server.not_idle(state), timeout, clock, sleep)
         except FleetError:
             if fail_when_busy:
                 raise
     return Change(before, state, changed or saved, haproxy.sessions(backend, name))
+
+
+@dataclass(frozen=True)
+class _Server:
+    """One server at one gateway, and what still stands against a change of its state."""
+
+    haproxy: Haproxy
+    backend: str
+    name: str
+    state_file: Path
+    timeout: float
+
+    def too_few_others(self, min_ready: int) -> FleetError | None:
+        """Return why a server that takes requests must go on taking them."""
+        statistics = self.haproxy.statistics()
+        taking = {
+            server.name
+            for server in self.haproxy.servers()
+            if server.backend == self.backend
+            and server.admin_state == "ready"
+            and statistics[self.backend, server.name].status == "UP"
+        }
+        others = sorted(taking - {self.name})
+        if self.name not in taking or len(others) >= min_ready:
+            return None
+        return FleetError(
+            f"{self.name} cannot be taken out of service",
+            expected=f"at least {min_ready} other nodes that take requests (serve_min_ready)",
+            found=f"{len(others)}: {', '.join(others) or 'none'}",
+            remedy="mend or join the other nodes first, or allow an outage with a lower "
+            "serve_min_ready",
+        )
+
+    def not_up(self, before: str) -> FleetError | None:
+        """Return why the gateway sends it nothing yet."""
+        server = self.haproxy.statistics()[self.backend, self.name]
+        if server.settled:
+            return None
+        return FleetError(
+            f"{self.name} did not become ready at the gateway",
+            expected=f"health check passed within {self.timeout:g} s",
+            found=f"{server.status}, last check {server.check or 'not yet made'}",
+            remedy=f"ask the node for /health from the gateway; {self.name} was put back to "
+            f"{before}",
+        )
+
+    def not_idle(self, state: str) -> FleetError | None:
+        """Return how many requests still run, and keep it in ``state`` meanwhile."""
+        # A restart between the change and its note on disk brings back the state before.
+        if self.haproxy.server(self.backend, self.name).admin_state != state:
+            self.haproxy.set_state(self.backend, self.name, state)
+            save_states(self.haproxy, self.state_file)
+        sessions = self.haproxy.sessions(self.backend, self.name)
+        if sessions == 0:
+            return None
+        return FleetError(
+            f"{self.name} still has requests running",
+            expected=f"no request left within {self.timeout:g} s",
+            found=f"{sessions} running",
+            remedy=f"wait longer, or accept that they are cut; {self.name} takes no new ones",
+            details={"sessions": sessions},
+        )
 
 
 def _wait_while(

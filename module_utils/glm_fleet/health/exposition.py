@@ -40,11 +40,25 @@ def targets(
     return found
 
 
-def _metrics(report: Mapping[str, Any]) -> Iterator[tuple[str, str, list[_Sample]]]:
-    nodes, gateways = report["nodes"], report["gateways"]
-    hosts = [("node", each) for each in nodes] + [("gateway", each) for each in gateways]
+_Metric = tuple[str, str, list[_Sample]]
+
+
+def _metrics(report: Mapping[str, Any]) -> Iterator[_Metric]:
     checked = datetime.fromisoformat(report["time"]).timestamp()
     yield "glm_fleet_health_time_seconds", "When the fleet was last checked.", [({}, checked)]
+    yield from _verdicts(report["nodes"], report["gateways"])
+    yield from _figures(report["nodes"])
+    yield (
+        "glm_fleet_gateway_servers_up",
+        "Servers that take requests, as the gateway sees them.",
+        [({"host": each["name"]}, float(each["up"])) for each in report["gateways"]],
+    )
+
+
+def _verdicts(
+    nodes: Sequence[Mapping[str, Any]], gateways: Sequence[Mapping[str, Any]]
+) -> Iterator[_Metric]:
+    hosts = [("node", each) for each in nodes] + [("gateway", each) for each in gateways]
     yield (
         "glm_fleet_host_verdict",
         "1 for the verdict of the last check, 0 for the others.",
@@ -57,21 +71,24 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[tuple[str, str, list[_Sample
             for verdict in VERDICTS
         ],
     )
+    found = {
+        (each["name"], finding["check"], finding["verdict"])
+        for _, each in hosts
+        for finding in each["findings"]
+        if finding["verdict"] != HEALTHY
+    }
     yield (
         "glm_fleet_finding",
         "1 for each fault that the last check found.",
         [
-            ({"host": each["name"], "check": check, "verdict": verdict}, 1.0)
-            for _, each in hosts
-            for check, verdict in sorted(
-                {
-                    (found["check"], found["verdict"])
-                    for found in each["findings"]
-                    if found["verdict"] != HEALTHY
-                }
-            )
+            ({"host": host, "check": check, "verdict": verdict}, 1.0)
+            for host, check, verdict in sorted(found)
         ],
     )
+
+
+def _figures(nodes: Sequence[Mapping[str, Any]]) -> Iterator[_Metric]:
+    known = [(node, node["facts"].get("gpu") or {}) for node in nodes if node["facts"]]
     yield (
         "glm_fleet_node_info",
         "What a node runs.",
@@ -81,22 +98,17 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[tuple[str, str, list[_Sample
                     "host": node["name"],
                     "release": node["release"],
                     "model": node["model"],
-                    "driver": str((node["facts"].get("gpu") or {}).get("driver_version") or ""),
+                    "driver": str(gpu.get("driver_version") or ""),
                 },
                 1.0,
             )
-            for node in nodes
-            if node["facts"]
+            for node, gpu in known
         ],
     )
     yield (
         "glm_fleet_gpus",
         "GPUs that the node's driver lists.",
-        [
-            ({"host": node["name"]}, float(len((node["facts"].get("gpu") or {}).get("gpus", ()))))
-            for node in nodes
-            if node["facts"]
-        ],
+        [({"host": node["name"]}, float(len(gpu.get("gpus", ())))) for node, gpu in known],
     )
     yield (
         "glm_fleet_canary_tokens_per_second",
@@ -115,11 +127,6 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[tuple[str, str, list[_Sample
             for node in nodes
             if node["engine"]
         ],
-    )
-    yield (
-        "glm_fleet_gateway_servers_up",
-        "Servers that take requests, as the gateway sees them.",
-        [({"host": each["name"]}, float(each["up"])) for each in gateways],
     )
 
 
