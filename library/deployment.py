@@ -108,7 +108,7 @@ id:
   returned: with V(staged), V(active) and V(policy)
   type: str
 running:
-  description: C(active), C(invocation), C(record) of the start gate, and C(unit).
+  description: C(active), C(invocation), C(record) of the pre-start check, and C(unit).
   returned: with V(info)
   type: dict
 wanted:
@@ -196,7 +196,7 @@ def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) ->
     skipped = []
     if params["target"]:
         name = params["target"]
-        # What is going on when nothing was attested yet is not what to go back from.
+        # Without a current deployment, going back starts from the last one that was attested.
         served = (deployments.attested() or [""])[-1]
         now = current.id if current else ""
         ladder = [

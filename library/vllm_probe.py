@@ -38,11 +38,11 @@ options:
     type: path
     default: /etc/glm-fleet/attestation.json
   release:
-    description: Id of the release that should run. Whatever the start gate recorded if not given.
+    description: Id of the release that should run. Without it, what the pre-start check recorded.
     type: str
     default: ""
   model:
-    description: Id of the model that should run. Whatever the start gate recorded if not given.
+    description: Id of the model that should run. Without it, what the pre-start check recorded.
     type: str
     default: ""
   environment_file:

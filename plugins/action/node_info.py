@@ -76,7 +76,7 @@ class ActionModule(FleetAction):
         )
         if interpreter.startswith("/") and self._is_pipelining_enabled("new"):
             asked["controller_epoch"] = asked["controller_epoch"] or time.time()
-            # -I: nothing of whose directory it is.
+            # -I: Python reads nothing from the working directory, HOME or the environment.
             python = " ".join(map(shlex.quote, shlex.split(interpreter)))
             parts = [self._compute_environment_string(), python, "-I", "-"]
             answer = self._low_level_execute_command(

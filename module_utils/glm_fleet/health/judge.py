@@ -137,7 +137,7 @@ def judge_node(
         *artifact_findings(facts),
     ]
     broken = worst(findings) == BROKEN
-    # On purpose is no fault, however long it lasts.
+    # A node that an operator took out is no fault, however long it stays out.
     findings += [Finding("gateway", HEALTHY, held, UNDRAIN_STEP)] if held else []
     findings += [
         Finding("gateway", DEGRADED, f"{state} at {where}", gateway_step(state))

@@ -72,7 +72,7 @@ def notify(
         host["name"]: host["verdict"] for host in (*report["nodes"], *report["gateways"])
     }
     state["waiting"] = [*state["waiting"], *(events if post else ())][-_MOST_WAITING:]
-    # Before a word is said: who is killed here says nothing twice.
+    # Saved before anything is sent: a run that is killed while it sends must not send twice.
     _save(state_file, state)
     for event in events:
         say(f"<{_LEVELS[event['after']]}>{event['text']}")

@@ -40,7 +40,7 @@ class Part:
         # Without a record, what is there is a beginning, left by a run with one connection.
         noted = _read_record(self._record) if there else None
         if noted is None:
-            # One of a file that is gone says nothing of the next.
+            # A record that is left without its part belongs to a part that was removed.
             self._record.unlink(missing_ok=True)
         segments = len(noted) if noted else count
         bounds = [size * number // segments for number in range(segments + 1)]
@@ -87,7 +87,8 @@ class Part:
     def _note_in_time(self) -> None:
         with self._lock:
             if self._noted is None:
-                # Else what is written now would be taken for a beginning.
+                # The record comes before the first byte. Without one, the next run would take
+                # the bytes of all segments for the beginning of the file.
                 self.note()
                 return
             if time.monotonic() - self._noted < _NOTE_S:

@@ -83,7 +83,7 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         if query.gateway_url:
             facts["gateway"] = read_gateway(query, host.run)
         facts.update({name: each.result() for name, each in slow.items()})
-    # In whatever order they were found.
+    # Tools answer in any order; the report should not change with it.
     facts["errors"] = sorted(errors)
     return facts
 

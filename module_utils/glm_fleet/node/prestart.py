@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start gate of the serving unit, and the record of what was started.
+"""The pre-start check of the serving unit, and the record of what was started.
 
 It runs as root before every start, also after a crash at night when no controller is there. An
 engine that was orphaned holds its GPU memory while the port is free again; a start on top of it
-dies of it, so the gate ends vLLM's processes of the service's user, waits for the memory, and
+dies of it, so the check ends vLLM's processes of the service's user, waits for the memory, and
 refuses with names when something stays. When the way is clear it writes down what is about to
 run: the attestation compares with that, not with what lies on the disk by then.
 

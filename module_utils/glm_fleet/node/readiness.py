@@ -52,7 +52,7 @@ def answer(record: Path = RECORD, evidence: Path = EVIDENCE, stalled: Path = STA
 
 
 class Attestor:
-    """Attests a start that nobody attests, with growing pauses while that fails."""
+    """Attests a start when no controller does. After each failure it waits longer."""
 
     def __init__(
         self,

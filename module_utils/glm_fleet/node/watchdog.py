@@ -96,11 +96,11 @@ class Flag:
             write_atomically(self._path, json.dumps(said) + "\n")
 
     def let_in(self) -> None:
-        """Say nothing against the node any more."""
+        """Take the flag back: the gateways may send requests again once the start is attested."""
         self._path.unlink(missing_ok=True)
 
     def wait_until_told(self) -> None:
-        """Wait until every gateway has asked."""
+        """Wait so long that every gateway, each of which asks once a second, has seen the flag."""
         self._sleep(_TELL_S)
 
 

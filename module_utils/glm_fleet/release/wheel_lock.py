@@ -19,7 +19,7 @@ from ..core.files import copy_whole, link_or_copy, sha256_file
 from ..core.runner import Runner
 from .wheel import canonical
 
-# pip keeps nothing of a call that is killed, so a call is short.
+# pip throws away what a killed call had downloaded. Few wheels in a call keep that loss small.
 _BATCH = 20
 _WORKERS = 3
 _TIMEOUT = 3600.0

@@ -2,7 +2,7 @@
 """Attestation: may this node take traffic?
 
 It trusts what runs, not what lies on the disk: the journal of this very start, the files
-that the server has mapped, the record of the start gate, and answers of the model.
+that the server has mapped, the record of the pre-start check, and answers of the model.
 """
 
 from __future__ import annotations

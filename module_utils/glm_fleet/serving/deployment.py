@@ -53,7 +53,7 @@ class Deployment:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What `serving.differences` compares with the record of the start gate."""
+        """What `serving.differences` compares with the record of the pre-start check."""
         return {
             "release": self.release,
             "model": self.model,

@@ -57,7 +57,7 @@ def running_release(main_pid: int, proc: Path = Path("/proc")) -> str:
 
 
 def read_record(path: Path = RECORD) -> dict[str, str]:
-    """Return what the start gate wrote down, {} if there is nothing."""
+    """Return what the pre-start check wrote down, {} if there is nothing."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -135,7 +135,7 @@ class Meeting:
         if not record.unknown or set(record.unknown) <= set(self.known()):
             return None
         waiting = record.busy or any(each.busy for each in others.values())
-        # A moment for what another worker has just laid down.
+        # Another worker may have written a torrent that this one has not read yet.
         patience = self._stall_timeout if waiting else min(10.0, self._stall_timeout)
         if now - self._moved < patience:
             return None
