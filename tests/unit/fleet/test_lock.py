@@ -3,12 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -172,83 +166,3 @@ def test_holds_and_the_lock_leave_each_other_alone(lock: FleetLock) -> None:
     lock.hold("gpu01", by="first@ctl", reason="fans", now=NOON)
     lock.end("first", DONE, now=LATER)
     assert list(lock.held()) == ["gpu01"]
-
-
-# -- who asks, and does the holder live? -----------------------------------------------
-
-_SPEC = importlib.util.spec_from_file_location(
-    "fleet_lock_action", Path(__file__).resolve().parents[3] / "plugins/action/fleet_lock.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-plugin = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(plugin)
-
-
-@pytest.fixture
-def other() -> Iterator[subprocess.Popen[bytes]]:
-    """Another run on this controller."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-def holder(pid: int, **changed: Any) -> dict[str, Any]:
-    mine = plugin._claim("upgrade")
-    return {**mine, "run": "other", "pid": pid, "pid_start": plugin._start_of(pid), **changed}
-
-
-def test_a_run_says_who_it_is() -> None:
-    mine = plugin._claim("upgrade")
-    assert mine["operation"] == "upgrade"
-    assert mine["pid"] == os.getppid()
-    assert mine["pid_start"] == plugin._start_of(os.getppid()) > 0
-    assert "@" in mine["owner"]
-    # Every task of a run is the same run.
-    assert plugin._claim("other")["run"] == mine["run"]
-
-
-def test_a_living_run_is_not_dead(other: subprocess.Popen[bytes]) -> None:
-    assert not plugin._dead(holder(other.pid), plugin._claim(""))
-
-
-def test_a_killed_run_is_dead_even_before_anybody_waits_for_it(
-    other: subprocess.Popen[bytes],
-) -> None:
-    left = holder(other.pid)
-    other.kill()
-    deadline = time.monotonic() + 5
-    while not plugin._dead(left, plugin._claim("")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    other.wait()
-    assert plugin._dead(left, plugin._claim(""))
-
-
-def test_a_process_that_got_the_number_of_the_run_later_is_another_one(
-    other: subprocess.Popen[bytes],
-) -> None:
-    assert plugin._dead(holder(other.pid, pid_start=1), plugin._claim(""))
-
-
-@pytest.mark.parametrize("controller", ["another boot", "", None])
-def test_a_run_elsewhere_is_never_judged(controller: str | None) -> None:
-    gone = holder(2**22 + 1, pid_start=5, controller=controller)
-    assert not plugin._dead(gone, plugin._claim(""))
-
-
-def test_a_holder_without_a_process_is_dead() -> None:
-    assert plugin._start_of(2**22 + 1) == 0
-    assert plugin._dead(holder(2**22 + 1, pid_start=5), plugin._claim(""))
-
-
-def test_a_run_that_proc_hides_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = holder(os.getppid())
-    monkeypatch.setattr(plugin, "_start_of", lambda pid: 0)
-
-    def not_yours(pid: int, signal: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(plugin.os, "kill", not_yours)
-    assert not plugin._dead(left, {"controller": left["controller"]})
