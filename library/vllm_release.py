@@ -114,13 +114,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.artifact.retention import retire_old
 from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.release.assembly import (
-    assemble,
-    find_published,
-    retire_releases,
-)
+from ansible.module_utils.glm_fleet.release.assembly import assemble, find_published
 from ansible.module_utils.glm_fleet.release.recipe import make_recipe
 
 
@@ -128,10 +125,15 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Plan or assemble, as the parameters say."""
     params = module.params
     if params["state"] == "retired":
-        retired = retire_releases(
-            Path(params["root"]), params["current"], params["keep"], dry=module.check_mode
+        retired = retire_old(
+            Store(Path(params["root"])),
+            ["release"],
+            keep=params["keep"],
+            protected=[params["current"]],
+            dry=module.check_mode,
         )
-        return {"changed": bool(retired), "retired": retired}
+        ids = sorted(str(each["id"]) for each in retired.artifacts)
+        return {"changed": bool(ids), "retired": ids}
     if not params["base_wheel"]:
         # In check mode the base wheel may still be on the index: no hash, so no key.
         return {"changed": True, "release": {}, "artifact": {}}

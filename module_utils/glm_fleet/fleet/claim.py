@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes the fleet's lock: this run, by a process that others on this controller can look for."""
+"""Who takes the fleet's lock: a run, named by a process that this controller can look for."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact.manifest import MANIFEST, Manifest
+from ..artifact.manifest import Manifest
 from ..artifact.store import Store
 from .recipe import DISTRIBUTION, RELEASE_SCHEMA, Recipe
 from .wheel_lock import gather
@@ -22,26 +22,6 @@ def find_published(store: Store, key: str) -> Manifest | None:
         if manifest.provenance.get("inputs_key") == key and store.is_published(manifest):
             return manifest
     return None
-
-
-def retire_releases(root: Path, current: str, keep: int, *, dry: bool) -> list[str]:
-    """Retire all but the ``keep`` releases that were published last; return their ids.
-
-    The one that is current counts and is never retired. ``dry`` only tells.
-    """
-    store = Store(root)
-    folders = {
-        each.id: store.published_path("release", each.id) for each in store.published("release")
-    }
-    by_age = sorted(
-        (each for each in folders if each != current),
-        key=lambda each: ((folders[each] / MANIFEST).stat().st_mtime, each),
-        reverse=True,
-    )
-    doomed = by_age[max(0, keep - 1) :]
-    for identifier in [] if dry else doomed:
-        store.retire("release", identifier)
-    return sorted(doomed)
 
 
 def assemble(
