@@ -6,7 +6,7 @@ This stays true while a node serves, so preflight and the health check both use 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -101,148 +101,184 @@ def hardware_problems(host: str, facts: Facts, expect: Expectations) -> list[Pro
     """Return the problems of GPUs, driver, links, fabric manager and kernel log."""
     report: GpuFactsReport = facts.get("gpu") or {}
     gpus = list(report.get("gpus", ()))
-    problems: list[Problem] = []
+    driver = report.get("driver_version")
+    problems = list(_no_driver(host, report))
+    if not problems or gpus:
+        problems += _count_of_gpus(host, gpus, expect)
+        problems += _each_gpu(host, gpus, expect, _BOARD)
+        problems += _driver_version(host, driver, expect)
+        problems += _each_gpu(host, gpus, expect, _STATE)
+        problems += _nvlink(host, report, expect)
+        problems += _fabric(host, facts, driver)
+    return [*problems, *_xids(host, facts, expect)]
 
-    def add(check: str, expected: str, found: str, remedy: str, severity: str = ERROR) -> None:
-        problems.append(Problem(host, check, expected, found, remedy, severity))
 
-    def each_gpu(
-        check: str,
-        expected: str,
-        found: Callable[[GpuFacts], str | None],
-        remedy: str,
-        severity: str = ERROR,
-    ) -> None:
-        """Add one problem per wrong value; ``found`` returns None for a GPU that is right."""
-        wrong: dict[str, list[int]] = {}
-        for gpu in gpus:
-            value = found(gpu)
-            if value is not None:
-                wrong.setdefault(value, []).append(gpu["index"])
-        for value, indexes in wrong.items():
-            add(check, expected, f"{value} on GPU {_ranges(indexes)}", remedy, severity)
+@dataclass(frozen=True)
+class _GpuRule:
+    """What every GPU must be: ``found`` returns None for one that is right, else what it is."""
 
-    if report.get("error"):
-        known = why_no_driver(report["error"])
-        add(
-            "driver",
-            "nvidia-smi answers",
-            f"{known.cause}: {report['error']}" if known else report["error"],
-            known.remedy
-            if known
-            else "install or repair the NVIDIA driver; see dmesg, and reboot if it names a GPU",
-        )
-        if not gpus:
-            return [*problems, *_xids(host, facts, expect)]
-    if len(gpus) != expect.gpu_count:
-        add(
-            "GPU count",
-            str(expect.gpu_count),
-            f"{len(gpus)} (GPU {_ranges([gpu['index'] for gpu in gpus])})" if gpus else "0",
-            "look for a GPU that fell off the bus: dmesg, lspci; power-cycle the node",
-        )
-    each_gpu(
+    check: str
+    expected: Callable[[Expectations], str]
+    found: Callable[[GpuFacts, Expectations], str | None]
+    remedy: str
+    severity: str = ERROR
+
+
+_BOARD = (
+    _GpuRule(
         "GPU model",
-        f"like {expect.gpu_model}",
-        lambda gpu: None if re.search(expect.gpu_model, gpu["name"]) else gpu["name"],
+        lambda expect: f"like {expect.gpu_model}",
+        lambda gpu, expect: None if re.search(expect.gpu_model, gpu["name"]) else gpu["name"],
         "take the node out of gpu_nodes, or set preflight_gpu_model",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "compute capability",
-        expect.compute_capability,
-        lambda gpu: (
+        lambda expect: expect.compute_capability,
+        lambda gpu, expect: (
             None
             if gpu["compute_capability"] == expect.compute_capability
             else gpu["compute_capability"] or "unknown"
         ),
         "take the node out of gpu_nodes, or set preflight_compute_capability",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "GPU memory",
-        f"{expect.gpu_memory_mib} MiB or more",
-        lambda gpu: (
+        lambda expect: f"{expect.gpu_memory_mib} MiB or more",
+        lambda gpu, expect: (
             None
             if (gpu["memory_total_mib"] or 0) >= expect.gpu_memory_mib
             else f"{gpu['memory_total_mib'] or 'unknown'} MiB"
         ),
         "take the node out of gpu_nodes: the model does not fit",
-    )
-    driver = report.get("driver_version")
-    if driver and parse_version(driver) < parse_version(expect.driver_min):
-        add(
-            "driver version",
-            f"{expect.driver_min} or newer",
-            driver,
-            "install a newer driver, or choose a release built for an older CUDA",
-        )
-    each_gpu(
+    ),
+)
+_STATE = (
+    _GpuRule(
         "MIG",
-        "off",
-        _mig,
+        lambda _: "off",
+        lambda gpu, _: _mig(gpu),
         "nvidia-smi -mig 0, then reset the GPU or reboot",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "ECC",
-        "on",
-        lambda gpu: "off" if gpu["ecc_current"] == "Disabled" else None,
+        lambda _: "on",
+        lambda gpu, _: "off" if gpu["ecc_current"] == "Disabled" else None,
         "nvidia-smi -e 1, then reboot",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "ECC errors",
-        "no uncorrectable error since the driver was loaded",
-        lambda gpu: _count(gpu["volatile_uncorrectable"], "uncorrectable"),
+        lambda _: "no uncorrectable error since the driver was loaded",
+        lambda gpu, _: _count(gpu["volatile_uncorrectable"], "uncorrectable"),
         "reset the GPU or reboot; if it comes back, have the board replaced",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "ECC history",
-        "no uncorrectable error in the life of the board",
-        lambda gpu: (
+        lambda _: "no uncorrectable error in the life of the board",
+        lambda gpu, _: (
             None
             if gpu["volatile_uncorrectable"]
             else _count(gpu["aggregate_uncorrectable"], "uncorrectable")
         ),
         "watch it: the rows were remapped",
         WARNING,
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "row remap",
-        "none pending",
-        lambda gpu: "pending" if gpu["remap_pending"] else None,
+        lambda _: "none pending",
+        lambda gpu, _: "pending" if gpu["remap_pending"] else None,
         "reset the GPU or reboot so that the rows are remapped",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "row remap",
-        "no failure",
-        lambda gpu: "failed" if gpu["remap_failure"] else None,
+        lambda _: "no failure",
+        lambda gpu, _: "failed" if gpu["remap_failure"] else None,
         "have the board replaced",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "recovery",
-        "no action asked for",
-        lambda gpu: gpu["recovery_action"],
+        lambda _: "no action asked for",
+        lambda gpu, _: gpu["recovery_action"],
         "do what the driver asks for, then run again",
-    )
-    each_gpu(
+    ),
+    _GpuRule(
         "throttling",
-        "no hardware slowdown",
-        lambda gpu: (
+        lambda _: "no hardware slowdown",
+        lambda gpu, _: (
             ", ".join(reason for reason in gpu["throttle_reasons"] if reason in _HARMFUL_THROTTLING)
             or None
         ),
         "check cooling and power of the node",
         WARNING,
+    ),
+)
+
+
+def _each_gpu(
+    host: str, gpus: Sequence[GpuFacts], expect: Expectations, rules: Iterable[_GpuRule]
+) -> Iterator[Problem]:
+    """Yield one problem for each wrong value, with all GPUs that have it."""
+    for rule in rules:
+        wrong: dict[str, list[int]] = {}
+        for gpu in gpus:
+            value = rule.found(gpu, expect)
+            if value is not None:
+                wrong.setdefault(value, []).append(gpu["index"])
+        for value, indexes in wrong.items():
+            found = f"{value} on GPU {_ranges(indexes)}"
+            expected = rule.expected(expect)
+            yield Problem(host, rule.check, expected, found, rule.remedy, rule.severity)
+
+
+def _no_driver(host: str, report: GpuFactsReport) -> Iterator[Problem]:
+    error = report.get("error")
+    if not error:
+        return
+    known = why_no_driver(error)
+    yield Problem(
+        host,
+        "driver",
+        "nvidia-smi answers",
+        f"{known.cause}: {error}" if known else error,
+        known.remedy
+        if known
+        else "install or repair the NVIDIA driver; see dmesg, and reboot if it names a GPU",
     )
+
+
+def _count_of_gpus(host: str, gpus: Sequence[GpuFacts], expect: Expectations) -> Iterator[Problem]:
+    if len(gpus) != expect.gpu_count:
+        yield Problem(
+            host,
+            "GPU count",
+            str(expect.gpu_count),
+            f"{len(gpus)} (GPU {_ranges([gpu['index'] for gpu in gpus])})" if gpus else "0",
+            "look for a GPU that fell off the bus: dmesg, lspci; power-cycle the node",
+        )
+
+
+def _driver_version(host: str, driver: str | None, expect: Expectations) -> Iterator[Problem]:
+    if driver and parse_version(driver) < parse_version(expect.driver_min):
+        yield Problem(
+            host,
+            "driver version",
+            f"{expect.driver_min} or newer",
+            driver,
+            "install a newer driver, or choose a release built for an older CUDA",
+        )
+
+
+def _nvlink(host: str, report: GpuFactsReport, expect: Expectations) -> Iterator[Problem]:
     pcie_only = report.get("nvlink", {}).get("pcie_only", ())
     pairs = report.get("nvlink", {}).get("pairs", 0)
-    if expect.nvlink and len(gpus) > 1 and (pcie_only or not pairs):
-        add(
+    several = len(report.get("gpus", ())) > 1
+    if expect.nvlink and several and (pcie_only or not pairs):
+        yield Problem(
+            host,
             "NVLink",
             "between all GPUs",
             f"PCIe only: {_shortened(pcie_only)}" if pairs else "no link told",
             "check fabric manager and bridges, or set preflight_nvlink: false for PCIe boards",
         )
-    problems += _fabric(host, facts, driver)
-    return [*problems, *_xids(host, facts, expect)]
 
 
 def _fabric(host: str, facts: Facts, driver: str | None) -> Iterable[Problem]:

@@ -9,7 +9,7 @@ the last check" is told by the report of that check: each host's entry holds a `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -65,20 +65,10 @@ def judge_fleet(
         for answer in answers.values()
         for node, each in (answer.get("held") or {}).items()
     }
-    gateways = []
-    for host, answer in answers.items():
-        record, before = hosts[host], earlier["gateways"].get(host, {})
-        if not answer:
-            gateways.append(GatewayHealth(host, [_unknown(host, record)], baseline=before))
-            continue
-        judged = judge_gateway(host, gateway=answer, before=before)
-        # A gateway that is a node too is judged as a host there.
-        if NODES not in record.groups:
-            (part,) = record.expect
-            expect = Expectations.from_dict(part["expect"])
-            more = system_findings(record.facts, expect, limits)
-            judged = replace(judged, findings=[*judged.findings, *more])
-        gateways.append(judged)
+    gateways = [
+        _judge_gateway_host(host, hosts[host], limits, earlier["gateways"].get(host, {}))
+        for host in answers
+    ]
     nodes = []
     for host, record in hosts.items():
         if NODES not in record.groups:
@@ -102,6 +92,21 @@ def judge_fleet(
             )
         )
     return compare_nodes(nodes, limits, earlier["nodes"]), gateways
+
+
+def _judge_gateway_host(
+    host: str, record: HostRecord, limits: Limits, before: Mapping[str, Any]
+) -> GatewayHealth:
+    answer: GatewayAnswer = record.facts.get("gateway") or {}
+    if not answer:
+        return GatewayHealth(host, [_unknown(host, record)], baseline=before)
+    judged = judge_gateway(host, gateway=answer, before=before)
+    # A gateway that is a node too is judged as a host there.
+    if NODES in record.groups:
+        return judged
+    (part,) = record.expect
+    more = system_findings(record.facts, Expectations.from_dict(part["expect"]), limits)
+    return replace(judged, findings=[*judged.findings, *more])
 
 
 def _unknown(host: str, record: HostRecord) -> Finding:
@@ -136,17 +141,7 @@ def judge_node(
         *system_findings(facts, expect, limits),
         *artifact_findings(facts),
     ]
-    broken = worst(findings) == BROKEN
-    # A node that an operator took out is no fault, however long it stays out.
-    findings += [Finding("gateway", HEALTHY, held, UNDRAIN_STEP)] if held else []
-    findings += [
-        Finding("gateway", DEGRADED, f"{state} at {where}", gateway_step(state))
-        for where, state in gateway.items()
-        # A server that is down is what a broken node looks like from the gateway.
-        if state not in ("UP", "?")
-        and not (broken and state == "DOWN")
-        and not (held and state in ("DRAIN", "MAINT"))
-    ]
+    findings += _gateway_findings(gateway, held, broken=worst(findings) == BROKEN)
     engine = probe.get("engine") or {}
     after = engine.get("after") or {}
     same_start = before.get("invocation_id") == unit.get("invocation_id")
@@ -161,15 +156,7 @@ def judge_node(
         attestation=_attestation(probe),
         tokens_per_second=speed if engine.get("state", "serving") == "serving" else None,
         gateway=gateway,
-        engine={
-            "state": engine.get("state", ""),
-            "phase": engine.get("phase", ""),
-            "running": after.get("running"),
-            "waiting": after.get("waiting"),
-            "kv_cache_usage": after.get("kv_cache_usage"),
-            "since": interval((before.get("engine") or {}) if same_start else {}, after),
-            "restarts": restarts,
-        },
+        engine=_engine_row(engine, (before.get("engine") or {}) if same_start else {}, restarts),
         problems=problems,
         facts=facts,
         probe=probe,
@@ -183,6 +170,36 @@ def judge_node(
             "engine": after,
         },
     )
+
+
+def _engine_row(
+    engine: Mapping[str, Any], before: Mapping[str, Any], restarts: int
+) -> dict[str, Any]:
+    after = engine.get("after") or {}
+    return {
+        "state": engine.get("state", ""),
+        "phase": engine.get("phase", ""),
+        "running": after.get("running"),
+        "waiting": after.get("waiting"),
+        "kv_cache_usage": after.get("kv_cache_usage"),
+        "since": interval(before, after),
+        "restarts": restarts,
+    }
+
+
+def _gateway_findings(gateway: Mapping[str, str], held: str, *, broken: bool) -> Iterator[Finding]:
+    # A node that an operator took out is no fault, however long it stays out.
+    if held:
+        yield Finding("gateway", HEALTHY, held, UNDRAIN_STEP)
+    for where, state in gateway.items():
+        # A server that is down is what a broken node looks like from the gateway.
+        if (
+            state in ("UP", "?")
+            or (broken and state == "DOWN")
+            or (held and state in ("DRAIN", "MAINT"))
+        ):
+            continue
+        yield Finding("gateway", DEGRADED, f"{state} at {where}", gateway_step(state))
 
 
 def _gpus(report: GpuFactsReport, expected: int) -> str:
