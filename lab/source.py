@@ -108,6 +108,39 @@ def repository_key(source_sha256: str) -> str:
     return digest.hexdigest()[:12]
 
 
+class _Maker:
+    """Makes commits of a source tree in a bare repository, the same ones every time."""
+
+    def __init__(self, tree: Path, repository: Path) -> None:
+        self.tree = tree
+        self._git = ["git", "--git-dir", str(repository), "--work-tree", str(tree)]
+        self._environment = dict(IDENTITY)
+
+    def call(self, *words: str, stdin: str | None = None) -> str:
+        """Run git, and return what it says."""
+        command = [*self._git, *words]
+        return run(command, env=self._environment, cwd=self.tree, stdin=stdin).stdout.strip()
+
+    def snapshot(self) -> str:
+        """Return the tree object of the files as they are."""
+        # Forced: vLLM's own ignore rules leave out files of its source distribution.
+        self.call("add", "--all", "--force", ".")
+        return self.call("write-tree")
+
+    def commit(self, content: str, message: str, day: int, *parents: str) -> str:
+        """Commit a tree object, on a day of October 2026."""
+        date = f"2026-10-{day:02d}T12:00:00+00:00"
+        self._environment.update(GIT_AUTHOR_DATE=date, GIT_COMMITTER_DATE=date)
+        above = [word for parent in parents for word in ("-p", parent)]
+        return self.call("commit-tree", content, *above, stdin=message)
+
+    def write(self, changes: dict[str, str]) -> None:
+        """Change files: {path: text}."""
+        for path, content in changes.items():
+            (self.tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.tree / path).write_text(content, encoding="utf-8")
+
+
 def build_repository(tree: Path, repository: Path) -> str:
     """Make the bare repository from an unpacked source; returns the pull request's head.
 
@@ -115,49 +148,24 @@ def build_repository(tree: Path, repository: Path) -> str:
     source; the pull request is one commit on the base. The variants are each one on main.
     """
     run(["git", "init", "--quiet", "--bare", "--initial-branch=main", repository], env=IDENTITY)
-    git = ["git", "--git-dir", str(repository), "--work-tree", str(tree)]
-    environment = dict(IDENTITY)
-
-    def call(*words: str, stdin: str | None = None) -> str:
-        return run([*git, *words], env=environment, cwd=tree, stdin=stdin).stdout.strip()
-
-    def snapshot() -> str:
-        # Forced: vLLM's own ignore rules leave out files of its source distribution.
-        call("add", "--all", "--force", ".")
-        return call("write-tree")
-
-    def commit(content: str, message: str, day: int, *parents: str) -> str:
-        date = f"2026-10-{day:02d}T12:00:00+00:00"
-        environment.update(GIT_AUTHOR_DATE=date, GIT_COMMITTER_DATE=date)
-        return call(
-            "commit-tree",
-            content,
-            *[word for parent in parents for word in ("-p", parent)],
-            stdin=message,
-        )
-
-    def write(changes: dict[str, str]) -> None:
-        for path, content in changes.items():
-            (tree / path).parent.mkdir(parents=True, exist_ok=True)
-            (tree / path).write_text(content, encoding="utf-8")
-
-    call("config", "core.compression", "1")
-    call("config", "gc.auto", "0")
-    call("config", "uploadpack.allowAnySHA1InWant", "true")
-    real = snapshot()
+    make = _Maker(tree, repository)
+    make.call("config", "core.compression", "1")
+    make.call("config", "gc.auto", "0")
+    make.call("config", "uploadpack.allowAnySHA1InWant", "true")
+    real = make.snapshot()
     variants = {}
     for name, (_, _, path, _) in standin.VARIANTS.items():
         before = (tree / path).read_text(encoding="utf-8")
-        write(standin.variant_changes(name, tree))
-        variants[name] = snapshot()
-        write({path: before})
-    write(standin.base_changes(tree))
-    base_tree = snapshot()
-    write(standin.pull_request_changes(tree))
-    pull_tree = snapshot()
-    base = commit(base_tree, f"vLLM before the XPU dispatch of {VLLM_VERSION}\n", 1)
-    main = commit(real, f"vLLM {VLLM_VERSION}, the source distribution\n", 18, base)
-    head = commit(
+        make.write(standin.variant_changes(name, tree))
+        variants[name] = make.snapshot()
+        make.write({path: before})
+    make.write(standin.base_changes(tree))
+    base_tree = make.snapshot()
+    make.write(standin.pull_request_changes(tree))
+    pull_tree = make.snapshot()
+    base = make.commit(base_tree, f"vLLM before the XPU dispatch of {VLLM_VERSION}\n", 1)
+    main = make.commit(real, f"vLLM {VLLM_VERSION}, the source distribution\n", 18, base)
+    head = make.commit(
         pull_tree,
         "Add TRITON_MLA_SPARSE: sparse MLA and its indexer without DeepGEMM\n\n"
         "A stand-in for the pull request of this number, made for a lab without GPUs.\n",
@@ -165,13 +173,13 @@ def build_repository(tree: Path, repository: Path) -> str:
         base,
     )
     for name, (number, title, _, _) in standin.VARIANTS.items():
-        changed = commit(variants[name], f"{title}\n", 19, main)
-        call("update-ref", f"refs/pull/{number}/head", changed)
-    call("update-ref", "refs/heads/main", main)
-    call("tag", "--annotate", "--message", f"vLLM {VLLM_VERSION}", f"v{VLLM_VERSION}", main)
-    call("update-ref", f"refs/pull/{PULL_REQUEST}/head", head)
-    call("repack", "-a", "-d", "-q", "--threads=2", "--window=2")
-    call("prune-packed")
+        changed = make.commit(variants[name], f"{title}\n", 19, main)
+        make.call("update-ref", f"refs/pull/{number}/head", changed)
+    make.call("update-ref", "refs/heads/main", main)
+    make.call("tag", "--annotate", "--message", f"vLLM {VLLM_VERSION}", f"v{VLLM_VERSION}", main)
+    make.call("update-ref", f"refs/pull/{PULL_REQUEST}/head", head)
+    make.call("repack", "-a", "-d", "-q", "--threads=2", "--window=2")
+    make.call("prune-packed")
     (repository / "index").unlink()
     return head
 

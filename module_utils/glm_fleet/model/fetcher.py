@@ -122,35 +122,21 @@ class Fetcher:
         self.meter.what = "fetching from the hub"
         self.meter.total = total
         self.meter.start(have)
+        jobs = [(entry, number) for entry, part in parts.items() for number in range(len(part))]
+        # {path: what is wrong}: the other files go on.
         corrupt: dict[str, str] = {}
         refused: dict[str, str] = {}
 
         def bring(job: tuple[FileEntry, int]) -> None:
             entry, number = job
-            part = parts[entry]
             try:
-                self._bring(manifest, entry, part, number)
+                wrong = self._complete(manifest, entry, parts[entry], number)
             except RefusedError as error:
-                # The other files may come all the same.
                 refused[entry.path] = error.found
                 return
-            if not part.close():
-                return
-            # An empty file comes without a block.
-            part.path.touch()
-            found = self.store.receive(manifest, entry, part.path)
-            if found != entry.sha256:
-                self._drop(part)
-                for each in range(len(part)):
-                    self._bring(manifest, entry, part, each)
-                found = self.store.receive(manifest, entry, part.path)
-            if found == entry.sha256:
-                part.discard()
-            else:
-                self._drop(part)
-                corrupt[entry.path] = f"SHA-256 {found[:12]}… instead of {entry.sha256[:12]}…"
+            if wrong:
+                corrupt[entry.path] = wrong
 
-        jobs = [(entry, number) for entry, part in parts.items() for number in range(len(part))]
         try:
             self._each(jobs, bring)
         finally:
@@ -161,6 +147,25 @@ class Fetcher:
             raise _corrupt(corrupt)
         if refused:
             raise _refused(refused)
+
+    def _complete(self, manifest: Manifest, entry: FileEntry, part: Part, number: int) -> str:
+        """Bring a segment of a file; with the last one, prove the file, or say what is wrong."""
+        self._bring(manifest, entry, part, number)
+        if not part.close():
+            return ""
+        # An empty file comes without a block.
+        part.path.touch()
+        found = self.store.receive(manifest, entry, part.path)
+        if found != entry.sha256:
+            self._drop(part)
+            for each in range(len(part)):
+                self._bring(manifest, entry, part, each)
+            found = self.store.receive(manifest, entry, part.path)
+        if found == entry.sha256:
+            part.discard()
+            return ""
+        self._drop(part)
+        return f"SHA-256 {found[:12]}… instead of {entry.sha256[:12]}…"
 
     def _drop(self, part: Part) -> None:
         self.meter.add(-part.have)

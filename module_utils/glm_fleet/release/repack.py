@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -252,39 +252,59 @@ def overlay(
     new_wheel = _edit_wheel(wheel, base.tags)
     if new_wheel != wheel:
         new[f"{new_info}/WHEEL"] = new_wheel.encode()
-    old_rows = {row[0]: row for row in csv.reader(io.StringIO(record)) if row}
-    order = [each for each in infos if not each.filename.startswith(f"{old_info}/")]
-    order += [each for each in infos if each.filename.startswith(f"{old_info}/")]
-    known = {each.filename for each in infos}
-    added = sorted(path for path in packaged if path in new and path not in known)
-    rows: list[list[str]] = []
+    rows_before = {row[0]: row for row in csv.reader(io.StringIO(record)) if row}
+    plan = _Plan(old_info, new_info, new, gone, infos, rows_before)
     try:
         with base.path.open("rb") as source, partial.open("wb") as stream:
-            writer = _Writer(stream)
-            for info in order:
-                path = info.filename
-                if path in gone or path == f"{old_info}/RECORD":
-                    continue
-                if path.startswith(f"{old_info}/"):
-                    # New files stand before the dist-info folder, which comes last.
-                    while added:
-                        rows.append(_add(writer, added[0], new[added.pop(0)]))
-                    path = new_info + path[len(old_info) :]
-                if path in new:
-                    rows.append(_add(writer, path, new[path]))
-                else:
-                    writer.copy(source, info, path)
-                    if not info.is_dir():
-                        rows.append([path, *_kept_row(old_rows, info.filename)])
-            rows.append([f"{new_info}/RECORD", "", ""])
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows(rows)
-            writer.add(f"{new_info}/RECORD", text.getvalue().encode())
-            writer.finish()
+            plan.write(source, _Writer(stream))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which members the new wheel has: kept ones, ``new`` contents by path, and none ``gone``."""
+
+    old_info: str
+    new_info: str
+    new: Mapping[str, bytes]
+    gone: Collection[str]
+    infos: Sequence[zipfile.ZipInfo]
+    rows_before: Mapping[str, list[str]]
+
+    def write(self, source: BinaryIO, writer: _Writer) -> None:
+        """Write the members, the dist-info folder last, and RECORD as the very last."""
+        of_info = f"{self.old_info}/"
+        known = {each.filename for each in self.infos}
+        inside = (f"{self.new_info}/", of_info)
+        fresh = [path for path in self.new if path not in known and not path.startswith(inside)]
+        rows: list[list[str]] = []
+        for info in self.infos:
+            if not info.filename.startswith(of_info):
+                rows += self._copy(source, writer, info, info.filename)
+        rows += [_add(writer, path, self.new[path]) for path in sorted(fresh)]
+        for info in self.infos:
+            if info.filename.startswith(of_info):
+                path = self.new_info + info.filename[len(self.old_info) :]
+                rows += self._copy(source, writer, info, path)
+        rows.append([f"{self.new_info}/RECORD", "", ""])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        writer.add(f"{self.new_info}/RECORD", text.getvalue().encode())
+        writer.finish()
+
+    def _copy(
+        self, source: BinaryIO, writer: _Writer, info: zipfile.ZipInfo, path: str
+    ) -> list[list[str]]:
+        """Write one member of the base wheel, or what takes its place; return its RECORD row."""
+        if info.filename in self.gone or info.filename == f"{self.old_info}/RECORD":
+            return []
+        if path in self.new:
+            return [_add(writer, path, self.new[path])]
+        writer.copy(source, info, path)
+        return [] if info.is_dir() else [[path, *_kept_row(self.rows_before, info.filename)]]
 
 
 def _add(writer: _Writer, path: str, content: bytes) -> list[str]:

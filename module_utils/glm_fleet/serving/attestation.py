@@ -75,6 +75,15 @@ def _answered(name: str, answer: Answer) -> Check:
     return Check(name, answer.tokens > 0, detail)
 
 
+# What an attestation tells of the load, from the server's metrics.
+_METRICS = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:generation_tokens_total",
+)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What the attestation expects of a node; empty ids mean: whatever runs."""
@@ -138,20 +147,7 @@ def _attest(
     recorded = record.get("invocation") == running["invocation"]
     model_id = record.get("model", "") if recorded else ""
     if running["active"]:
-        checks.append(
-            Check(
-                "release that runs",
-                bool(release) and release == (wanted.release or record.get("release")),
-                f"{release or 'unknown'}, wanted {wanted.release or record.get('release')}",
-            )
-        )
-        checks.append(
-            Check(
-                "model that runs",
-                bool(model_id) and model_id == (wanted.model or model_id),
-                f"{model_id or 'unknown'}, wanted {wanted.model or 'any'}",
-            )
-        )
+        checks += _what_runs(release, model_id, wanted, record.get("release"))
         proof = check_journal(lines, wanted.required, wanted.forbidden, known)
         checks += proof
         served, context = served_model(http, wanted.model_name)
@@ -159,12 +155,8 @@ def _attest(
         if served.passed:
             more, canary = run_canary(http, wanted.model_name, context, thorough=thorough)
             checks += more
-        metrics = {
-            key: value
-            for key, value in read_metrics(http).items()
-            if key in ("vllm:num_requests_running", "vllm:num_requests_waiting",
-                       "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total")
-        }  # fmt: skip
+        told = read_metrics(http)
+        metrics = {key: told[key] for key in _METRICS if key in told}
     passed = all(check.passed for check in checks)
     if passed and thorough:
         evidence = dict(zip(wanted.required, (check.detail for check in proof)))
@@ -185,3 +177,25 @@ def _attest(
         "step_down": not passed and lower_graphs_help(lines),
         "journal": [] if passed else relevant_lines(lines),
     }
+
+
+def _what_runs(
+    release: str, model: str, wanted: Wanted, recorded_release: str | None
+) -> list[Check]:
+    """Compare the libraries that are mapped, and the model that was recorded, with what is wanted.
+
+    Without a wanted release, what the pre-start check recorded of this start is wanted.
+    """
+    wanted_release = wanted.release or recorded_release
+    return [
+        Check(
+            "release that runs",
+            bool(release) and release == wanted_release,
+            f"{release or 'unknown'}, wanted {wanted_release}",
+        ),
+        Check(
+            "model that runs",
+            bool(model) and model == (wanted.model or model),
+            f"{model or 'unknown'}, wanted {wanted.model or 'any'}",
+        ),
+    ]
