@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .settings import GATEWAY, REPOSITORY, gpu_host
+from .settings import CLIENT_KEY, GATEWAY, REPOSITORY, gpu_host
 
 PORT = 8080
 TIMEOUT_S = 120
@@ -50,9 +50,18 @@ def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         yield json.loads(value)
 
 
+def with_key(url: str, body: Any = None) -> urllib.request.Request:
+    """Return a request as the lab's client makes it."""
+    headers = {"Content-Type": "application/json"}
+    if CLIENT_KEY.is_file():
+        headers["Authorization"] = f"Bearer {CLIENT_KEY.read_text()}"
+    data = json.dumps(body).encode() if body is not None else None
+    return urllib.request.Request(url, data=data, headers=headers)
+
+
 def model_name(url: str) -> str:
     """Return the first model that the fleet serves."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT_S) as response:
+    with urllib.request.urlopen(with_key(f"{url}/v1/models"), timeout=TIMEOUT_S) as response:
         return str(json.load(response)["data"][0]["id"])
 
 
@@ -66,11 +75,7 @@ def ask(url: str, question: str, max_tokens: int) -> Answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
+    request = with_key(f"{url}/v1/chat/completions", body)
     begin = time.monotonic()
     first = 0.0
     tokens = 0
@@ -127,7 +132,7 @@ def main() -> int:
         f"{answer.tokens_per_s:.1f} tok/s. The lab's model is small and random; its words "
         "mean nothing.\n\n"
         f"{fleet_table(REPOSITORY / 'reports/fleet.json')}\n"
-        f"The API:         {arguments.url}/v1\n"
+        f"The API:         {arguments.url}/v1, with the key in {CLIENT_KEY}\n"
         f"Into a node:     .venv/bin/python -m lab shell {gpu_host(1).name}\n"
         "The fleet:       .venv/bin/ansible-playbook -i inventory/lab playbooks/health.yml\n"
         "Take it down:    make lab-down"

@@ -3,15 +3,26 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from typing import Any
 
 import yaml
 
 from .hosts import KEY, KNOWN_HOSTS
-from .settings import INVENTORY, SSH, USER, Host
+from .settings import CLIENT_KEY, INVENTORY, SSH, STATE, USER, Host
 from .system import write_atomic
 
 HEADER = "# Written by `make lab-up`; `make lab-down` removes it.\n---\n"
+
+
+def client_key() -> str:
+    """Return the key of the lab's one client, made when there is none."""
+    if not CLIENT_KEY.is_file():
+        CLIENT_KEY.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(CLIENT_KEY, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
+            stream.write(secrets.token_urlsafe(32))
+    return CLIENT_KEY.read_text()
 
 
 def build(hosts: list[Host], upstream_vars: dict[str, Any]) -> dict[str, Any]:
@@ -43,5 +54,10 @@ def build(hosts: list[Host], upstream_vars: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(hosts: list[Host], upstream_vars: dict[str, Any]) -> None:
-    text = yaml.safe_dump(build(hosts, upstream_vars), sort_keys=False, width=200)
+    lab_vars = {
+        **upstream_vars,
+        "gateway_clients": [{"name": "demo", "keys": [client_key()]}],
+        "gateway_clients_backup": str(STATE / "clients.json"),
+    }
+    text = yaml.safe_dump(build(hosts, lab_vars), sort_keys=False, width=200)
     write_atomic(INVENTORY, HEADER + text)

@@ -20,6 +20,7 @@ STATE = Path(f"/var/lib/glm-fleet-lab{SUFFIX}")
 HOSTS = STATE / "hosts"
 UPSTREAMS = STATE / "upstreams"
 SSH = STATE / "ssh"
+CLIENT_KEY = STATE / "client.key"
 LOCK = Path(f"/run/lock/glm-fleet-lab{SUFFIX}.lock")
 CACHE_LOCK = Path("/run/lock/glm-fleet-lab-cache.lock")
 INVENTORY = REPOSITORY / "inventory" / "lab" / "hosts.yml"

@@ -92,7 +92,7 @@ options:
     type: bool
     default: false
   gateway_url:
-    description: On a gateway, its own front door, such as V(http://127.0.0.1:8080/health).
+    description: On a gateway, its own front door, such as V(http://127.0.0.1:8080).
       Empty where there is no gateway.
     type: str
     default: ""

@@ -48,6 +48,11 @@ options:
     description: Key that the server wants from its clients.
     type: str
     default: ""
+  api_key_file:
+    description: File on the host with a key to send instead of O(api_key), where there is such a
+      file.
+    type: path
+    default: ""
   streams:
     description: Levels of the load, in requests at once for each of O(nodes).
     type: list
@@ -118,6 +123,7 @@ running:
 """
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -127,11 +133,12 @@ from ansible.module_utils.glm_fleet.serving.record import read_record
 
 
 def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
+    key = Path(params["api_key_file"])
     server = client.Server(
         address=params["address"],
         port=params["port"],
         model=params["model"],
-        api_key=params["api_key"],
+        api_key=key.read_text() if key.is_file() else params["api_key"],
         tls=params["tls"],
         verify=params["validate_certs"],
     )
@@ -161,6 +168,7 @@ def main() -> None:
             "validate_certs": {"type": "bool", "default": True},
             "model": {"type": "str", "required": True},
             "api_key": {"type": "str", "default": "", "no_log": True},
+            "api_key_file": {"type": "path", "default": "", "no_log": False},
             "streams": {"type": "list", "elements": "int", "default": [1, 2, 4, 8, 16, 32]},
             "nodes": {"type": "int", "default": 1},
             "rounds": {"type": "int", "default": 3},

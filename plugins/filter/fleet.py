@@ -36,6 +36,8 @@ FILTERS = (
     "failed_turns",
     "rollback_target",
     "node_endpoints",
+    "client_digests",
+    "clients_table",
 )
 _HOME = str(Path(__file__).resolve().parents[1] / "plugin_utils")
 

@@ -20,13 +20,15 @@ sys.path.insert(0, str(_LIBRARY))
 from glm_fleet.artifact.manifest import parse_manifest
 from glm_fleet.core import closure
 from glm_fleet.core.errors import FleetError
+from glm_fleet.core.table import render_table
 from glm_fleet.fleet import rollout
 from glm_fleet.fleet.endpoints import host_address as host_address
 from glm_fleet.fleet.endpoints import node_endpoints as node_endpoints
+from glm_fleet.gateway import clients
 from glm_fleet.release.variant import choose_variant
 from glm_fleet.serving import command
 from glm_fleet.transfer import torrent
-from glm_terminal import plain
+from glm_terminal import plain, width
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
@@ -226,3 +228,30 @@ def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str])
 def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
     """Give what a node goes back to: as asked, or as in the roll-back that did not end."""
     return rollout.rollback_target(roll, node, wanted)
+
+
+def client_digests(declared: Sequence[Mapping[str, Any]], shared: str) -> list[dict[str, Any]]:
+    """Give the inventory's clients with digests of their keys: no key leaves the controller."""
+    try:
+        return clients.without_secrets(plain(declared), str(shared))
+    except FleetError as error:
+        raise AnsibleFilterError(str(error)) from error
+
+
+def clients_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Give the lines of the table of clients."""
+    heading = ("client", "key", "state", "expires", "a minute", "at once", "priority", "paths")
+    cells = [
+        [
+            str(row["client"]),
+            str(row["key"] or "-"),
+            str(row["state"]),
+            str(row["expires"] or "never"),
+            str(row["requests_a_minute"] or "any"),
+            str(row["requests_at_once"] or "any"),
+            str(row["priority"]),
+            ", ".join(row["paths"]) or "all",
+        ]
+        for row in rows
+    ]
+    return [line.text for line in render_table(heading, cells, width())]

@@ -121,6 +121,9 @@ class Fleet:
         }
         self.nodes = sorted(hosts["gpu_nodes"]["hosts"])
         self.gateway = next(iter(hosts["gateways"]["hosts"]))
+        clients = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["vars"]
+        self.key: str = clients["gateway_clients"][0]["keys"][0]
+        self.bearer = {"Authorization": f"Bearer {self.key}"}
         self.url = f"http://{self.addresses[self.gateway]}:8080"
 
     def start_playbook(self, playbook: str, *arguments: str) -> subprocess.Popen[str]:
@@ -208,7 +211,7 @@ class Fleet:
         request = urllib.request.Request(
             f"{self.url}/v1/chat/completions",
             data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **self.bearer},
         )
         arrivals: list[float] = []
         lines: list[str] = []

@@ -128,11 +128,11 @@ async def _ask(client: openai.AsyncOpenAI, kind: str) -> Request:
     return Request(kind, outcome, began, time.time(), node)
 
 
-async def _clients(url: str, load: Load, stop: threading.Event) -> None:
+async def _clients(fleet: Fleet, load: Load, stop: threading.Event) -> None:
     async def one(kind: str) -> None:
         # No retries: what fails here is what a client would have seen.
         async with openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"{fleet.url}/v1", api_key=fleet.key, max_retries=0, timeout=120
         ) as client:
             while not stop.is_set() and len(load.requests) < _MOST_REQUESTS:
                 load.requests.append(await _ask(client, kind))
@@ -165,7 +165,7 @@ def under_load(fleet: Fleet, what: str) -> Iterator[Load]:
     watcher.stdin.close()
     threads = [
         threading.Thread(target=_watch, args=(watcher, load), daemon=True),
-        threading.Thread(target=lambda: asyncio.run(_clients(fleet.url, load, stop)), daemon=True),
+        threading.Thread(target=lambda: asyncio.run(_clients(fleet, load, stop)), daemon=True),
     ]
     for thread in threads:
         thread.start()

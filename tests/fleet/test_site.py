@@ -167,7 +167,7 @@ def test_curl_gets_events_as_anybody_would(fleet: Fleet) -> None:
     body = '{"model":"glm-5.2","prompt":"Hello","max_tokens":4,"stream":true}'
     done = subprocess.run(
         ["curl", "-sN", f"{fleet.url}/v1/completions", "-H", "Content-Type: application/json",
-         "-d", body],
+         "-H", f"Authorization: Bearer {fleet.key}", "-d", body],
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert done.stdout.count("data: ") >= 4

@@ -6,17 +6,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import yaml
 from glm_fleet.core.errors import FleetError
@@ -35,8 +31,7 @@ from glm_fleet.gateway.haproxy import (
 from glm_fleet.gateway.state_file import STATE_FILE, save_states
 from glm_fleet.gateway.statistics import parse_old_workers, parse_servers_state
 
-ROLE = Path(__file__).resolve().parents[2] / "roles" / "gateway"
-
+from tests.gateway import BEARER, ROLE, Gateway, Node, eventually
 
 # -- pure ------------------------------------------------------------------------------
 
@@ -134,174 +129,6 @@ def test_the_role_and_the_modules_agree_on_paths() -> None:
 # -- the real HAProxy ------------------------------------------------------------------
 
 
-class Node:
-    """A node as the gateway sees it: /health, and a stream that lasts as long as told."""
-
-    def __init__(self) -> None:
-        self.healthy = True
-        self.release = threading.Event()
-        node = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                if self.path == "/health":
-                    self.send_response(200 if node.healthy else 500)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
-                self.chunk(b"data: first\n\n")
-                if self.path == "/stream":
-                    node.release.wait(20)
-                self.chunk(b"data: [DONE]\n\n")
-                self.chunk(b"")
-
-            def chunk(self, data: bytes) -> None:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        # A health check resets its connection as soon as it has the status.
-        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        self.port: int = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self.release.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
-class Gateway:
-    """HAProxy with the role's template, less what needs root."""
-
-    def __init__(self, folder: Path, nodes: dict[str, Node]) -> None:
-        binary = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-        if binary is None:
-            pytest.fail("haproxy is missing: run ./bootstrap test, which installs it")
-        self.binary = binary
-        self.folder = folder
-        self.endpoints = {name: f"127.0.0.1:{node.port}" for name, node in nodes.items()}
-        self.port = free_port()
-        self.state_file = folder / "state"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.haproxy = Haproxy(
-            unix_transport(str(folder / "admin.sock"), timeout=3),
-            unix_transport(str(folder / "master.sock"), timeout=3),
-        )
-
-    def write(self, revision: str) -> Path:
-        variables = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
-        variables |= yaml.safe_load((ROLE / "vars/main.yml").read_text())
-        variables |= {
-            "ansible_managed": "Ansible managed",
-            "__gateway_revision": revision,
-            "__gateway_endpoints": self.endpoints,
-            "__gateway_socket": self.folder / "admin.sock",
-            "__gateway_state_file": self.state_file,
-            "gateway_bind_address": "127.0.0.1",
-            "gateway_port": self.port,
-            "gateway_metrics_bind": f"127.0.0.1:{free_port()}",
-            "gateway_check_interval_s": 1,
-        }
-        environment = jinja2.Environment(  # noqa: S701 - HAProxy's configuration is not HTML
-            trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-        )
-        environment.filters["comment"] = lambda text: f"# {text}"
-        text = environment.from_string((ROLE / "templates/haproxy.cfg.j2").read_text()).render(
-            variables
-        )
-        needs_root = ("user ", "group ", "chroot ", "log /dev/log")
-        path = self.folder / "haproxy.cfg"
-        path.write_text(
-            "".join(
-                line
-                for line in text.splitlines(keepends=True)
-                if not line.strip().startswith(needs_root)
-            )
-        )
-        return path
-
-    def start(self, revision: str) -> None:
-        path = self.write(revision)
-        checked = subprocess.run(
-            [self.binary, "-c", "-f", path], capture_output=True, text=True, check=False
-        )
-        assert checked.returncode == 0, checked.stderr
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [self.binary, "-Ws", "-S", self.folder / "master.sock", "-f", path],
-                stdout=log,
-                stderr=log,
-            )
-        eventually(lambda: self.runs(revision))
-
-    def reload(self, revision: str) -> None:
-        save_states(self.haproxy, self.state_file, self.endpoints)
-        self.write(revision)
-        assert self.process is not None
-        self.process.send_signal(12)  # SIGUSR2, as `systemctl reload haproxy` sends it
-        eventually(lambda: self.runs(revision))
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait(10)
-
-    def runs(self, revision: str) -> bool:
-        try:
-            return self.haproxy.revision() == revision
-        except GatewayUnreachableError:
-            return False
-
-    def set(self, name: str, state: str, *, wait: bool = True, timeout: float = 15) -> bool:
-        return ensure_state(
-            self.haproxy,
-            BACKEND,
-            name,
-            state,
-            state_file=self.state_file,
-            wait=wait,
-            timeout=timeout,
-        ).changed
-
-    def states(self) -> dict[str, str]:
-        report = describe(self.haproxy)
-        assert report["errors"] == []
-        return {s["name"]: s["status"] for s in report["servers"]}
-
-    def get(self, path: str = "/") -> tuple[int, str]:
-        """Return status and serving node of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            response.read()
-            return response.status, response.headers.get("X-Glm-Fleet-Node", "")
-        finally:
-            connection.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def nodes() -> Iterator[dict[str, Node]]:
     made = {"gpu01": Node(), "gpu02": Node()}
@@ -387,7 +214,7 @@ def test_drain_waits_for_streams_of_workers_before_a_reload(
 def test_the_first_token_is_not_held_back(gateway: Gateway, nodes: dict[str, Node]) -> None:
     gateway.set("gpu01", "ready")
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=5)
-    connection.request("GET", "/stream")
+    connection.request("GET", "/stream", headers=BEARER)
     response = connection.getresponse()
     assert response.readline() == b"data: first\n"  # the node is still waiting for us
     nodes["gpu01"].release.set()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import FleetError
@@ -14,11 +15,12 @@ from .query import TIMEOUT_S, NodeQuery
 def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
     """Return what HAProxy says of itself, of its configuration on disk and as a client sees it."""
     from ..fleet.lock import FleetLock
+    from ..gateway.client_store import ClientStore
     from ..gateway.haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
 
     found = describe(Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET)))
     found["config_error"] = check_config(query.gateway_config, run)
-    found["client"] = ask_as_client(query.gateway_url)
+    found["client"] = ask_as_client(query.gateway_url, ClientStore().own_key)
     found["held"] = FleetLock().held()
     return found
 
@@ -35,8 +37,12 @@ def check_config(path: str, run: Runner) -> str:
     return " ".join((lines or answer.stderr.splitlines() or ["it is not valid"])[0].split())[:300]
 
 
-def ask_as_client(url: str) -> dict[str, Any]:
-    """Ask the gateway's own front door for a node's health: {status, seconds, node, error}."""
+def ask_as_client(url: str, key_file: Path) -> dict[str, Any]:
+    """Ask the gateway's own front door for its models: {status, seconds, node, error}.
+
+    ``key_file`` holds the gateway's own key. A gateway that was set up before it had one lets
+    every path through, and is asked for a node's health.
+    """
     import http.client
     import ssl
     import urllib.error
@@ -47,7 +53,11 @@ def ask_as_client(url: str) -> dict[str, Any]:
     # From the gateway to itself, where the certificate's name cannot match.
     context = ssl._create_unverified_context() if url.startswith("https") else None  # noqa: S323
     try:
-        answer = urllib.request.urlopen(url, timeout=10, context=context)  # noqa: S310
+        request = urllib.request.Request(f"{url}/health")  # noqa: S310
+        if key_file.is_file():
+            request = urllib.request.Request(f"{url}/v1/models")  # noqa: S310
+            request.add_header("Authorization", f"Bearer {key_file.read_text()}")
+        answer = urllib.request.urlopen(request, timeout=10, context=context)  # noqa: S310
     except urllib.error.HTTPError as error:
         result.update(status=error.code, node=error.headers.get("X-Glm-Fleet-Node", ""))
         error.close()

@@ -202,8 +202,8 @@ def test_haproxy_says_itself_whether_its_configuration_is_valid() -> None:
     assert check_config("/x", lambda argv, **_: RunResult(0, "", "")) == ""
 
 
-def test_nobody_behind_the_front_door() -> None:
-    answer = ask_as_client("http://127.0.0.1:1/health")
+def test_nobody_behind_the_front_door(tmp_path: Path) -> None:
+    answer = ask_as_client("http://127.0.0.1:1", tmp_path / "own.key")
     assert answer["status"] == 0
     assert "refused" in answer["error"]
 
