@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import shutil
 import socket
+import socketserver
 import subprocess
 import threading
 import time
@@ -45,10 +46,18 @@ class Request:
 
 
 class Node:
-    """A node as the gateway sees it: /health, and a stream that lasts as long as told."""
+    """A node as the gateway sees it: /health, and a stream that lasts as long as told.
 
-    def __init__(self) -> None:
+    With ``agent_port`` its readiness agent says ``word``, as those of every version do.
+    """
+
+    def __init__(self, address: str = "127.0.0.1", agent_port: int = 0) -> None:
         self.healthy = True
+        self.address = address
+        self.word = "up"
+        self.agent: socketserver.ThreadingTCPServer | None = None
+        if agent_port:
+            self.start_agent(agent_port)
         self.release = threading.Event()
         self.seen: list[Request] = []
         node = self
@@ -91,14 +100,35 @@ class Node:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer((address, 0), Handler)
         self.server.daemon_threads = True
         # A health check resets its connection as soon as it has the status.
         self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.port: int = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
+    def start_agent(self, port: int) -> None:
+        node = self
+
+        class Agent(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                self.request.sendall(f"{node.word}\n".encode())
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+
+        self.agent = Server((self.address, port), Agent)
+        threading.Thread(target=self.agent.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop_agent(self) -> None:
+        if self.agent is not None:
+            self.agent.shutdown()
+            self.agent.server_close()
+            self.agent = None
+
     def close(self) -> None:
+        self.stop_agent()
         self.release.set()
         self.server.shutdown()
         self.server.server_close()
@@ -125,8 +155,10 @@ class Gateway:
             raise AssertionError("haproxy is missing: run ./bootstrap test, which installs it")
         self.binary = binary
         self.folder = folder
-        self.endpoints = {name: f"127.0.0.1:{node.port}" for name, node in nodes.items()}
+        self.endpoints = {name: f"{node.address}:{node.port}" for name, node in nodes.items()}
         self.variables = variables
+        # What else a test changes in the text of the configuration.
+        self.edit: Callable[[str], str] = lambda text: text
         self.port = free_port()
         self.state_file = folder / "state"
         self.log = folder / "log"
@@ -166,7 +198,7 @@ class Gateway:
         }
         variables["__gateway_too_large"] = _rendered(variables, variables["__gateway_too_large"])
         text = _rendered(variables, (ROLE / "templates/haproxy.cfg.j2").read_text())
-        text = text.replace("log /dev/log local0", "log stdout format raw local0")
+        text = self.edit(text.replace("log /dev/log local0", "log stdout format raw local0"))
         needs_root = ("user ", "group ", "chroot ")
         path = self.folder / "haproxy.cfg"
         path.write_text(

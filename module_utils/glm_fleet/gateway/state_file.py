@@ -13,6 +13,8 @@ from .haproxy import GatewayUnreachableError, Haproxy
 from .statistics import STATE_FILE_VERSION, ServerState, parse_servers_state
 
 STATE_FILE = "/var/lib/haproxy/server-state"
+# Places in a line, by the header.
+_WEIGHT, _WEIGHT_CONFIGURED = 7, 8
 _HEADER = (
     "# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight "
     "srv_iweight srv_time_since_last_change srv_check_status srv_check_result "
@@ -54,8 +56,19 @@ def state_lines(servers: Iterable[ServerState]) -> str:
     2.6) takes the port from the state file over the one in its configuration.
     """
     lines = [STATE_FILE_VERSION, _HEADER]
-    lines += [server.line for server in servers if server.admin_state != "maint"]
+    lines += [_own_weight(server.line) for server in servers if server.admin_state != "maint"]
     return "\n".join(lines) + "\n"
+
+
+def _own_weight(line: str) -> str:
+    """Return the line of a server with the weight of its configuration.
+
+    Nobody of ours changes a weight. One that differs was set by a node's agent, under an earlier
+    configuration that let agents do so, and would outlive it.
+    """
+    fields = line.split(" ")
+    fields[_WEIGHT] = fields[_WEIGHT_CONFIGURED]
+    return " ".join(fields)
 
 
 def _states_to_keep(
@@ -87,7 +100,9 @@ def is_saved(path: Path, servers: Iterable[ServerState]) -> bool:
         }
 
     on_disk = _read(path)
-    return on_disk is not None and keys(on_disk) == keys(servers)
+    if on_disk is None or keys(on_disk) != keys(servers):
+        return False
+    return all(s.line == _own_weight(s.line) for s in on_disk if s.admin_state != "maint")
 
 
 @contextmanager
