@@ -25,6 +25,10 @@ options:
     description: Folder of the environment.
     type: path
     required: true
+  user:
+    description: User who tries the environment. Nothing that came in the release runs as root.
+    type: str
+    default: glm
   compile_bytecode:
     description: Compile every Python file, so that the first start does not have to.
     type: bool
@@ -61,6 +65,7 @@ def main() -> None:
         argument_spec={
             "artifact": {"type": "path", "required": True},
             "dest": {"type": "path", "required": True},
+            "user": {"type": "str", "default": "glm"},
             "compile_bytecode": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
@@ -78,7 +83,11 @@ def main() -> None:
             # Whoever had the lock may have built it.
             if not environment.is_complete(dest, artifact.name):
                 seen = environment.build(
-                    run_program, artifact, dest, compile_bytecode=module.params["compile_bytecode"]
+                    run_program,
+                    artifact,
+                    dest,
+                    user=module.params["user"],
+                    compile_bytecode=module.params["compile_bytecode"],
                 )
     except FleetError as error:
         module.fail_json(**error.as_fail())

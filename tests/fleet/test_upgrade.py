@@ -292,7 +292,8 @@ def test_a_killed_server_comes_back_only_when_attested(fleet: Fleet) -> None:
             time.sleep(0.5)
         wait_ready(fleet, victim)
         time.sleep(3)
-    script = "journalctl -u glm-serving -u glm-sentry -o cat --since -5min"
+    units = "-u glm-serving -u glm-sentry -u 'glm-prestart@*'"
+    script = f"journalctl {units} -o cat --since -5min"
     journal = fleet.shell(victim, script).output
     assert "start gate: ended" in journal
     assert "VLLM::EngineCore" in journal

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import FleetError
+from ..core.runner import Runner, as_user, run_program
 from .manifest import KINDS
 from .store import Store
 
@@ -62,6 +64,7 @@ def retire_old(
     companions: Sequence[Path] = (),
     dry: bool,
     now: float | None = None,
+    run: Runner = run_program,
 ) -> Retired:
     """Retire what is above ``keep`` of each kind, and what belonged to it.
 
@@ -89,20 +92,32 @@ def retire_old(
                 leftovers += [
                     path
                     for folder, each in itertools.product(companions, going)
-                    if (path := folder / each).is_dir()
+                    if os.path.lexists(path := folder / each)
                 ]
             doomed += leftovers
             if dry:
                 continue
             # The artifact goes last: killed in between, the next run finds all of it again.
             for path in leftovers:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                _remove(path, run)
             for each in going:
                 store.retire(kind, each)
     return Retired(artifacts, [str(path) for path in doomed])
+
+
+def _remove(path: Path, run: Runner) -> None:
+    """Remove a file or a folder with the rights of whoever owns the folder that it lies in.
+
+    The caches of the engine lie in a folder of the engine's user, who can put a link to any other
+    folder there while root walks down.
+    """
+    owner = path.parent.stat().st_uid
+    if owner != 0:
+        run([*as_user(str(owner)), "rm", "--recursive", "--force", "--", str(path)], cwd="/")
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def protected_by(links: Iterable[Path], previous: Path) -> set[str]:

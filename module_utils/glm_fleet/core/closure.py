@@ -16,7 +16,8 @@ from pathlib import Path
 # The modules that units on a node start by name, as `python3 -m glm_fleet.NAME`. A deployment
 # keeps the text of its unit, and a roll-back starts an old unit with the library of today: these
 # names stay for ever.
-ENTRY_POINTS = ("gate", "sentry", "watch", "swarm")
+# `__main__` starts them by name without a folder, an environment or a home of anybody.
+ENTRY_POINTS = ("gate", "sentry", "watch", "swarm", "__main__")
 
 
 def closure(modules: Iterable[str], package: Path) -> dict[str, str]:

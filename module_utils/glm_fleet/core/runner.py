@@ -97,3 +97,24 @@ def run_program(
             found=f"exit status {result.rc}: {tail}",
         )
     return result
+
+
+def as_user(user: str) -> list[str]:
+    """Return what to put before a command so that it runs with no more rights than ``user`` has.
+
+    ``user`` is a name or a number. Only root can become somebody else: the list is empty for
+    anybody else, who has no rights to lose.
+    """
+    if os.geteuid() != 0:
+        return []
+    groups = "--clear-groups" if user.isdigit() else "--init-groups"
+    return [
+        "setpriv",
+        f"--reuid={user}",
+        f"--regid={user}",
+        groups,
+        "--inh-caps=-all",
+        "--bounding-set=-all",
+        "--no-new-privs",
+        "--",
+    ]

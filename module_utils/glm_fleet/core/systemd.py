@@ -21,6 +21,9 @@ _FIELDS = {
     "MainPID": "main_pid",
 }
 _COUNTS = ("n_restarts", "main_pid")
+# The pre-start checks of the serving unit, one for each start; its messages bear the invocation
+# of the start that it checks.
+PRESTART = "glm-prestart@*.service"
 
 
 def read_units(runner: Runner, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -74,9 +77,11 @@ def last_words(runner: Runner, unit: str, most: int = 300) -> list[str]:
     """Return the unit's last messages over all its starts, oldest first.
 
     A start that died was followed by the next one, so the journal of one start is not enough.
+    What the pre-start check of the unit said is among them.
     """
+    units = [f"--unit={unit}", f"--unit={PRESTART}"]
     answer = runner(
-        ["journalctl", "--no-pager", "--output=cat", f"--unit={unit}", f"--lines={most}"],
+        ["journalctl", "--no-pager", "--output=cat", *units, f"--lines={most}"],
         check=False,
     )
     return answer.stdout.splitlines()

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from ..core.errors import FleetError
-from ..core.runner import Runner
+from ..core.runner import Runner, as_user
 
 # A folder without this file was not finished: it is removed and built again.
 COMPLETE = "glm-fleet-release.json"
@@ -57,12 +57,13 @@ def extract_uv(artifact: Path, folder: Path) -> Path:
 
 
 def build(
-    runner: Runner, artifact: Path, environment: Path, *, compile_bytecode: bool
+    runner: Runner, artifact: Path, environment: Path, *, user: str, compile_bytecode: bool
 ) -> dict[str, str]:
     """Build the environment with no network and show that the backend is in it.
 
     Everything happens beside the final place, which one rename fills: a build that is
-    killed leaves nothing that looks complete. Returns what the smoke check saw.
+    killed leaves nothing that looks complete. Nothing of the release is run as root: ``user`` is
+    who tries it. Returns what the smoke check saw.
     """
     python_version, backend = read_recipe(artifact)
     partial = environment.with_name(f".{environment.name}.partial")
@@ -81,11 +82,12 @@ def build(
             env=variables,
         )  # fmt: skip
         install = [uv, "pip", "sync", "--python", str(home / "bin" / "python"), "--no-index",
-                   "--find-links", "wheels", "--require-hashes", "lock.txt"]  # fmt: skip
-        if compile_bytecode:
-            install.append("--compile-bytecode")
+                   "--find-links", "wheels", "--require-hashes", "--no-build",
+                   "lock.txt"]  # fmt: skip
         runner(install, env=variables, cwd=str(artifact))
-        seen = smoke_check(runner, home, backend)
+        if compile_bytecode:
+            _compile(runner, home)
+        seen = smoke_check(runner, home, backend, user)
         record = {"release": artifact.name, **seen}
         (home / COMPLETE).write_text(json.dumps(record, indent=1) + "\n")
         home.chmod(0o755)
@@ -95,6 +97,22 @@ def build(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return seen
+
+
+def _compile(runner: Runner, home: Path) -> None:
+    """Compile what was installed, without running any of it.
+
+    An interpreter that starts in the environment runs the .pth files of its wheels, also when uv
+    starts it to compile; with -S it does not. Some wheels hold templates that are no Python: a
+    file that does not compile is left to whoever imports it.
+    """
+    for folder in sorted((home / "lib").glob("python*/site-packages")):
+        runner(
+            [str(home / "bin" / "python"), "-I", "-S", "-m", "compileall", "-q", "-j", "0",
+             str(folder)],
+            cwd="/",
+            check=False,
+        )  # fmt: skip
 
 
 _SMOKE = """
@@ -119,14 +137,21 @@ print(json.dumps(seen))
 """
 
 
-def smoke_check(runner: Runner, home: Path, backend: str) -> dict[str, str]:
+def smoke_check(runner: Runner, home: Path, backend: str, user: str) -> dict[str, str]:
     """Import what the release is made for, as the interpreter of the environment sees it.
+
+    As ``user``, the service's: what is imported is not run as root.
 
     Returns vllm, torch and backend; of a CUDA build also cuda and the capability of GPU 0.
     """
     answer = runner(
-        [str(home / "bin" / "python"), "-c", _SMOKE, backend],
-        env={"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        [*as_user(user), str(home / "bin" / "python"), "-I", "-c", _SMOKE, backend],
+        env={
+            "HOME": "/nonexistent",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        },
         cwd="/",
         timeout=600,
         check=False,

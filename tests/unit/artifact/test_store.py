@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from glm_fleet.artifact import retention
 from glm_fleet.artifact.hashes import Proven, find_damage, hash_files, make_manifest
 from glm_fleet.artifact.link import point_link as activate
 from glm_fleet.artifact.manifest import MANIFEST, Manifest, load_manifest, parse_manifest
@@ -17,6 +21,7 @@ from glm_fleet.artifact.retention import Retired, protected_by, retirable, retir
 from glm_fleet.artifact.store import Store
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.files import exclusive, sha256_file
+from glm_fleet.core.runner import RunResult
 
 
 def fill(folder: Path, **files: str) -> Path:
@@ -376,6 +381,51 @@ def test_retiring_takes_environment_and_cache_and_tells_before(
     assert sorted(each.name for each in (tmp_path / "releases").iterdir()) == ["by-hand", *full[:2]]
     assert sorted(each.name for each in (tmp_path / "caches").iterdir()) == full[:2]
     assert retire(dry=False) == Retired([], [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_link_in_the_folder_of_a_service_leads_root_nowhere(
+    store: Store, full: list[str], tmp_path: Path
+) -> None:
+    # The service's user reaches its folder, and nothing else here.
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    precious = fill(tmp_path / "precious", key="x")
+    caches = tmp_path / "caches"
+    for path in (caches, *caches.rglob("*")):
+        os.chown(path, 65534, 65534)
+    shutil.rmtree(caches / full[0])
+    (caches / full[0]).symlink_to(precious)
+    (caches / full[1] / "deeper").symlink_to(precious)
+
+    retire_old(store, ["release"], keep=1, protected=[full[3]], companions=[caches], dry=False)
+
+    assert (precious / "key").read_text() == "x"
+    assert [path.name for path in caches.iterdir()] == [full[3]]
+
+
+def test_a_folder_of_another_user_is_emptied_with_that_users_rights(
+    store: Store, full: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[str]] = []
+
+    def run(argv: Sequence[str], **options: Any) -> RunResult:
+        said.append([*argv, str(options["cwd"])])
+        return RunResult(0, "", "")
+
+    owner = os.stat_result((0o40755, 0, 0, 0, 990, 990, 0, 0, 0, 0))
+    caches = tmp_path / "caches"
+    stat = Path.stat
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(Path, "stat", lambda self, **how: owner if self == caches else stat(self))
+    for id_ in full[:3]:
+        retention._remove(caches / id_, run)
+    assert len(said) == 3
+    assert said[0] == [
+        *("setpriv", "--reuid=990", "--regid=990", "--clear-groups", "--inh-caps=-all"),
+        *("--bounding-set=-all", "--no-new-privs", "--"),
+        *("rm", "--recursive", "--force", "--", str(caches / full[0]), "/"),
+    ]
 
 
 def test_what_another_process_uses_or_changes_is_left_alone(store: Store, full: list[str]) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -44,17 +46,21 @@ class Uv:
             return RunResult(1, "", "ImportError: libcuda.so.1")
         if "venv" in argv:
             Path(argv[-1], "bin").mkdir(parents=True)
+            Path(argv[-1], "lib/python3.11/site-packages").mkdir(parents=True)
         return RunResult(0, f"a line of the import\n{json.dumps(SEEN)}\n", "")
 
 
 def test_it_is_built_offline_from_the_lock_and_checked(artifact: Path, tmp_path: Path) -> None:
     home, uv = tmp_path / "releases" / artifact.name, Uv()
-    assert environment.build(uv, artifact, home, compile_bytecode=True) == SEEN
+    assert environment.build(uv, artifact, home, user="nobody", compile_bytecode=True) == SEEN
     assert environment.is_complete(home, artifact.name)
     assert not environment.is_complete(home, "rel-000000000000")
-    venv, sync, smoke = uv.calls
+    venv, sync, compiled, smoke = uv.calls
     assert venv[1:3] == ["venv", "--relocatable"]
-    assert {"--no-index", "--require-hashes", "lock.txt", "--compile-bytecode"} <= set(sync)
+    # Neither a source that is built nor a .pth file of a wheel runs as root.
+    assert {"--no-index", "--require-hashes", "lock.txt", "--no-build"} <= set(sync)
+    assert "--compile-bytecode" not in sync
+    assert compiled[1:5] == ["-I", "-S", "-m", "compileall"]
     assert smoke[-1] == "TRITON_MLA_SPARSE"
     assert [path.name for path in home.parent.iterdir()] == [artifact.name]
 
@@ -63,7 +69,7 @@ def test_it_is_built_offline_from_the_lock_and_checked(artifact: Path, tmp_path:
 def test_a_build_that_fails_leaves_nothing(artifact: Path, tmp_path: Path, step: str) -> None:
     home = tmp_path / "releases" / artifact.name
     with pytest.raises(FleetError):
-        environment.build(Uv(step), artifact, home, compile_bytecode=False)
+        environment.build(Uv(step), artifact, home, user="nobody", compile_bytecode=False)
     assert list(home.parent.iterdir()) == []
 
 
@@ -72,7 +78,7 @@ def test_a_failed_build_leaves_the_environment_before_it(artifact: Path, tmp_pat
     home.mkdir(parents=True)
     (home / "in-use").touch()
     with pytest.raises(FleetError):
-        environment.build(Uv("sync"), artifact, home, compile_bytecode=False)
+        environment.build(Uv("sync"), artifact, home, user="nobody", compile_bytecode=False)
     assert (home / "in-use").exists()
 
 
@@ -80,10 +86,10 @@ def test_an_artifact_without_recipe_or_installer_is_refused(artifact: Path, tmp_
     home = tmp_path / "releases" / artifact.name
     (artifact / "tools" / "uv-1-py3-none-any.whl").unlink()
     with pytest.raises(FleetError, match="lacks its installer"):
-        environment.build(Uv(), artifact, home, compile_bytecode=False)
+        environment.build(Uv(), artifact, home, user="nobody", compile_bytecode=False)
     (artifact / "release.json").write_text("{}")
     with pytest.raises(FleetError, match="no recipe"):
-        environment.build(Uv(), artifact, home, compile_bytecode=False)
+        environment.build(Uv(), artifact, home, user="nobody", compile_bytecode=False)
 
 
 FAKE_TORCH = """
@@ -113,9 +119,45 @@ def smoke(folder: Path, cuda: str | None, available: bool, core: str = "") -> di
 
     def runner(argv: Sequence[str], **options: Any) -> RunResult:
         options["env"] = {**options["env"], "PYTHONPATH": str(folder)}
-        return run_program([sys.executable, *argv[1:]], **options)
+        code = argv[argv.index("-I") + 1 :]
+        return run_program([sys.executable, *code], **options)
 
-    return environment.smoke_check(runner, folder, "TRITON_MLA_SPARSE")
+    return environment.smoke_check(runner, folder, "TRITON_MLA_SPARSE", "nobody")
+
+
+def test_nothing_of_a_release_is_imported_as_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[str]] = []
+
+    def runner(argv: Sequence[str], **options: Any) -> RunResult:
+        said.append(list(argv))
+        assert options["env"]["HOME"] == "/nonexistent"
+        return RunResult(0, json.dumps(SEEN), "")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    environment.smoke_check(runner, tmp_path, "TRITON_MLA_SPARSE", "glm")
+    (command,) = said
+    assert command[:3] == ["setpriv", "--reuid=glm", "--regid=glm"]
+    assert {"--bounding-set=-all", "--no-new-privs"} < set(command)
+
+
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs the system's Python")
+def test_compiling_runs_no_line_of_a_wheel(tmp_path: Path) -> None:
+    subprocess.run(
+        ["/usr/bin/python3", "-m", "venv", "--without-pip", tmp_path / "venv"], check=True
+    )
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    told = tmp_path / "told"
+    (site / "evil.pth").write_text(f"import os; open({str(told)!r}, 'w').close()\n")
+    (site / "module.py").write_text("VALUE = 1\n")
+    (site / "template.py").write_text("{{ this is no Python }}\n")
+    environment._compile(run_program, tmp_path / "venv")
+    assert list((site / "__pycache__").glob("module.*.pyc"))
+    assert not told.exists()
+    # The same interpreter without -S would have.
+    subprocess.run([tmp_path / "venv/bin/python", "-I", "-c", ""], check=True)
+    assert told.exists()
 
 
 def test_the_smoke_check_sees_gpu_and_kernels(tmp_path: Path) -> None:
