@@ -22,10 +22,12 @@ options:
       - V(published) makes an artifact of the folder O(source).
       - V(verified) looks at the artifacts that O(links) lead to and names every file that is
         missing, truncated, changed, foreign, or open to changes by others.
+      - V(proven) hashes the artifact O(kind) O(id) before it is used, but for files that are the
+        very ones that were hashed before. One that is damaged is refused.
       - V(retired) removes what is above O(keep) of each kind, the oldest first, and what was left
         behind on its way here more than a day ago.
     type: str
-    choices: [published, verified, retired]
+    choices: [published, verified, proven, retired]
     required: true
   root:
     description: Folder of all artifacts of this host.
@@ -35,6 +37,9 @@ options:
     description: Kind of the artifact. Both kinds if not given, for V(verified) and V(retired).
     type: str
     choices: [release, model]
+  id:
+    description: Id of the artifact, for V(proven).
+    type: str
   source:
     description: Finished folder to make an artifact of. It moves to its place below O(root).
     type: path
@@ -224,6 +229,14 @@ def _verify_active(store: Store, module: AnsibleModule) -> dict[str, Any]:
     return {"changed": distrusted, "verified": results}
 
 
+def _prove(store: Store, params: dict[str, Any]) -> dict[str, Any]:
+    path = Path(params["progress_file"]) if params["progress_file"] else None
+    with ProgressFile(path, Meter(f"proving the {params['kind']}")) as meter:
+        meter.start(0)
+        store.require_proven(params["kind"], params["id"], meter.add)
+    return {"changed": False}
+
+
 def _retire(store: Store, module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     protected = protected_by(map(Path, params["links"].values()), Path(params["previous"]))
@@ -255,6 +268,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     state = params["state"]
     if state == "verified":
         return _verify_active(store, module)
+    if state == "proven":
+        return _prove(store, params)
     if state == "retired":
         return _retire(store, module)
     return _publish_folder(store, params, module.check_mode)
@@ -267,10 +282,11 @@ def main() -> None:
             "state": {
                 "type": "str",
                 "required": True,
-                "choices": ["published", "verified", "retired"],
+                "choices": ["published", "verified", "proven", "retired"],
             },
             "root": {"type": "path", "required": True},
             "kind": {"type": "str", "choices": ["release", "model"]},
+            "id": {"type": "str"},
             "source": {"type": "path"},
             "slug": {"type": "str"},
             "provenance": {"type": "dict", "default": {}},
@@ -284,14 +300,17 @@ def main() -> None:
             "time_limit": {"type": "int", "default": 172_800},
             "progress_file": {"type": "path"},
         },
-        required_if=[("state", "published", ["kind", "source", "slug"])],
+        required_if=[
+            ("state", "published", ["kind", "source", "slug"]),
+            ("state", "proven", ["kind", "id"]),
+        ],
         supports_check_mode=True,
     )
     # What is published is for other users to read, however strict the host's umask is.
     os.umask(0o022)
     store = Store(Path(module.params["root"]))
     # Retiring takes the lock by itself, and leaves alone what others are at work on.
-    reads = module.params["state"] in ("verified", "retired")
+    reads = module.params["state"] in ("verified", "proven", "retired")
     writes = not module.check_mode and not reads
     try:
         with store.lock(module.params["kind"]) if writes else contextlib.nullcontext():

@@ -53,6 +53,7 @@ import os
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError
 from ansible.module_utils.glm_fleet.core.files import exclusive
 from ansible.module_utils.glm_fleet.core.runner import run_program
@@ -82,6 +83,8 @@ def main() -> None:
         with exclusive(dest.parent / ".lock"):
             # Whoever had the lock may have built it.
             if not environment.is_complete(dest, artifact.name):
+                # Its installer is about to run as root.
+                Store(artifact.parents[1]).require_proven("release", artifact.name)
                 seen = environment.build(
                     run_program,
                     artifact,

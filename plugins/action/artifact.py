@@ -19,4 +19,5 @@ class ActionModule(WatchedAction):
 
     def is_long(self, arguments: dict[str, Any]) -> bool:
         """Tell whether these arguments ask for something long."""
-        return arguments.get("state") == "verified" and bool(arguments.get("deep"))
+        deep = arguments.get("state") == "verified" and bool(arguments.get("deep"))
+        return deep or arguments.get("state") == "proven"

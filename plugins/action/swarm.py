@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from ansible.utils.display import Display
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_background import BackgroundAction, Work
+from glm_fleet.artifact.manifest import Manifest, parse_manifest
+from glm_fleet.core.errors import FleetError
 from glm_fleet.core.progress import Progress, Reporter, bar
 from glm_fleet.transfer.rendezvous import Meeting, Record
+from glm_fleet.transfer.torrent import bundles, torrent_roots
 
 _display = Display()
 _FIRST_WAIT_S = 0.5
@@ -74,6 +77,7 @@ class ActionModule(BackgroundAction):
             self._host,
             list(arguments["hosts"]),
             stall_timeout=float(arguments.get("stall_timeout", 120)),
+            check=_follows(parse_manifest(arguments["manifest"])),
         )
         step = {**arguments, "run": run}
         record = Record()
@@ -141,11 +145,15 @@ class ActionModule(BackgroundAction):
             answer = self._ask(
                 self._request(run, meeting, 0) | {"arrived": {number: entry["path"]}}
             )
-            meeting.keep(answer.get("torrents", {}))
+            self._keep(meeting, answer)
             rate = done / max(0.001, time.monotonic() - begun)
             text = reporter.show(Progress("pushed over SSH", done, total, rate))
             if text and done < total:
                 _display.display(text, newline=False)
+
+    def _keep(self, meeting: Meeting, answer: Mapping[str, Any]) -> None:
+        for reason in meeting.keep(answer.get("torrents", {})):
+            _display.warning(f"{self._host} offers a torrent that nobody is given. {reason}")
 
     def _request(self, run: str, meeting: Meeting, wait: float) -> dict[str, Any]:
         return {"run": run, "wait": wait, "torrents": meeting.fresh(), "have": meeting.known()}
@@ -167,7 +175,7 @@ class ActionModule(BackgroundAction):
         wait = _FIRST_WAIT_S
         while True:
             answer = self._ask(self._request(run, meeting, wait))
-            meeting.keep(answer.get("torrents", {}))
+            self._keep(meeting, answer)
             record = Record.of(answer)
             if work:
                 record = self._beside(record, work)
@@ -201,6 +209,18 @@ class ActionModule(BackgroundAction):
             return replace(record, busy=True, fetching=vars(at_work))
         failed = result.get("failed") and not record.has_ended
         return record.failed({"msg": result.get("msg", "no reason given")}) if failed else record
+
+
+def _follows(manifest: Manifest) -> Callable[[str, bytes], object]:
+    """Return the check of a torrent against the manifest, by the name of its bundle."""
+    parts = {bundle.name: bundle for bundle in bundles(manifest)}
+
+    def check(name: str, torrent: bytes) -> object:
+        if name not in parts:
+            raise FleetError(f"There is no bundle {name} in {manifest.id}")
+        return torrent_roots(torrent, manifest.id, parts[name])
+
+    return check
 
 
 def _message(stopped: Mapping[str, Any]) -> dict[str, Any]:

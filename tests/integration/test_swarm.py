@@ -15,6 +15,7 @@ from typing import Any
 import libtorrent
 import pytest
 from glm_fleet.artifact.manifest import FileEntry, Manifest
+from glm_fleet.artifact.merkle import hash_file, merkle_root
 from glm_fleet.artifact.store import Store
 from glm_fleet.core.errors import FleetError
 from glm_fleet.transfer import agent as transfer_agent
@@ -23,7 +24,14 @@ from glm_fleet.transfer.agent import Agent
 from glm_fleet.transfer.control import unit_command
 from glm_fleet.transfer.rendezvous import Meeting, Record
 from glm_fleet.transfer.session import Job, session_settings
-from glm_fleet.transfer.torrent import bundles, hash_file, make_torrent, merkle_root, shares
+from glm_fleet.transfer.torrent import (
+    Bundle,
+    bdecode,
+    bundles,
+    make_torrent,
+    shares,
+    torrent_roots,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -140,6 +148,40 @@ def test_the_torrent_is_the_one_that_the_engine_makes(tmp_path: Path) -> None:
     assert libtorrent.bdecode(ours) == expected
 
 
+def test_a_torrent_follows_from_the_manifest_or_is_refused(tmp_path: Path) -> None:
+    sizes = {"a": 3 * MIB, "deep/b": MIB, "deep/c": 1}
+    write(tmp_path / "art", sizes)
+    hashed = {name: hash_file(tmp_path / "art" / name, MIB // 8) for name in sizes}
+    files = tuple(FileEntry(name, size, hashed[name].sha256) for name, size in sizes.items())
+    (bundle,) = bundles(Manifest("model", "art", files, {}))
+    good = make_torrent("art", bundle.entries, bundle.piece_length, hashed)
+    roots = {name: each.root.hex() for name, each in hashed.items()}
+    assert torrent_roots(good, "art", bundle) == roots
+    known = replace(bundle, entries=tuple(replace(e, root=roots[e.path]) for e in bundle.entries))
+    assert torrent_roots(good, "art", known) == roots
+
+    def refused(torrent: bytes, part: Bundle = bundle, name: str = "art") -> bool:
+        with pytest.raises(FleetError, match="does not follow from the manifest"):
+            torrent_roots(torrent, name, part)
+        return True
+
+    other = {**hashed, "deep/b": replace(hashed["deep/b"], root=bytes(32), layer=b"")}
+    shorter = {**hashed, "a": replace(hashed["a"], layer=hashed["a"].layer[:-32])}
+    bigger = {**hashed, "deep/c": replace(hashed["deep/c"], size=2)}
+    for files_of in (other, shorter, bigger):
+        assert refused(make_torrent("art", bundle.entries, bundle.piece_length, files_of))
+    for text in (b"", b"de", b"i1e", good[:-1], good + b"e", good.replace(b"art", b"trb"),
+                 b"l" * 100_000, b"99999999999:", good.replace(b"i1e", b"i01e")):  # fmt: skip
+        assert refused(text)
+    assert refused(good, name="other")
+    # More files than the manifest has: the engine would make them.
+    extra = (*bundle.entries, FileEntry("evil", 1, "0" * 64))
+    more = {**hashed, "evil": hashed["deep/c"]}
+    assert refused(make_torrent("art", extra, bundle.piece_length, more))
+    assert refused(make_torrent("art", known.entries, bundle.piece_length, other), known)
+    assert bdecode(good)[b"info"][b"private"] == 1
+
+
 def test_a_tree_of_nothing_is_all_padding() -> None:
     assert merkle_root([], 1, b"\1" * 32) == b"\1" * 32
     assert merkle_root([b"\1" * 32], 2, b"\1" * 32) == merkle_root([], 2, b"\1" * 32)
@@ -227,7 +269,9 @@ def test_a_torrent_of_other_bytes_publishes_nothing(tmp_path: Path, fleet: Fleet
     (bundle,) = (each for each in bundles(fleet.manifest) if each.entries[0].path == "big.bin")
     hashed = {"big.bin": hash_file(tmp_path / "bad" / "big.bin", bundle.piece_length)}
     torrent = make_torrent(fleet.manifest.id, bundle.entries, bundle.piece_length, hashed)
-    wrong = Fleet(tmp_path / "wrong", fleet.manifest, 1)
+    # One of the version before, which does not say which torrents are its own.
+    plain = tuple(replace(entry, root="") for entry in fleet.manifest.files)
+    wrong = Fleet(tmp_path / "wrong", replace(fleet.manifest, files=plain), 1)
     staging = Store(tmp_path / "wrong/node0").staging_path("model", fleet.manifest.id)
     wrong.torrents = {bundle.name: base64.b64encode(torrent).decode()}
     (tmp_path / "bad" / "big.bin").replace(staging / "big.bin")
@@ -365,18 +409,26 @@ def test_the_unit_is_fenced_in_and_holds_no_secret() -> None:
     assert command[-6:] == ["/usr/bin/python3", "-B", "-m", "glm_fleet.swarm", "agent", "/run/x"]
 
 
+def follows(name: str, torrent: bytes) -> None:
+    if torrent != b"good":
+        raise FleetError(f"{name} does not follow")
+
+
 def meetings(folder: Path, clock: list[float]) -> dict[str, Meeting]:
     hosts = ["a", "b"]
     return {
-        host: Meeting(folder, host, hosts, stall_timeout=100, clock=lambda: clock[0])
+        host: Meeting(folder, host, hosts, stall_timeout=100, check=follows, clock=lambda: clock[0])
         for host in hosts
     }
 
 
 def test_workers_hand_torrents_on_once(tmp_path: Path) -> None:
     met = meetings(tmp_path, [0.0])
-    met["a"].keep({"0001": "AAAA", "../x": "AAAA"})
-    assert met["b"].fresh() == {"0001": "AAAA"}
+    good, bad = (base64.b64encode(each).decode() for each in (b"good", b"bad"))
+    assert met["a"].keep({"0002": bad, "0003": "="}) != []
+    assert met["b"].fresh() == {}
+    assert met["a"].keep({"0001": good, "../x": good}) == []
+    assert met["b"].fresh() == {"0001": good}
     assert met["b"].fresh() == met["a"].fresh() == {}
     assert met["b"].known() == ["0001"]
     assert [path.name for path in tmp_path.parent.glob("*.torrent")] == []
@@ -410,7 +462,7 @@ def test_what_nobody_offers_is_given_up(tmp_path: Path) -> None:
     error = met["a"].hopeless(lacking, met["a"].others())
     assert error is not None
     assert "b failed, see there" in str(error)
-    met["b"].keep({"0000": "AAAA"})
+    met["b"].keep({"0000": base64.b64encode(b"good").decode()})
     clock[0] += 1000
     assert not hopeless()
 

@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 from ..core.errors import FleetError
 from ..core.files import Advance, exclusive, sha256_file, write_atomically
 from .manifest import MANIFEST, FileEntry, Manifest, artifact_id
+from .merkle import hash_file
+
+_Hashes = TypeVar("_Hashes")
 
 
 @dataclass(frozen=True)
@@ -31,26 +34,29 @@ class Damage:
 
 
 class Proven:
-    """Remembers the hash of a file by its size, mtime and inode.
+    """Remembers the hashes of a file by its size, change time and inode.
 
     A run that is killed while hashing 440 GB goes on where it stopped, and a file that
-    did not change is not read again. The memory lies beside the artifact, never in it.
-    Several processes may add to one memory: what another has written is kept and seen.
+    did not change is not read again. Nobody can set the change time of a file, so what is
+    remembered also proves that a published file is still the one that was hashed. The memory
+    lies beside the artifact, never in it. Several processes may add to one memory: what another
+    has written is kept and seen.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # By name: size, change time in ns, inode, SHA-256, and the root of the tree if known.
         self._known = self._load()
 
     def known(self, folder: Path, name: str) -> str | None:
         """Return the SHA-256 of ``folder/name`` if it is proven, without reading the file."""
-        try:
-            stamp = self._stamp(folder / name)
-        except OSError:
-            return None
-        if self._remembered(name, stamp) is None:
-            self._known = self._load()
-        return self._remembered(name, stamp)
+        entry = self._entry(folder, name)
+        return str(entry[3]) if entry else None
+
+    def root(self, folder: Path, name: str) -> str:
+        """Return the root of the tree of ``folder/name`` in hex if it is proven, '' if not."""
+        entry = self._entry(folder, name)
+        return str(entry[4]) if entry and len(entry) > 4 else ""
 
     def sha256(self, folder: Path, name: str, advance: Advance | None = None) -> str:
         """Return the SHA-256 of ``folder/name``, hashing it only when it is not proven."""
@@ -67,15 +73,45 @@ class Proven:
             self.record(folder, name, digest)
         return digest
 
-    def record(self, folder: Path, name: str, digest: str) -> None:
-        """Remember the hash of a file that was just read."""
+    def tree(self, folder: Path, name: str, advance: Advance | None = None) -> tuple[str, str]:
+        """Return SHA-256 and root of ``folder/name``, hashing it only when both are not proven."""
+        path = folder / name
+        known, root = self.known(folder, name), self.root(folder, name)
+        if known and root:
+            if advance:
+                advance(path.stat().st_size)
+            return known, root
+        before = self._stamp(path)
+        found = hash_file(path, advance=advance)
+        if self._stamp(path) == before:
+            self.record(folder, name, found.sha256, found.root.hex())
+        return found.sha256, found.root.hex()
+
+    def record(self, folder: Path, name: str, digest: str, root: str = "") -> None:
+        """Remember the hashes of a file that was just read."""
         path = folder / name
         with path.open("rb") as stream:
             # After a power cut a file may have its size and time, but not its bytes.
             os.fsync(stream.fileno())
-        entry = [*self._stamp(path), digest]
+        entry = [*self._stamp(path), digest, *([root] if root else [])]
         with self._writing():
             self._known[name] = entry
+
+    def add_root(self, folder: Path, name: str, root: str) -> None:
+        """Remember the root of a file whose SHA-256 is proven."""
+        entry = self._entry(folder, name)
+        if entry:
+            with self._writing():
+                self._known[name] = [*entry[:4], root]
+
+    @contextlib.contextmanager
+    def through(self, folder: Path) -> Iterator[None]:
+        """Keep what is proven through a change of owner or mode, which is no change of content."""
+        valid = [name for name in self._known if self._entry(folder, name)]
+        yield
+        with self._writing():
+            for name in valid:
+                self._known[name][:3] = self._stamp(folder / name)
 
     def forget(self, name: str) -> None:
         """Drop what is known of a file."""
@@ -84,25 +120,44 @@ class Proven:
                 self._known.pop(name, None)
 
     def drop(self) -> None:
-        """Forget everything: the artifact is published and will not change."""
+        """Forget everything."""
         self._known = {}
         self._path.unlink(missing_ok=True)
+
+    def hand_over(self, other: Proven) -> None:
+        """Let another memory know what this one knows, and forget it here."""
+        if other._path == self._path:
+            return
+        with other._writing():
+            other._known.update(self._known)
+        self.drop()
 
     @staticmethod
     def _stamp(path: Path) -> list[int]:
         status = path.stat()
-        return [status.st_size, status.st_mtime_ns, status.st_ino]
+        return [status.st_size, status.st_ctime_ns, status.st_ino]
 
-    def _remembered(self, name: str, stamp: list[int]) -> str | None:
+    def _entry(self, folder: Path, name: str) -> list[Any] | None:
+        try:
+            stamp = self._stamp(folder / name)
+        except OSError:
+            return None
+        if self._remembered(name, stamp) is None:
+            self._known = self._load()
+        return self._remembered(name, stamp)
+
+    def _remembered(self, name: str, stamp: list[int]) -> list[Any] | None:
         entry = self._known.get(name)
-        return str(entry[3]) if entry and entry[:3] == stamp else None
+        return entry if entry and entry[:3] == stamp and len(entry) > 3 else None
 
     def _load(self) -> dict[str, list[Any]]:
         try:
             known = json.loads(self._path.read_text())
         except (OSError, ValueError):
             return {}
-        return known if isinstance(known, dict) else {}
+        if not isinstance(known, dict):
+            return {}
+        return {name: each for name, each in known.items() if isinstance(each, list)}
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -150,8 +205,15 @@ def make_manifest(
             found=", ".join(links[:5]),
             remedy="copy the files that the links point to",
         )
-    hashes = hash_files(folder, names, proven=proven, advance=advance)
-    files = tuple(FileEntry(name, (folder / name).stat().st_size, hashes[name]) for name in names)
+
+    def one(name: str) -> tuple[str, str]:
+        if proven is None:
+            found = hash_file(folder / name, advance=advance)
+            return found.sha256, found.root.hex()
+        return proven.tree(folder, name, advance)
+
+    hashes = _in_parallel(folder, names, one)
+    files = tuple(FileEntry(name, (folder / name).stat().st_size, *hashes[name]) for name in names)
     return Manifest(kind, artifact_id(slug, files), files, dict(provenance))
 
 
@@ -163,14 +225,20 @@ def hash_files(
     advance: Advance | None = None,
 ) -> dict[str, str]:
     """Return {name: SHA-256} of files below ``folder``, or what ``proven`` remembers."""
-    # The largest first, so that no core is left with a large one when the others are done.
-    ordered = sorted(names, key=lambda name: -(folder / name).stat().st_size)
 
     def one(name: str) -> str:
         if proven is None:
             return sha256_file(folder / name, advance)
         return proven.sha256(folder, name, advance)
 
+    return _in_parallel(folder, names, one)
+
+
+def _in_parallel(
+    folder: Path, names: Iterable[str], one: Callable[[str], _Hashes]
+) -> dict[str, _Hashes]:
+    # The largest first, so that no core is left with a large one when the others are done.
+    ordered = sorted(names, key=lambda name: -(folder / name).stat().st_size)
     # Hashing leaves the interpreter lock, so threads use every core.
     with ThreadPoolExecutor(max(1, min(len(os.sched_getaffinity(0)), len(ordered)))) as pool:
         return dict(zip(ordered, pool.map(one, ordered)))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,11 +22,16 @@ _ID = re.compile(r"[a-z0-9][a-z0-9._+-]*-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: POSIX path relative to the artifact, size in bytes, SHA-256 in hex."""
+    """One file: POSIX path relative to the artifact, size in bytes, SHA-256 in hex.
+
+    ``root`` is that of its hash tree (`merkle`) in hex: it says which torrent is the file's. A
+    manifest of an earlier version, and one that was planned before the bytes were here, lack it.
+    """
 
     path: str
     size: int
     sha256: str
+    root: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ class Manifest:
             "schema": SCHEMA,
             "kind": self.kind,
             "id": self.id,
-            "files": [vars(entry) for entry in self.files],
+            "files": [
+                {name: value for name, value in vars(entry).items() if value != ""}
+                for entry in self.files
+            ],
             "provenance": dict(self.provenance),
         }
 
@@ -76,7 +84,12 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     """Read a manifest and refuse one that is damaged, of another schema, or leaves its folder."""
     try:
         files = tuple(
-            FileEntry(str(each["path"]), int(each["size"]), str(each["sha256"]))
+            FileEntry(
+                str(each["path"]),
+                int(each["size"]),
+                str(each["sha256"]),
+                str(each.get("root", "")),
+            )
             for each in data["files"]
         )
         manifest = Manifest(str(data["kind"]), str(data["id"]), files, dict(data["provenance"]))

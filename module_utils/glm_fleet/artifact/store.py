@@ -101,6 +101,8 @@ class Store:
         marker = self._damaged(manifest.kind, manifest.id)
         if marker.exists():
             return False
+        # A disk that lost a byte did not change the file.
+        self.proven(manifest.kind, manifest.id).drop()
         marker.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(marker, "")
         return True
@@ -202,9 +204,10 @@ class Store:
                 remedy="run again: only these files are fetched again",
                 details={"damage": [vars(each) for each in damage]},
             )
-        _set_permissions(staging)
+        with proven.through(staging):
+            _set_permissions(staging)
         write_atomically(staging / MANIFEST, manifest.as_json())
-        self.retire(manifest.kind, manifest.id)
+        self._take_away(manifest.kind, manifest.id)
         final.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(final)
         self._arrived(manifest.kind, manifest.id)
@@ -218,20 +221,66 @@ class Store:
         manifest = make_manifest(folder, kind=kind, slug=slug, provenance=provenance, proven=proven)
         if self.is_published(manifest):
             shutil.rmtree(folder)
+            proven.drop()
         else:
             final = self.published_path(kind, manifest.id)
-            _set_permissions(folder)
+            with proven.through(folder):
+                _set_permissions(folder)
             write_atomically(folder / MANIFEST, manifest.as_json())
             # A damaged one may be in its place.
-            self.retire(kind, manifest.id)
+            self._take_away(kind, manifest.id)
             final.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(final)
-        proven.drop()
+            proven.hand_over(self.proven(kind, manifest.id))
         self._arrived(kind, manifest.id)
+        return manifest
+
+    def prove(self, manifest: Manifest, advance: Advance | None = None) -> list[Damage]:
+        """Find what is wrong with a published artifact that is about to be used.
+
+        Every file is hashed that is not the very one that was hashed before.
+        """
+        folder = self.published_path(manifest.kind, manifest.id)
+        proven = self.proven(manifest.kind, manifest.id)
+        damage = find_damage(folder, manifest, deep=True, proven=proven, advance=advance)
+        return damage + find_exposed(folder, manifest)
+
+    def require_proven(
+        self, kind: str, identifier: str, advance: Advance | None = None
+    ) -> Manifest:
+        """Return the manifest of a published artifact that may be used, see `prove`.
+
+        Raises `FleetError` that names what is damaged; the artifact then counts as not
+        published, so that the next run mends it.
+        """
+        folder = self.published_path(kind, identifier)
+        manifest = load_manifest(folder)
+        if (manifest.kind, manifest.id) != (kind, identifier):
+            raise FleetError(
+                "The folder of an artifact holds another one",
+                expected=f"the manifest of {kind} {identifier} in {folder}",
+                found=f"that of {manifest.kind} {manifest.id}",
+                remedy="remove the folder and distribute the artifact again",
+            )
+        damage = self.prove(manifest, advance)
+        if damage:
+            self.distrust(manifest)
+            raise FleetError(
+                f"The {kind} {identifier} has changed on this host, and nothing was made of it",
+                expected="files with the SHA-256 of the manifest, which root alone can write",
+                found="; ".join(str(each) for each in damage[:10]),
+                remedy="find out what changed them; site.yml fetches the named files again",
+                details={"damage": [vars(each) for each in damage]},
+            )
         return manifest
 
     def retire(self, kind: str, identifier: str) -> bool:
         """Remove a published artifact; tell whether it was there."""
+        there = self._take_away(kind, identifier)
+        self.proven(kind, identifier).drop()
+        return there
+
+    def _take_away(self, kind: str, identifier: str) -> bool:
         final = self.published_path(kind, identifier)
         if not final.is_dir():
             return False
@@ -272,10 +321,11 @@ class Store:
     def stale(self, kind: str, keep: Collection[str], now: float) -> list[Path]:
         """Return what lies in the staging folder and belongs to no artifact that is coming."""
         folder = self.root / ".staging" / kind
+        proofs = {f"{each.id}.proven" for each in self.published(kind)}
         found = []
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             wanted = any(path.name.lstrip(".").startswith(each) for each in keep)
-            if path.name.startswith(".") or wanted:
+            if path.name.startswith(".") or wanted or path.name in proofs:
                 continue
             retired = path.name.endswith(".retired")
             if retired or now - _last_change(path) > _STALE_S:
@@ -293,8 +343,7 @@ class Store:
             (staging / MANIFEST).unlink(missing_ok=True)
 
     def _arrived(self, kind: str, identifier: str) -> None:
-        """Forget what was only of use on the way."""
-        self.proven(kind, identifier).drop()
+        """Forget what was only of use on the way. What was proven stays: see `prove`."""
         self._plan_path(kind, identifier).unlink(missing_ok=True)
         self._damaged(kind, identifier).unlink(missing_ok=True)
         shutil.rmtree(self.work_path(kind, identifier), ignore_errors=True)
@@ -324,4 +373,4 @@ def _set_permissions(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         if os.geteuid() == 0:
-            os.chown(path, 0, 0)
+            os.chown(path, 0, 0, follow_symlinks=False)

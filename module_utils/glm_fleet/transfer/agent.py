@@ -32,7 +32,7 @@ from ..core.errors import FleetError, from_os_error
 from ..core.progress import Meter
 from ..core.runner import Runner, run_program
 from .session import WINDOW, Job, Travel, priorities, resolve, session_settings
-from .torrent import Bundle, bundles
+from .torrent import Bundle, bundles, torrent_roots
 
 # A controller that has not asked for this long is gone.
 LEASE_S = 45.0
@@ -130,7 +130,8 @@ class Agent:
         parameters.save_path = str(view / self._manifest.id if alone else view)
         flags = parameters.flags & ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
         if travel.held:
-            flags |= lt.torrent_flags.seed_mode
+            # Without upload_mode a hash that fails makes the engine fetch, over what is here.
+            flags |= lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
         parameters.flags = flags
         travel.handle = self._session.add_torrent(parameters)
         travel.moved, travel.done, travel.flushed = self._clock(), 0, False
@@ -271,9 +272,33 @@ class Agent:
         travel.right -= {path for path, good in found.items() if not good}
         if len(travel.right) == len(travel.bundle.entries):
             travel.held = True
+            if travel.handle is not None:
+                self._believe(travel)
             self._news.notify_all()
         elif travel.handle is not None:
             self._doubt(travel, [path for path, good in found.items() if not good])
+
+    def _believe(self, travel: Travel) -> None:
+        """The engine compared every piece with the torrent, and we every file with the manifest.
+
+        So the torrent is right, and from here on nothing is written any more.
+        """
+        travel.proved = True
+        for path, root in travel.roots.items():
+            self._proven.add_root(self._home(), path, root)
+        travel.handle.set_flags(self._lt.torrent_flags.upload_mode)
+
+    def _is_proved(self, travel: Travel) -> bool:
+        """Tell whether a torrent leads to the bytes that are here, from what was hashed before."""
+        if not travel.proved and travel.torrent and travel.unsure:
+            travel.unsure = False
+            home = self._home()
+            travel.proved = all(
+                self._proven.known(home, entry.path) == entry.sha256
+                and travel.roots[entry.path] == (entry.root or self._proven.root(home, entry.path))
+                for entry in travel.bundle.entries
+            )
+        return travel.proved
 
     def _doubt(self, travel: Travel, wrong: Sequence[str]) -> None:
         """The engine takes a bundle for complete, and it is not what the manifest says."""
@@ -298,7 +323,8 @@ class Agent:
     def _move(self, travel: Travel, now: float) -> None:
         if travel.handle is None:
             idle = travel.check is None and travel.torrent and not self._failure
-            if idle and (travel.held or self._on_the_way() < WINDOW):
+            ready = self._is_proved(travel) if travel.held else self._on_the_way() < WINDOW
+            if idle and ready:
                 self._add(travel)
             return
         status = travel.handle.status()
@@ -307,9 +333,10 @@ class Agent:
             return
         if travel.held:
             if not status.is_seeding and status.state not in self._checking():
-                # Publishing moved the folder while the engine looked for the files: it stopped
-                # this torrent without an error.
+                # Publishing moved the folder while the engine looked for the files, and it stopped
+                # this torrent without an error; or the disk has lost bytes.
                 self._remove(travel)
+                self._question(travel)
             return
         done = int(status.total_wanted_done)
         # Checking what is there moves no bytes, and is no standstill.
@@ -410,11 +437,13 @@ class Agent:
         names = list(self._travels)
         order = sorted([self._job.address, *self._addresses.values()])
         start = order.index(self._job.address) * len(names) // len(order)
-        for name in [*names[start:], *names[:start]]:
+        ordered = [*names[start:], *names[:start]]
+        # Last what another host made a torrent of: it is only read to know that this one is right.
+        for name in sorted(ordered, key=lambda each: bool(self._travels[each].torrent)):
             travel = self._travels[name]
             if making >= self._makers or self._failure:
                 return
-            if travel.held and not travel.torrent and travel.make is None:
+            if travel.held and travel.make is None and not self._is_proved(travel):
                 travel.make = self._start(self._make_torrent, travel.bundle)
                 making += 1
 
@@ -427,11 +456,18 @@ class Agent:
             "entries": [vars(entry) for entry in bundle.entries],
             "target": str(self._target(bundle)),
         }
+        folder = Path(str(wanted["folder"]))
+        before = {entry.path: _stamp(folder / entry.path) for entry in bundle.entries}
         command = [sys.executable, "-B", "-m", "glm_fleet.transfer.torrent"]
         damaged: list[str] = json.loads(self._run(command, input_text=json.dumps(wanted)).stdout)
         if damaged:
             self._drop(damaged)
-        return damaged
+            return damaged
+        roots = torrent_roots(self._target(bundle).read_bytes(), self._manifest.id, bundle)
+        for entry in bundle.entries:
+            if _stamp(folder / entry.path) == before[entry.path]:
+                self._proven.record(folder, entry.path, entry.sha256, roots[entry.path])
+        return []
 
     def _target(self, bundle: Bundle) -> Path:
         return self._folder / f"{bundle.name}.torrent"
@@ -456,16 +492,32 @@ class Agent:
             self._fail(error)
             return
         if damaged:
-            travel.held = False
-            travel.right.clear()
-            travel.seen.clear()
-            self._remove(travel)
+            self._lose(travel)
             self._note(
                 f"{', '.join(damaged[:3])} was damaged on this node: removed, fetched from others"
             )
-        elif not travel.torrent:
-            travel.torrent = self._target(travel.bundle).read_bytes()
+        else:
+            own = self._target(travel.bundle).read_bytes()
+            if travel.torrent not in (b"", own):
+                self._note(f"the torrent that was brought of {travel.paths} leads to other bytes")
+                self._remove(travel)
+            travel.torrent, travel.proved = own, True
+            travel.roots = torrent_roots(own, self._manifest.id, travel.bundle)
         self._news.notify_all()
+
+    def _lose(self, travel: Travel) -> None:
+        """Files of a bundle turned out to be damaged: it is here no more."""
+        travel.held = travel.proved = False
+        travel.right.clear()
+        travel.seen.clear()
+        self._remove(travel)
+
+    def _question(self, travel: Travel) -> None:
+        """Have the files of a published bundle hashed before they are given again."""
+        if self._published:
+            travel.proved = False
+            for entry in travel.bundle.entries:
+                self._proven.forget(entry.path)
 
     # -- the end
 
@@ -508,10 +560,7 @@ class Agent:
             return
         for travel in self._travels.values():
             if damaged & {entry.path for entry in travel.bundle.entries}:
-                travel.held = False
-                travel.right.clear()
-                travel.seen.clear()
-                self._remove(travel)
+                self._lose(travel)
         self._note(f"{', '.join(sorted(damaged)[:3])} changed on the disk: fetched again")
 
     def _measure(self, now: float) -> None:
@@ -589,8 +638,7 @@ class Agent:
             for name, text in request.get("torrents", {}).items():
                 travel = self._travels.get(name)
                 if travel is not None and not travel.torrent:
-                    travel.torrent = base64.b64decode(text)
-                    self._wake.set()
+                    self._take(travel, text)
             if request.get("leave"):
                 self._leases.pop(run, None)
                 self._left = True
@@ -606,6 +654,17 @@ class Agent:
                     break
                 self._news.wait(left)
             return self._state(self._made() - have)
+
+    def _take(self, travel: Travel, text: str) -> None:
+        """Take a torrent that another host made, if it follows from the manifest."""
+        try:
+            torrent = base64.b64decode(text, validate=True)
+            roots = torrent_roots(torrent, self._manifest.id, travel.bundle)
+        except (FleetError, ValueError) as error:
+            self._note(f"{travel.paths}: {error}")
+            return
+        travel.torrent, travel.roots, travel.unsure = torrent, roots, True
+        self._wake.set()
 
     def _take_in(self, number: str, path: str) -> None:
         """Give a file that was pushed its place, once it is verified."""

@@ -71,8 +71,11 @@ class Meeting:
         hosts: Sequence[str],
         *,
         stall_timeout: float,
+        check: Callable[[str, bytes], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``check`` raises `FleetError` for a bundle's torrent that does not follow."""
+        self._check = check
         self._folder = folder
         self._host = host
         self._others = [each for each in hosts if each != host]
@@ -87,14 +90,23 @@ class Meeting:
         """Name the bundles that have a torrent."""
         return sorted(path.stem for path in self._folder.glob("*.torrent"))
 
-    def keep(self, torrents: Mapping[str, str]) -> None:
-        """Lay down torrents (Base64) for the others. The first one of a bundle stays."""
+    def keep(self, torrents: Mapping[str, str]) -> list[str]:
+        """Lay down torrents (Base64) for the others. The first one of a bundle stays.
+
+        One that does not follow from the manifest is carried to nobody. Returns why not.
+        """
+        refused = []
         for name, text in torrents.items():
             path = self._folder / f"{name}.torrent"
             if name.isdigit() and not path.exists():
-                base64.b64decode(text, validate=True)
+                try:
+                    self._check(name, base64.b64decode(text, validate=True))
+                except (FleetError, ValueError) as error:
+                    refused.append(str(error))
+                    continue
                 write_atomically(path, text, mode=0o600)
             self._brought.add(name)
+        return refused
 
     def fresh(self) -> dict[str, str]:
         """Return the torrents that this host was not given yet."""

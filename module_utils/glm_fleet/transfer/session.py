@@ -131,6 +131,10 @@ class Travel:
 
     bundle: Bundle
     torrent: bytes = b""
+    # Roots that the torrent leads to, and whether they are those of the bytes that are here.
+    roots: dict[str, str] = field(default_factory=dict)
+    proved: bool = False
+    unsure: bool = True
     held: bool = False
     handle: Any = None
     flushed: bool = False

@@ -11,20 +11,25 @@ torrent, because hashing blocks of 16 KiB in threads is a fight for the interpre
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from ..artifact.manifest import FileEntry, Manifest
+from ..artifact.merkle import HashedFile, hash_file, root_of_layer
+from ..core.errors import FleetError
 
-BLOCK = 16 * 1024  # of BitTorrent v2
 _BIG = 64 * 1024 * 1024
 _MIB = 1024 * 1024
 _PIECES = 1500
+_DEPTH = 64
+# As it is written, so that one value has one form.
+_NUMBER = re.compile(rb"i(0|-?[1-9][0-9]{0,18})e")
+_LENGTH = re.compile(rb"(0|[1-9][0-9]{0,9}):")
 Bencodable = Union[int, bytes, str, Sequence["Bencodable"], Mapping[bytes, "Bencodable"]]
 
 
@@ -99,70 +104,83 @@ def bencode(value: Bencodable) -> bytes:
     return b"l" + b"".join(bencode(each) for each in value) + b"e"
 
 
-def merkle_root(hashes: Sequence[bytes], width: int, padding: bytes) -> bytes:
-    """Return the root of a tree over ``hashes``, filled with ``padding`` up to ``width`` leaves.
+def bdecode(data: bytes) -> Any:
+    """Read what `bencode` writes; `ValueError` for anything else. Strings stay bytes."""
+    value, end = _read(data, 0, 0)
+    if end != len(data):
+        raise ValueError("bytes follow the end")
+    return value
 
-    ``width`` is a power of two. Only what is there is hashed: the rest has a known hash.
+
+def _read(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+    if depth > _DEPTH:
+        raise ValueError("nested too deeply")
+    if data[at : at + 1] in (b"d", b"l"):
+        found, end = [], at + 1
+        while data[end : end + 1] != b"e":
+            value, end = _read(data, end, depth + 1)
+            found.append(value)
+        if data[at : at + 1] == b"l":
+            return found, end + 1
+        keys = found[::2]
+        if len(found) % 2 or not all(isinstance(key, bytes) for key in keys):
+            raise ValueError("not a mapping")
+        return dict(zip(keys, found[1::2])), end + 1
+    number = _NUMBER.match(data, at) or _LENGTH.match(data, at)
+    if number is None:
+        raise ValueError("neither number, string, list nor mapping")
+    if number.re is _NUMBER:
+        return int(number[1]), number.end()
+    end = number.end() + int(number[1])
+    if end > len(data):
+        raise ValueError("a string that is cut off")
+    return data[number.end() : end], end
+
+
+def torrent_roots(torrent: bytes, name: str, bundle: Bundle) -> dict[str, str]:
+    """Return {path: root of its hash tree in hex} of a torrent that follows from the manifest.
+
+    ``name`` is the id of the artifact. A torrent comes from another host: its files, sizes and
+    pieces have to be those of the bundle, and a root has to be the one in the manifest, where the
+    manifest has one. What is left to the torrent are the hashes of pieces, which have to lead to
+    the root. Raises `FleetError` for anything else, down to a byte.
     """
-    level = list(hashes)
-    while width > 1:
-        if len(level) % 2:
-            level.append(padding)
-        level = [
-            hashlib.sha256(level[index] + level[index + 1]).digest()
-            for index in range(0, len(level), 2)
-        ]
-        padding = hashlib.sha256(padding + padding).digest()
-        width //= 2
-    return level[0] if level else padding
+    try:
+        said = bdecode(torrent)
+        layers = said[b"piece layers"]
+        hashed = {}
+        for entry in bundle.entries:
+            place = said[b"info"][b"file tree"]
+            for part in entry.path.encode().split(b"/"):
+                place = place[part]
+            root = bytes(place[b""][b"pieces root"])
+            layer = bytes(layers[root]) if entry.size > bundle.piece_length else b""
+            _check_layer(entry, bundle.piece_length, root, layer)
+            hashed[entry.path] = HashedFile(entry.size, entry.sha256, root, layer)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _refusal(bundle, f"{type(error).__name__}: {error}") from error
+    if make_torrent(name, bundle.entries, bundle.piece_length, hashed) != torrent:
+        raise _refusal(bundle, "other files, sizes or settings")
+    return {path: each.root.hex() for path, each in hashed.items()}
 
 
-def _power_of_two(least: int) -> int:
-    return 1 << max(0, least - 1).bit_length()
+def _check_layer(entry: FileEntry, piece_length: int, root: bytes, layer: bytes) -> None:
+    if entry.root and entry.root != root.hex():
+        raise ValueError(f"the root {root.hex()[:12]}… of {entry.path}, not {entry.root[:12]}…")
+    if layer and (
+        len(layer) != 32 * -(-entry.size // piece_length)
+        or root_of_layer(layer, piece_length) != root
+    ):
+        raise ValueError(f"hashes of pieces that do not lead to the root of {entry.path}")
 
 
-@dataclass(frozen=True)
-class HashedFile:
-    """What one pass over a file gives: its SHA-256 in hex, and its tree."""
-
-    size: int
-    sha256: str
-    root: bytes
-    layer: bytes
-
-
-def hash_file(path: Path, piece_length: int) -> HashedFile:
-    """Read a file once; return its SHA-256, the root of its tree and the hashes of its pieces."""
-    whole = hashlib.sha256()
-    pieces: list[bytes] = []
-    leaves: list[bytes] = []
-    size = 0
-    no_leaf = bytes(32)
-    width = piece_length // BLOCK
-    with path.open("rb", buffering=0) as stream:
-        buffer = bytearray(piece_length)
-        view = memoryview(buffer)
-        while True:
-            filled = 0
-            while filled < piece_length and (count := stream.readinto(view[filled:])):
-                filled += count
-            if not filled:
-                break
-            size += filled
-            whole.update(view[:filled])
-            leaves = [
-                hashlib.sha256(view[start : min(start + BLOCK, filled)]).digest()
-                for start in range(0, filled, BLOCK)
-            ]
-            pieces.append(merkle_root(leaves, width, no_leaf))
-            if filled < piece_length:
-                break
-    if len(pieces) <= 1:
-        root = merkle_root(leaves, _power_of_two(len(leaves)), no_leaf)
-        return HashedFile(size, whole.hexdigest(), root, b"")
-    no_piece = merkle_root([], width, no_leaf)
-    root = merkle_root(pieces, _power_of_two(len(pieces)), no_piece)
-    return HashedFile(size, whole.hexdigest(), root, b"".join(pieces))
+def _refusal(bundle: Bundle, found: str) -> FleetError:
+    return FleetError(
+        f"A torrent does not follow from the manifest: bundle {bundle.name}",
+        expected=f"the files, sizes and roots of {len(bundle.entries)} files of the manifest",
+        found=found,
+        remedy="find out which host made it: no other host believes it",
+    )
 
 
 def make_torrent(

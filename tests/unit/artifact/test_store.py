@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glm_fleet.artifact import retention
+from glm_fleet.artifact import hashes, retention
 from glm_fleet.artifact.hashes import Proven, find_damage, hash_files, make_manifest
 from glm_fleet.artifact.link import point_link as activate
 from glm_fleet.artifact.manifest import MANIFEST, Manifest, load_manifest, parse_manifest
@@ -129,18 +130,92 @@ def test_a_damaged_published_artifact_goes_back_and_only_the_damage_is_missing(
     assert store.is_published(published)
 
 
-def test_what_was_proven_is_not_read_again(tmp_path: Path) -> None:
+def test_what_was_proven_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fill(tmp_path / "f", a="alpha")
-    proven = Proven(tmp_path / "memory")
-    digest = proven.sha256(folder, "a")
+    digest = Proven(tmp_path / "memory").sha256(folder, "a")
+    read = []
+    monkeypatch.setattr(hashes, "sha256_file", lambda path, _: read.append(path) or "other")
+    assert Proven(tmp_path / "memory").sha256(folder, "a") == digest
+    assert read == []
+    # Another time of the same bytes could hide other bytes.
+    os.utime(folder / "a")
+    assert Proven(tmp_path / "memory").sha256(folder, "a") == "other"
+
+
+def test_a_change_that_hides_its_time_is_seen(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "f", a="alpha")
+    digest = Proven(tmp_path / "memory").sha256(folder, "a")
     stat = (folder / "a").stat()
-    # The same size, mtime and inode with other bytes: only the memory can answer as before.
+    # The clock of a file system stands still for some milliseconds.
+    time.sleep(0.05)
     with (folder / "a").open("r+") as stream:
         stream.write("ALPHA")
     os.utime(folder / "a", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert Proven(tmp_path / "memory").sha256(folder, "a") == digest
-    os.utime(folder / "a", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert Proven(tmp_path / "memory").known(folder, "a") is None
     assert Proven(tmp_path / "memory").sha256(folder, "a") != digest
+
+
+def test_what_is_published_stays_proven_until_it_is_retired(
+    store: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store.published_path("model", published.id)
+    read: list[Path] = []
+    real = hashes.sha256_file
+
+    def reading(path: Path, advance: Any = None) -> str:
+        read.append(path)
+        return real(path, advance)
+
+    monkeypatch.setattr(hashes, "sha256_file", reading)
+    assert store.prove(published) == []
+    assert read == []
+    assert store.stale("model", [], time.time() + 1e9) == []
+    # The same size and time: a look at the folder sees nothing, and a start would use it.
+    stat = (folder / "a").stat()
+    time.sleep(0.05)
+    with (folder / "a").open("r+") as stream:
+        stream.write("ALPHA")
+    os.utime(folder / "a", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert store.is_published(published)
+    (damage,) = store.prove(published)
+    assert (damage.path, damage.reason) == ("a", "changed")
+    assert read == [folder / "a"]
+    store.retire("model", published.id)
+    assert not list((store.root / ".staging/model").glob("*.proven"))
+
+
+def test_what_changed_since_it_was_published_is_not_used(store: Store, published: Manifest) -> None:
+    assert store.require_proven("model", published.id) == published
+    folder = store.published_path("model", published.id)
+    time.sleep(0.05)
+    (folder / "a").write_text("ALPHA")
+    with pytest.raises(FleetError, match="a: changed"):
+        store.require_proven("model", published.id)
+    assert not store.is_published(published)
+    folder.rename(folder.with_name("tiny-0123456789ab"))
+    with pytest.raises(FleetError, match="holds another one"):
+        store.require_proven("model", "tiny-0123456789ab")
+
+
+def test_a_disk_that_lost_a_byte_makes_nobody_trust_what_was_proven(
+    store: Store, published: Manifest
+) -> None:
+    folder = store.published_path("model", published.id)
+    store.distrust(published)
+    assert store.proven("model", published.id).known(folder, "a") is None
+
+
+def test_a_manifest_names_the_torrent_of_each_file(store: Store, published: Manifest) -> None:
+    folder = store.published_path("model", published.id)
+    roots = {entry.path: entry.root for entry in published.files}
+    assert roots["a"] == hashlib.sha256(b"alpha").hexdigest()
+    assert {each.path: each.root for each in load_manifest(folder).files} == roots
+    # One of the version before has no roots, and is the same artifact.
+    plain = json.loads((folder / MANIFEST).read_text())
+    for each in plain["files"]:
+        del each["root"]
+    assert parse_manifest(plain) == published
+    assert "root" not in parse_manifest(plain).as_json()
 
 
 def test_activation_is_a_switch_of_one_link(store: Store, published: Manifest) -> None:
