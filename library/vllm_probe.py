@@ -99,7 +99,9 @@ from ansible.module_utils.glm_fleet.serving import policy as serving_policy
 from ansible.module_utils.glm_fleet.serving.deployment import Deployments, Places
 
 
-def _attest(module: AnsibleModule, http: core_http.Http, policy: dict[str, Any]) -> dict[str, Any]:
+def _attest(
+    module: AnsibleModule, http: core_http.Http, policy: serving_policy.Policy
+) -> dict[str, Any]:
     params = module.params
     wanted = attestation.Wanted(
         unit=params["unit"],

@@ -75,7 +75,7 @@ def test_types_are_made_of_plain_data() -> None:
         ({"shares": {"a b": 1.5}}, "shares['a b'] to be a number from 0 to 1", "1.5"),
         ({"shares": {"a": float("inf")}}, "shares.a to be a finite number", "inf"),
         ({"shares": {"a": 10**400}}, "shares.a to be a finite number", "a number of 1329 bits"),
-        ({"pair": [1, 2**63]}, "pair[1] to be a whole number", "a number of 64 bits"),
+        ({"pair": [1, 2**64]}, "pair[1] to be a whole number", "a number of 65 bits"),
         ({"edge": ["a", "b"]}, "edge[1] to be a whole number", "'b'"),
         ({"edge": ["a", 1, 2]}, "edge to be a list of 2", "a list of 3"),
         ({"said": "more than twelve"}, "said to be at most 12 long", "'more than twelve'"),

@@ -7,16 +7,22 @@ a random seed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
+from glm_fleet.core.decode import decode
 from glm_fleet.core.errors import FleetError
-from glm_fleet.core.runner import RunResult
+from glm_fleet.core.http import Http
+from glm_fleet.core.runner import Runner, RunResult
+from glm_fleet.core.systemd import unit_state
 from glm_fleet.health.exposition import exposition
 from glm_fleet.health.html import render_page, view
 from glm_fleet.health.judge import judge_fleet
@@ -26,6 +32,18 @@ from glm_fleet.health.tables import health_json, preflight_json, render_health, 
 from glm_fleet.health.verdict import Limits
 from glm_fleet.node.answer import decode_facts
 from glm_fleet.node.gpu import read_gpus
+from glm_fleet.node.readiness import answer as readiness_answer
+from glm_fleet.node.watchdog import Flag, Watchdog
+from glm_fleet.node.watchdog import Settings as WatchSettings
+from glm_fleet.serving import engine
+from glm_fleet.serving.client import complete, served_model
+from glm_fleet.serving.deployment import UNIT, Deployments, Places
+from glm_fleet.serving.evidence import read_evidence
+from glm_fleet.serving.policy import read_api_key, read_policy
+from glm_fleet.serving.probe import Sample
+from glm_fleet.serving.record import read_record
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # The answers that the tests of the health package judge.
 sys.path.append(str(Path(__file__).parent / "health"))
@@ -89,6 +107,8 @@ def changed(value: Any, place: Place, wrong: Any) -> Any:
 
 def mutations(value: Any) -> Iterator[tuple[Place, Any, Any]]:
     """Yield (place, what is there instead, all of it) for every place and every wrong value."""
+    for wrong in WRONG[1:]:
+        yield (), wrong, wrong
     for place in places(value):
         for wrong in WRONG:
             yield place, wrong, changed(value, place, wrong)
@@ -168,3 +188,209 @@ def test_one_wrong_value_changes_the_row_of_its_host_only(host: str) -> None:
             assert found == right, (place, wrong)
     assert refused > 500
     assert taken > 100
+
+
+WORDS = ("", "x", "\n", "NaN", "1e999", "-1", "1_0", "9" * 5000, "\u00b2", "\x00", "\udcff", "[]")
+# What a broken tool, a proxy, an old version or somebody's hand puts into a text.
+BITS = (
+    "", "\n", "\n\n", " ", ",", "\t", "\r", "\x00", "\x1b[2J", "\udcff", "\u00b2", "\u0663",
+    "{", "[", '"',
+    "NaN", "Infinity", "1e999", "-1", "1_0", "0x10", "9" * 5000, "null", "true", "[]", "{}",
+    "[" * 3000, "# ", ": ", "=", "../", "/etc/passwd",
+)  # fmt: skip
+
+
+def one_wrong(good: str) -> Iterator[str]:
+    """Yield the text with one word, or one value of its JSON, replaced."""
+    for word in re.finditer(r"[^\s{}\[\]\",=:|]+|\n", good):
+        for bit in WORDS:
+            yield good[: word.start()] + bit + good[word.end() :]
+    for line in good.split("\n"):
+        begin = min((each for each in (line.find("{"), line.find("[")) if each >= 0), default=-1)
+        try:
+            value = json.loads(line[begin:])
+        except ValueError:
+            continue
+        for _, _, whole in mutations(value):
+            yield good.replace(line, line[:begin] + json.dumps(whole), 1)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, good: str) -> str:
+    """Return the text with up to three pieces of it replaced."""
+    text = good
+    for _ in range(draw(st.integers(1, 3))):
+        begin = draw(st.integers(0, len(text)))
+        end = begin + draw(st.sampled_from((0, 1, 1, 2, 5, 40, len(text))))
+        text = text[:begin] + draw(st.sampled_from(BITS)) + text[end:]
+    return text
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that reads text from outside; ``good`` is such a text, as it should be."""
+
+    name: str
+    good: str
+    read: Callable[[str, Path], object]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def in_file(read: Callable[[Path], object], name: str = "x.json") -> Callable[[str, Path], object]:
+    """Return a reader of text for one of files."""
+
+    def through(text: str, folder: Path) -> object:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        return read(path)
+
+    return through
+
+
+def server(text: str) -> Http:
+    """Return a server that answers everything with this text."""
+    return lambda path, body=None: (200, iter(text.split("\n")))
+
+
+def program(text: str) -> Runner:
+    """Return a program that prints this text, whatever it is asked."""
+    return lambda *_, **__: RunResult(0, text, "")
+
+
+METRICS = """\
+# HELP vllm:num_requests_running x
+vllm:num_requests_running{engine="0"} 2
+vllm:num_requests_waiting{engine="0"} 3
+vllm:kv_cache_usage_perc{engine="0"} 0.25
+vllm:iteration_tokens_total_count{engine="0"} 7
+vllm:generation_tokens_total{engine="0"} 8.0
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.1"} 2
+vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf"} 10
+vllm:time_to_first_token_seconds_count{engine="0"} 10
+vllm:time_to_first_token_seconds_sum{engine="0"} 2.5
+"""
+COMPLETION = (
+    'data: {"choices": [{"text": "x"}], "usage": {"completion_tokens": 24, "prompt_tokens": 3}}\n'
+    "data: [DONE]"
+)
+MODELS = json.dumps({"data": [{"id": "glm-5.2", "max_model_len": 32768}]})
+POLICY = json.dumps(
+    {"address": "::1", "port": 8000, "served_model_name": "glm-5.2",
+     "required": ["TRITON_MLA"], "forbidden": ["Enforce eager"]}
+)  # fmt: skip
+RECORD = json.dumps(
+    {"release": "vllm-1", "model": "glm-1", "unit_sha256": "0", "environment_sha256": "1",
+     "invocation": "i1"}
+)  # fmt: skip
+UNITS = "Id=glm-serving.service\nActiveState=active\nNRestarts=2\nMainPID=41\nInvocationID=i1\n"
+DEPLOYMENT = "0123456789ab"
+
+
+def sample_of(text: str, _: Path) -> object:
+    """Read a sample twice, and what happened between them."""
+    sample = engine.parse_sample(text, 7.0)
+    json.dumps(sample, allow_nan=False)
+    if sample:
+        # What the node sends is read on the controller.
+        decode(Sample, sample, what="The sample")
+        json.dumps(engine.interval(sample, {**sample, "time_s": 8.0}), allow_nan=False)
+    return sample
+
+
+def deployments_of(name: str, look: Callable[[Deployments], object]) -> Callable[[str, Path], Any]:
+    """Return a reader of one file of a node's deployments, the others being as they should."""
+
+    def through(text: str, folder: Path) -> object:
+        root = folder / "deployments"
+        places_ = Places(deployments=root, etc=folder, releases=folder, models=folder)
+        for path in (root / DEPLOYMENT, folder / "r", folder / "m"):
+            path.mkdir(parents=True, exist_ok=True)
+        for each, content in {
+            f"{DEPLOYMENT}/{UNIT}": "[Service]\n",
+            f"{DEPLOYMENT}/serving.env": "A=b\n",
+            f"{DEPLOYMENT}/attestation.json": POLICY,
+            f"{DEPLOYMENT}/deployment.json": DEPLOYED,
+            "attested.json": json.dumps([DEPLOYMENT]),
+            name: text,
+        }.items():
+            (root / each).write_bytes(content.encode(errors="surrogateescape"))
+        return look(Deployments(places_))
+
+    return through
+
+
+def watched(text: str, folder: Path) -> object:
+    """Look three times at an engine that answers with this text."""
+    policy = folder / "policy.json"
+    policy.write_text(POLICY)
+    watch = Watchdog(
+        WatchSettings(
+            "x.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
+        ),
+        program(UNITS),
+        Flag(folder / "stalled", sleep=lambda _: None),
+        client=lambda port, **_: server(text),
+        clock=lambda: 0.0,
+        sleep=lambda _: None,
+        processes=list,
+    )
+    return [watch.look() for _ in range(3)]
+
+
+DEPLOYED = json.dumps({"id": DEPLOYMENT, "release": "r", "model": "m", "cuda_graphs": "piecewise"})
+
+READERS = (
+    Reader("metrics", METRICS, sample_of),
+    Reader("completion", COMPLETION, lambda text, _: complete(server(text), "glm-5.2", "x")),
+    Reader("served model", MODELS, lambda text, _: served_model(server(text), "glm-5.2")),
+    Reader("policy", POLICY, in_file(read_policy)),
+    Reader("api key", "# x\nVLLM_API_KEY='a b'\n", in_file(read_api_key)),
+    Reader("start record", RECORD, in_file(read_record)),
+    Reader("evidence", RECORD, in_file(lambda path: read_evidence(path, "i1"))),
+    Reader("readiness", RECORD, in_file(lambda path: readiness_answer(path, path, path))),
+    Reader("units", UNITS, lambda text, _: unit_state(program(text), "glm-serving.service")),
+    Reader("watchdog", METRICS, watched),
+    Reader(
+        "deployment",
+        DEPLOYED,
+        deployments_of(f"{DEPLOYMENT}/deployment.json", lambda all_: all_.read(DEPLOYMENT).digests),
+    ),
+    Reader(
+        "attested",
+        json.dumps([DEPLOYMENT]),
+        deployments_of("attested.json", lambda all_: (all_.before(""), all_.named("r"))),
+    ),
+    Reader(
+        "refused",
+        json.dumps({"reason": "x"}),
+        deployments_of(f"{DEPLOYMENT}/refused.json", lambda all_: all_.refused(DEPLOYMENT)),
+    ),
+)
+
+
+@pytest.mark.parametrize("reader", READERS, ids=str)
+def test_a_reader_refuses_or_reads_one_wrong_value(reader: Reader, tmp_path: Path) -> None:
+    # What is right is read; what is wrong may be refused.
+    reader.read(reader.good, tmp_path)
+    for text in one_wrong(reader.good):
+        with contextlib.suppress(FleetError):
+            reader.read(text, tmp_path)
+
+
+@pytest.mark.parametrize("reader", READERS, ids=str)
+@given(data=st.data())
+@settings(
+    derandomize=True,
+    max_examples=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_a_reader_refuses_or_reads_damage(
+    reader: Reader, tmp_path: Path, data: st.DataObject
+) -> None:
+    with contextlib.suppress(FleetError):
+        reader.read(data.draw(damaged(reader.good)), tmp_path)

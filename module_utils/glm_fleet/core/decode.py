@@ -48,7 +48,8 @@ _MOST_ENTRIES = 4 * 1024 * 1024
 _DEEPEST = 32
 _SHOWN = 80
 _ABSENT = "not there"
-_LARGEST = 2**63 - 1
+# Inodes and devices take all of 64 bits.
+_LARGEST = 2**64 - 1
 
 _T = TypeVar("_T")
 _Reader = Callable[[Any], Any]

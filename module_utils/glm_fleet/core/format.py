@@ -22,7 +22,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def parse_count(text: str) -> int | None:
+    """Return a count that a program printed, None for anything else and for more than 2**63."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text.strip()) else None
+
+
 def parse_version(text: str) -> tuple[int, ...]:
     """Return the leading numbers of a dotted version, for comparison."""
-    match = re.match(r"\d+(?:\.\d+)*", text)
+    match = re.match(r"[0-9]{1,9}(?:\.[0-9]{1,9})*", text)
     return tuple(int(part) for part in match.group().split(".")) if match else ()

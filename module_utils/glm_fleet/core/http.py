@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
+
+_LONGEST_LINE = 1024 * 1024
+_LONGEST = 64 * 1024 * 1024
+# How many time-outs a whole answer may take.
+_PATIENCE = 10
 
 
 class Http(Protocol):
@@ -39,20 +45,26 @@ def local_http(
         try:
             answer = urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            return error.code, iter([text])
-        except (OSError, http.client.HTTPException) as error:
+            return error.code, _lines(error, timeout_s)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             return 0, iter([f"{type(error).__name__}: {error}"])
-        return int(answer.status), _lines(answer)
+        return int(answer.status), _lines(answer, timeout_s)
 
     return ask
 
 
-def _lines(answer: Any) -> Iterator[str]:
+def _lines(answer: Any, timeout_s: float) -> Iterator[str]:
+    """Yield the lines of a body; where it breaks off or does not end, the last one says so."""
+    # The time-out is for each byte: a server that sends one now and then never reaches it.
+    end, received = time.monotonic() + _PATIENCE * timeout_s, 0
     with answer:
         try:
-            for line in answer:
+            while line := answer.readline(_LONGEST_LINE):
+                received += len(line)
+                if received > _LONGEST or time.monotonic() > end:
+                    yield "error: the answer does not end"
+                    return
                 yield line.decode(errors="replace").rstrip("\n")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             # The caller sees a stream that ended early, which is what happened.
             yield f"error: the stream broke off: {type(error).__name__}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .format import parse_count
 from .runner import Runner
 
 _TIMEOUT_S = 20.0
@@ -50,7 +51,7 @@ def _parse(block: str) -> dict[str, Any]:
     told = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
     state: dict[str, Any] = {ours: told.get(theirs, "") for theirs, ours in _FIELDS.items()}
     for key in _COUNTS:
-        state[key] = int(state[key]) if state[key].isdigit() else 0
+        state[key] = parse_count(state[key]) or 0
     return state
 
 

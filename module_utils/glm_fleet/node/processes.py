@@ -83,7 +83,7 @@ def _names(pid: int, proc: Path) -> tuple[str, str]:
     """Return a process's name and its command line, up to 2000 characters."""
     folder = proc / str(pid)
     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return (folder / "comm").read_text().strip(), command.strip()[:2000]
+    return (folder / "comm").read_text(errors="replace").strip(), command.strip()[:2000]
 
 
 def unit_of(pid: int, proc: Path) -> str:

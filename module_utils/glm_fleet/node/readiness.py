@@ -27,7 +27,7 @@ from ..serving.attestation import Wanted, attest
 from ..serving.deployment import ENVIRONMENT, POLICY, UNIT, Deployments, Places
 from ..serving.evidence import EVIDENCE
 from ..serving.policy import read_api_key, read_policy
-from ..serving.record import RECORD, read_record
+from ..serving.record import RECORD, read_note, read_record
 
 # Names the start of which the watch sees that it makes no progress.
 STALLED = Path("/run/glm-fleet/stalled")
@@ -44,9 +44,9 @@ def answer(record: Path = RECORD, evidence: Path = EVIDENCE, stalled: Path = STA
     invocation = read_record(record).get("invocation", "")
     if not invocation:
         return "down #nothing was started"
-    if read_record(stalled).get("invocation") == invocation:
+    if read_note(stalled).get("invocation") == invocation:
         return "down #the engine makes no progress"
-    if read_record(evidence).get("invocation") != invocation:
+    if read_note(evidence).get("invocation") != invocation:
         return "down #not attested"
     return "up"
 
@@ -147,5 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _Server((options.bind, options.port), _Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         while True:
-            watch.look()
+            try:
+                watch.look()
+            except (FleetError, OSError) as error:
+                sys.stderr.write(f"sentry: {error}\n")
             time.sleep(1.0)

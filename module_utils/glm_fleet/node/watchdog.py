@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
+from ..core.decode import read
 from ..core.errors import FleetError
 from ..core.files import write_atomically
 from ..core.http import Http, local_http
@@ -34,7 +35,7 @@ from ..core.systemd import journal, unit_state
 from ..serving.client import complete
 from ..serving.engine import ENVIRONMENT, POLICY, progress_mark, read_sample
 from ..serving.policy import read_api_key, read_policy
-from ..serving.record import read_record
+from ..serving.record import read_note
 from .prestart import left_over
 from .readiness import STALLED
 
@@ -90,7 +91,7 @@ class Flag:
 
     def take_out(self, invocation: str, reason: str) -> None:
         """Let the gateways take the node out of service for as long as this start lives."""
-        if read_record(self._path).get("invocation") != invocation:
+        if read_note(self._path).get("invocation") != invocation:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             said = {"invocation": invocation, "reason": reason}
             write_atomically(self._path, json.dumps(said) + "\n")
@@ -222,7 +223,12 @@ class Watchdog:
         timeout = self.settings.stall_timeout_s
         _log(3, f"nothing moved in the engine for {timeout:g} s although it was asked to")
         self.flag.wait_until_told()
-        folder = self._keep_evidence(state, sample)
+        try:
+            folder = self._keep_evidence(state, sample)
+        except OSError as error:
+            # A full disk must not keep a hung engine.
+            folder = self.settings.incidents
+            _log(3, f"the evidence could not be kept: {error}")
         recent = self._recent_restarts()
         if len(recent) >= self.settings.restarts_per_hour:
             self.given_up = True
@@ -285,10 +291,10 @@ class Watchdog:
 
     def _recent_restarts(self) -> list[float]:
         try:
-            times = json.loads((self.settings.incidents / "restarts.json").read_text())
-            return [each for each in times if 0 <= time.time() - each < _HOUR_S]
-        except (OSError, ValueError, TypeError):
+            times = read(list[float], self.settings.incidents / "restarts.json")
+        except (FileNotFoundError, FleetError):
             return []
+        return [each for each in times if 0 <= time.time() - each < _HOUR_S]
 
     def _write_restarts(self, times: Sequence[float]) -> None:
         write_atomically(self.settings.incidents / "restarts.json", json.dumps(list(times)) + "\n")

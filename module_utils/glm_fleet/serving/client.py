@@ -3,16 +3,46 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable, TypedDict
 
+from ..core.decode import Count, Words, parse
+from ..core.errors import FleetError
 from ..core.http import Http
 from .evidence import Check
 
 ANSWER_TOKENS = 24
+# Far more than the lines of any answer that is asked for here.
+_MOST_LINES = 100_000
+
+
+class _Choice(TypedDict, total=False):
+    text: Words
+
+
+class _Usage(TypedDict, total=False):
+    completion_tokens: Count | None
+    prompt_tokens: Count | None
+
+
+class _Event(TypedDict, total=False):
+    choices: Sequence[_Choice]
+    usage: _Usage | None
+    error: Any
+
+
+class _ModelOptional(TypedDict, total=False):
+    max_model_len: Count | None
+
+
+class _Model(_ModelOptional):
+    id: Words
+
+
+class _Models(TypedDict):
+    data: Sequence[_Model]
 
 
 @dataclass(frozen=True)
@@ -60,7 +90,9 @@ def complete(
     status, lines = http("/v1/completions", body)
     if status != 200:
         return Answer("", 0, 0, 0.0, 0.0, f"HTTP {status}: {''.join(lines)[:200]}")
-    for line in lines:
+    for number, line in enumerate(lines):
+        if number > _MOST_LINES:
+            break
         if not line.startswith("data: "):
             if line.startswith("error"):
                 return Answer(text, used, 0, first, clock() - start, line[:200])
@@ -69,18 +101,18 @@ def complete(
             ended = True
             break
         try:
-            event = json.loads(line[len("data: ") :])
-        except ValueError:
-            return Answer(text, used, 0, first, clock() - start, f"not JSON: {line[:100]}")
+            event = parse(_Event, line[len("data: ") :], what="The completion")
+        except FleetError as error:
+            return Answer(text, used, 0, first, clock() - start, f"{error} It said: {line[:100]}")
         if "error" in event:
             return Answer(text, used, 0, first, clock() - start, str(event["error"])[:200])
-        for choice in event.get("choices", []):
+        for choice in event.get("choices", ()):
             if not first:
                 first = clock() - start
             text += choice.get("text", "")
-        usage = event.get("usage") or {}
-        used = int(usage.get("completion_tokens") or used)
-        prompt_used = int(usage.get("prompt_tokens") or prompt_used)
+        usage = event.get("usage") or _Usage()
+        used = usage.get("completion_tokens") or used
+        prompt_used = usage.get("prompt_tokens") or prompt_used
     problem = "" if ended else "the stream ended before its end"
     return Answer(text, used, prompt_used, first, clock() - start, problem)
 
@@ -92,9 +124,9 @@ def served_model(http: Http, model: str) -> tuple[Check, int]:
     if status != 200:
         return Check("model is served", False, f"HTTP {status}: {text[:120]}"), 0
     try:
-        entries = json.loads(text)["data"]
-    except (ValueError, KeyError, TypeError):
+        entries = parse(_Models, text, what="The list of models")["data"]
+    except FleetError:
         return Check("model is served", False, f"something else answers: {text[:120]}"), 0
-    names = [str(each.get("id")) for each in entries]
-    length = max((int(each.get("max_model_len") or 0) for each in entries), default=0)
+    names = [each["id"] for each in entries]
+    length = max((each.get("max_model_len") or 0 for each in entries), default=0)
     return Check("model is served", model in names, ", ".join(names) or "none"), length

@@ -24,7 +24,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
+from ..core.decode import Words, read
 from ..core.errors import FleetError
 from ..core.files import exclusive, write_atomically
 
@@ -37,6 +39,25 @@ REFUSED = "refused.json"
 PREVIOUS = "previous.json"
 _KEEP = 4
 _ID = re.compile(r"[0-9a-f]{12}")
+
+
+class Summary(TypedDict):
+    """What is said of a deployment; nothing secret."""
+
+    id: str
+    release: str
+    model: str
+    cuda_graphs: str
+
+
+class _Recorded(TypedDict):
+    release: str
+    model: str
+    cuda_graphs: str
+
+
+class _Refusal(TypedDict):
+    reason: Words
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ class Deployment:
             "environment_sha256": hashlib.sha256(self.environment.encode()).hexdigest(),
         }
 
-    def summary(self) -> dict[str, str]:
+    def summary(self) -> Summary:
         """Return what reports say of it; nothing secret."""
         return {
             "id": self.id,
@@ -117,17 +138,17 @@ class Deployments:
         """Return a deployment; raises `FleetError` when the node does not have it."""
         folder = self._root / identifier
         try:
-            record = json.loads((folder / RECORD).read_text())
+            record = read(_Recorded, folder / RECORD)
             return Deployment(
                 identifier,
-                str(record["release"]),
-                str(record["model"]),
-                str(record["cuda_graphs"]),
+                record["release"],
+                record["model"],
+                record["cuda_graphs"],
                 (folder / UNIT).read_text(),
                 (folder / ENVIRONMENT).read_text(),
                 (folder / POLICY).read_text(),
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, FleetError) as error:
             raise FleetError(
                 "This node does not have the deployment",
                 expected=f"a complete folder {folder}",
@@ -150,10 +171,10 @@ class Deployments:
     def attested(self) -> list[str]:
         """Return the ids that passed the attestation on this node, newest last."""
         try:
-            known = json.loads((self._root / "attested.json").read_text())
-        except (OSError, ValueError):
+            known = read(list[str], self._root / "attested.json")
+        except (FileNotFoundError, FleetError):
             return []
-        return [str(each) for each in known] if isinstance(known, list) else []
+        return [each for each in known if _ID.fullmatch(each)]
 
     def stage(self, wanted: Deployment, *, check_mode: bool = False) -> bool:
         """Put a deployment beside the one that runs; tell whether that changed anything."""
@@ -239,8 +260,8 @@ class Deployments:
     def refused(self, identifier: str) -> str:
         """Return why a deployment is known not to run here, '' if nothing is known."""
         try:
-            return str(json.loads((self._root / identifier / REFUSED).read_text())["reason"])
-        except (OSError, ValueError, KeyError):
+            return read(_Refusal, self._root / identifier / REFUSED)["reason"]
+        except (FileNotFoundError, FleetError):
             return ""
 
     def forgive(self, identifier: str) -> None:

@@ -9,6 +9,7 @@ alone can: while a lone long prompt is read in chunks, no step is counted and no
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,14 +64,21 @@ def parse_sample(text: str, now: float) -> dict[str, Any]:
     sample: dict[str, Any] = {"time_s": round(now, 3)}
     for key, name in {**_GAUGES, **_COUNTERS}.items():
         sample[key] = totals.get(name, 0.0)
-    buckets: dict[str, dict[str, float]] = {name: {} for name in _HISTOGRAMS.values()}
+    buckets: dict[str, dict[float, float]] = {name: {} for name in _HISTOGRAMS.values()}
     for line in text.splitlines():
         match = _BUCKET.match(line)
         if match and match["name"] in buckets:
+            try:
+                bound, count = float(match["le"]), float(match["count"])
+            except ValueError:
+                continue
             counts = buckets[match["name"]]
-            counts[match["le"]] = counts.get(match["le"], 0.0) + float(match["count"])
+            total = counts.get(bound, 0.0) + count
+            # The last bound is +Inf, which every request is below.
+            if math.isfinite(bound) and math.isfinite(total):
+                counts[bound] = total
     for key, name in _HISTOGRAMS.items():
-        bounded = [[float(le), count] for le, count in buckets[name].items() if le != "+Inf"]
+        bounded = [[bound, count] for bound, count in buckets[name].items()]
         sample[key] = {
             "count": totals.get(f"{name}_count", 0.0),
             "sum": totals.get(f"{name}_sum", 0.0),

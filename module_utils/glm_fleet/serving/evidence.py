@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .record import read_record
+from .record import read_note
 
 EVIDENCE = Path("/run/glm-fleet/attested.json")
 
@@ -24,7 +24,7 @@ class Check:
 
 def read_evidence(path: Path, invocation: str) -> dict[str, str]:
     """Return {pattern: line} that an earlier attestation of this very start found."""
-    known = read_record(path)
+    known = read_note(path)
     if not invocation or known.pop("invocation", "") != invocation:
         return {}
     return known

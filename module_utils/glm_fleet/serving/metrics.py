@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import math
+
 from ..core.http import Http
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Sum the samples of each metric over its labels; buckets are left out."""
+    """Sum the samples of each metric over its labels.
+
+    Buckets are left out, and what is no finite number: nobody can count with it.
+    """
     totals: dict[str, float] = {}
     for line in text.splitlines():
         if line.startswith("#") or "_bucket" in line:
@@ -16,9 +21,11 @@ def parse_metrics(text: str) -> dict[str, float]:
         value = rest.rpartition("}")[2] if rest else line.partition(" ")[2]
         name = name.partition(" ")[0]
         try:
-            totals[name] = totals.get(name, 0.0) + float(value.split()[0])
+            total = totals.get(name, 0.0) + float(value.split()[0])
         except (ValueError, IndexError):
             continue
+        if math.isfinite(total):
+            totals[name] = total
     return totals
 
 

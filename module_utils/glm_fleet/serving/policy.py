@@ -3,42 +3,82 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypedDict
 
+from ..core.decode import Matching, Range, read
 from ..core.errors import FleetError
 
 
+class _PolicyOptional(TypedDict, total=False):
+    address: str | None
+
+
+class _Written(_PolicyOptional):
+    # A variable that was given on the command line is text.
+    port: Annotated[int, Range(1, 65535)] | Annotated[str, Matching("[0-9]{1,5}", "a port")]
+    served_model_name: str
+    required: Sequence[str]
+    forbidden: Sequence[str]
+
+
+class Policy(TypedDict):
+    """What the attestation of a node expects; patterns are those of the journal."""
+
+    address: str
+    port: int
+    served_model_name: str
+    required: Sequence[str]
+    forbidden: Sequence[str]
+
+
 def read_api_key(environment_file: Path) -> str:
-    """Return the key that clients have to send, '' if there is none."""
+    """Return the key that clients have to send, '' if there is none.
+
+    Raises `FleetError`, which does not show the file's text, when it cannot be told.
+    """
     try:
         text = environment_file.read_text()
     except OSError:
         return ""
+    except UnicodeDecodeError:
+        raise _no_key(environment_file) from None
     for line in text.splitlines():
         name, _, value = line.partition("=")
         if name == "VLLM_API_KEY":
-            return "".join(shlex.split(value))
+            try:
+                return "".join(shlex.split(value))
+            except ValueError:
+                raise _no_key(environment_file) from None
     return ""
 
 
-def read_policy(path: Path) -> dict[str, Any]:
-    """Return what the attestation of this node expects.
+def _no_key(environment_file: Path) -> FleetError:
+    return FleetError(
+        "The key of the server cannot be read",
+        expected=f"VLLM_API_KEY as a quoted word in {environment_file}",
+        found="damaged text",
+        remedy="run site.yml, which writes the file anew",
+    )
 
-    Shape: {address, port, served_model_name, required, forbidden}.
-    """
+
+def read_policy(path: Path) -> Policy:
+    """Return what the attestation of this node expects; raises `FleetError`."""
     try:
-        policy = json.loads(path.read_text())
+        written = read(_Written, path)
+        for pattern in (*written["required"], *written["forbidden"]):
+            re.compile(pattern)
         return {
-            "address": str(policy.get("address") or "127.0.0.1"),
-            "port": int(policy["port"]),
-            "served_model_name": str(policy["served_model_name"]),
-            "required": list(policy["required"]),
-            "forbidden": list(policy["forbidden"]),
+            "address": written.get("address") or "127.0.0.1",
+            "port": int(written["port"]),
+            "served_model_name": written["served_model_name"],
+            "required": written["required"],
+            "forbidden": written["forbidden"],
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, FleetError, re.error, RecursionError, OverflowError) as error:
         raise FleetError(
             "This node has no attestation policy",
             expected=f"port, served_model_name, required and forbidden as JSON in {path}",

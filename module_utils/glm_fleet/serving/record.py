@@ -4,15 +4,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ..core.decode import Words, read
+from ..core.errors import FleetError
 from ..core.runner import Runner
 from ..core.systemd import unit_state
 
 RECORD = Path("/run/glm-fleet/serving.json")
+
+
+class StartRecord(TypedDict, total=False):
+    """What the pre-start check writes down of a start; {} where nothing was started."""
+
+    release: Words
+    model: Words
+    unit_sha256: Words
+    environment_sha256: Words
+    invocation: Words
 
 
 def digest(path: Path) -> str:
@@ -25,7 +36,7 @@ def digest(path: Path) -> str:
 
 def make_record(
     *, release_link: Path, model_link: Path, unit: Path, environment: Path, invocation: str
-) -> dict[str, str]:
+) -> StartRecord:
     """Describe what starts now: names of release and model, digests of unit and environment."""
 
     def name(link: Path) -> str:
@@ -49,20 +60,30 @@ def running_release(main_pid: int, proc: Path = Path("/proc")) -> str:
     The kernel names files without symbolic links: this is the release that runs.
     """
     try:
-        text = (proc / str(main_pid) / "maps").read_text()
+        text = (proc / str(main_pid) / "maps").read_text(errors="replace")
     except OSError:
         return ""
     found = _RELEASE_IN_MAPS.search(text)
     return found.group(1) if found else ""
 
 
-def read_record(path: Path = RECORD) -> dict[str, str]:
-    """Return what the pre-start check wrote down, {} if there is nothing."""
+def read_record(path: Path = RECORD) -> StartRecord:
+    """Return what the pre-start check wrote down, {} if there is nothing that can be used.
+
+    Then nothing proves what runs, which is what everybody who asks takes {} for.
+    """
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read(StartRecord, path)
+    except (FileNotFoundError, FleetError):
         return {}
-    return record if isinstance(record, dict) else {}
+
+
+def read_note(path: Path) -> dict[str, str]:
+    """Return a note about a start, which its ``invocation`` names; {} as of `read_record`."""
+    try:
+        return read(dict[str, Words], path)
+    except (FileNotFoundError, FleetError):
+        return {}
 
 
 def read_running(runner: Runner, unit: str, record: Path = RECORD) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _bytes_read(main_pid: int, proc: Path) -> int:
     for entry in proc.iterdir():
         if entry.name.isdigit():
             try:
-                stat = (entry / "stat").read_text()
+                stat = (entry / "stat").read_text(errors="replace")
             except OSError:
                 continue
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
