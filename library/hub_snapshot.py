@@ -47,7 +47,7 @@ options:
   mirrors:
     description:
       - URLs that are tried in this order while O(endpoint) cannot be reached. They get the token
-        too.
+        too, where they are asked over https.
     type: list
     elements: str
     default: []
@@ -57,6 +57,10 @@ options:
   token:
     description: Access token. C(HF_TOKEN) of the environment is used if not given.
     type: str
+  token_in_clear_text:
+    description: Give the token to endpoints of plain http too, where everybody on the way reads it.
+    type: bool
+    default: false
   include:
     description: Patterns of files to fetch. Every file if empty.
     type: list
@@ -250,7 +254,10 @@ def _fetcher(
     return Fetcher(
         store=store,
         source=source,
-        client=HubClient(params["token"] or os.environ.get("HF_TOKEN") or ""),
+        client=HubClient(
+            params["token"] or os.environ.get("HF_TOKEN") or "",
+            in_clear_text=params["token_in_clear_text"],
+        ),
         patience=Patience(0 if once else params["patience"]),
         meter=meter,
         workers=params["workers"],
@@ -363,6 +370,7 @@ def main() -> None:
             "mirrors": {"type": "list", "elements": "str", "default": []},
             "proxy": {"type": "str", "no_log": True},
             "token": {"type": "str", "no_log": True},
+            "token_in_clear_text": {"type": "bool", "default": False, "no_log": False},
             "include": {"type": "list", "elements": "str", "default": []},
             "exclude": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "str"},

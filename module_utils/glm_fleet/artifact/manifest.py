@@ -6,17 +6,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.errors import FleetError
+from ..core.paths import relative_path
 
 MANIFEST = "manifest.json"
 SCHEMA = "glm-fleet/artifact/1"
 KINDS = ("release", "model")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ROOT = re.compile(r"([0-9a-f]{64})?")
 _ID = re.compile(r"[a-z0-9][a-z0-9._+-]*-[0-9a-f]{12}")
 
 
@@ -32,6 +35,16 @@ class FileEntry:
     size: int
     sha256: str
     root: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        relative_path(self.path, "The manifest of an artifact")
+        if self.size < 0 or not _SHA256.fullmatch(self.sha256) or not _ROOT.fullmatch(self.root):
+            raise FleetError(
+                "The manifest of an artifact describes a file that cannot be",
+                expected="a size of 0 or more, a SHA-256 of 64 hex digits, a root of 64 or none",
+                found=f"{self.path}: size {self.size}, SHA-256 {self.sha256[:80]!r}",
+                remedy="remove the artifact and distribute it again",
+            )
 
 
 @dataclass(frozen=True)
@@ -108,15 +121,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
             found=f"schema {schema}, kind {manifest.kind}",
             remedy="use the version of glm-fleet that made it",
         )
-    for entry in files:
-        path = PurePosixPath(entry.path)
-        if path.is_absolute() or ".." in path.parts or str(path) != entry.path:
-            raise FleetError(
-                "The manifest names a file outside the artifact",
-                expected="relative paths without ..",
-                found=repr(entry.path),
-                remedy="do not use this artifact: find out who made it",
-            )
+    _check_names(files)
     slug = manifest.id.rpartition("-")[0]
     if not _ID.fullmatch(manifest.id) or artifact_id(slug, files) != manifest.id:
         raise FleetError(
@@ -126,6 +131,20 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
             remedy="remove the artifact and distribute it again",
         )
     return manifest
+
+
+def _check_names(files: Sequence[FileEntry]) -> None:
+    """Refuse names that cannot be files beside each other: twice the same, or one in another."""
+    names = {entry.path for entry in files}
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    clash = sorted(names & folders)
+    if clash or len(names) != len(files):
+        raise FleetError(
+            "The manifest names a file twice, or a file inside another one",
+            expected="each file once",
+            found=", ".join(clash[:5]) or f"{len(files)} files of {len(names)} names",
+            remedy="do not use this artifact: find out who made it",
+        )
 
 
 def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:

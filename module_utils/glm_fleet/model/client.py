@@ -14,7 +14,7 @@ from typing import Any, Callable, Protocol
 
 from ..core.errors import FleetError
 from .partfile import BLOCK, Span
-from .source import HubFile
+from .source import HubFile, carries_token
 
 LONGEST_PAUSE_S = 30.0
 _TIMEOUT_S = 30.0
@@ -72,7 +72,8 @@ class Patience:
 class HubClient:
     """The hub's own client. It has to be importable; its settings come from the environment."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, *, in_clear_text: bool = False) -> None:
+        """``in_clear_text`` gives the token to plain http endpoints too."""
         try:
             self._hub: Any = importlib.import_module("huggingface_hub")
             self._utils: Any = importlib.import_module("huggingface_hub.utils")
@@ -83,11 +84,16 @@ class HubClient:
                 found=str(missing),
                 remedy="run playbooks/model.yml, which brings it",
             ) from missing
-        self._token: str | bool = token or False
+        self._given = token
+        self._in_clear_text = in_clear_text
+
+    def _token(self, endpoint: str) -> str | bool:
+        safe = self._in_clear_text or carries_token(endpoint)
+        return self._given if self._given and safe else False
 
     def describe(self, endpoint: str, repository: str, revision: str) -> tuple[str, list[HubFile]]:
         """Return the commit of a revision and all its files."""
-        api = self._hub.HfApi(endpoint=endpoint, token=self._token)
+        api = self._hub.HfApi(endpoint=endpoint, token=self._token(endpoint))
         try:
             info = api.model_info(
                 repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
@@ -117,7 +123,8 @@ class HubClient:
         """Hand over what is in a span of a file, block by block."""
         url = self._hub.hf_hub_url(repository, name, revision=commit, endpoint=endpoint)
         # Compressed on the way, a file could not be continued at an offset.
-        headers = {**self._utils.build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
+        token = self._token(endpoint)
+        headers = {**self._utils.build_hf_headers(token=token), "Accept-Encoding": "identity"}
         session = self._utils.get_session()
         begin, end = span
         if span != (0, None):
@@ -153,6 +160,8 @@ class HubClient:
         errors = self._hub.errors
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
+        token = self._token(endpoint)
+        none = "no token was given" if not self._given else "the token is not sent over plain http"
         skew = clock_remark(response, error)
         storage = storage_host(response, endpoint) if name else ""
         if storage and status not in (408, 429):
@@ -174,10 +183,10 @@ class HubClient:
                 f"The hub does not let us read {repository}",
                 expected=f"access to {repository} on {endpoint}",
                 found=f"HTTP {status or 'error'}: gated or private, "
-                + ("and the token has no access" if self._token else "and no token was given"),
+                + ("and the token has no access" if token else f"and {none}"),
                 remedy="accept its terms on the hub and give a token with access as model_token",
             )
-        if status == 401 and self._token:
+        if status == 401 and token:
             return FleetError(
                 "The hub does not know the token",
                 expected="a token that is valid, as model_token or HF_TOKEN",
@@ -192,7 +201,7 @@ class HubClient:
                 found=f"HTTP 403, and not because it is gated: {server_message(error)}{skew}",
                 remedy=(
                     "give the token the right to read this repository, or look at what stands "
-                    if self._token
+                    if token
                     else "give a token if the repository is private, or look at what stands "
                 )
                 + "between the fetcher and the hub (model_proxy, a firewall)",

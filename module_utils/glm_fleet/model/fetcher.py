@@ -28,7 +28,16 @@ from ..core.progress import Meter
 from .client import LONGEST_PAUSE_S, Client, Patience, UnavailableError, UnreachableError
 from .partfile import Part
 from .pins import pin, pinned
-from .source import KIND, HubFile, Source, describe, git_blob_id, model_slug, select_files
+from .source import (
+    KIND,
+    HubFile,
+    Source,
+    check_commit,
+    describe,
+    git_blob_id,
+    model_slug,
+    select_files,
+)
 
 _Answer = TypeVar("_Answer")
 # A fresh signature each time: what is refused so often is not refused by chance.
@@ -64,11 +73,11 @@ class Fetcher:
         if known:
             return known
         self.meter.what = "asking the hub"
+        asked = commit or self.source.revision
         commit, listed = self._persist(
-            lambda endpoint: self.client.describe(
-                endpoint, self.source.repository, commit or self.source.revision
-            )
+            lambda endpoint: self.client.describe(endpoint, self.source.repository, asked)
         )
+        check_commit(asked, commit)
         files = select_files(listed, self.source)
         pin(self.store, self.source, commit)
         slug = model_slug(self.source.repository, commit)
@@ -196,20 +205,23 @@ class Fetcher:
                 return
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._persist(lambda endpoint: self._download(endpoint, commit, file.path, path))
+            self._persist(lambda endpoint: self._download(endpoint, commit, file, path))
         if git_blob_id(path) != file.git_oid:
             path.unlink()
             raise _corrupt({file.path: "another git object id"})
 
-    def _download(self, endpoint: str, commit: str, name: str, path: Path) -> None:
-        """Bring a small file, from its beginning."""
+    def _download(self, endpoint: str, commit: str, file: HubFile, path: Path) -> None:
+        """Bring a small file, from its beginning; one that does not end at its size is refused."""
+        repository = self.source.repository
         with path.open("wb") as sink:
 
             def take(block: bytes) -> None:
+                if sink.tell() + len(block) > file.size:
+                    raise _corrupt({file.path: f"more than its {file.size} bytes"})
                 sink.write(block)
                 self._advance(len(block))
 
-            self.client.download(endpoint, self.source.repository, commit, name, (0, None), take)
+            self.client.download(endpoint, repository, commit, file.path, (0, None), take)
 
     def _each(self, items: Sequence[Any], work: Callable[[Any], None]) -> None:
         """Do it to all at once; the first error ends the others at their next block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import ipaddress
 import re
 import urllib.parse
 from collections.abc import Iterable
@@ -14,21 +15,45 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import FleetError
+from ..core.format import human_bytes
+from ..core.paths import relative_path
 
 KIND = "model"
 INDEX = "model.safetensors.index.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Bytes. A shard of a model, and a file that the hub keeps in git itself (its limit is 10 MB).
+LARGEST = 10**12
+LARGEST_SMALL = 64 * 1024 * 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of the repository: path, size in bytes, and one of the two digests in hex."""
+    """One file of the repository: path, size in bytes, and one of the two digests in hex.
+
+    A hub said so: the path is shown to stay in its folder, and a file without a SHA-256, which is
+    read whole, is small.
+    """
 
     path: str
     size: int
     sha256: str
     git_oid: str
+
+    def __post_init__(self) -> None:
+        relative_path(self.path, "The hub")
+        digest = SHA256.fullmatch(self.sha256) or (
+            not self.sha256 and _COMMIT.fullmatch(self.git_oid)
+        )
+        if not digest or not 0 <= self.size <= (LARGEST if self.sha256 else LARGEST_SMALL):
+            raise FleetError(
+                "The hub describes a file that cannot be",
+                expected=f"a SHA-256 and at most {human_bytes(LARGEST)}, or a git object id and "
+                f"at most {human_bytes(LARGEST_SMALL)}",
+                found=f"{self.path}: {self.size} bytes, SHA-256 {self.sha256[:80]!r}, object "
+                f"{self.git_oid[:80]!r}",
+                remedy="leave it out with model_exclude, or ask another endpoint",
+            )
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,17 @@ def is_commit(revision: str) -> bool:
     return _COMMIT.fullmatch(revision) is not None
 
 
+def check_commit(asked: str, answered: str) -> None:
+    """Refuse a hub that answers with no commit, or with another one than it was asked for."""
+    if not is_commit(answered) or (is_commit(asked) and answered != asked):
+        raise FleetError(
+            "The hub answers with another commit",
+            expected=f"the commit {asked}" if is_commit(asked) else f"the commit of {asked}",
+            found=ascii(answered[:80]),
+            remedy="ask another endpoint; if this one is a mirror, find out who changed it",
+        )
+
+
 def check_endpoint(url: str) -> str:
     """Refuse a URL of a hub that cannot be one, or that holds a secret: it goes into reports."""
     parts = urllib.parse.urlsplit(url)
@@ -65,6 +101,16 @@ def check_endpoint(url: str) -> str:
         found=hidden,
         remedy="correct model_endpoint or model_mirrors; a token belongs into model_token",
     )
+
+
+def carries_token(endpoint: str) -> bool:
+    """Tell whether nobody on the way to an endpoint can read a token: https, or this host."""
+    parts = urllib.parse.urlsplit(endpoint)
+    try:
+        local = ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        local = parts.hostname == "localhost"
+    return parts.scheme == "https" or local
 
 
 def select_files(listed: Iterable[HubFile], source: Source) -> list[HubFile]:

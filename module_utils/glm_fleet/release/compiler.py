@@ -28,6 +28,9 @@ from .verify.tree import verify_tree
 # What a manifest names where a person resolved a conflict.
 RECORDED = "recorded-resolution"
 
+# Modes of git: a symbolic link, and a commit of another repository.
+_LINKS = ("120000", "160000")
+
 
 @dataclass(frozen=True)
 class Patched:
@@ -179,6 +182,7 @@ class Compiler:
         self, tree: Path, commit: str, pull: PullRequest, recorded: Mapping[str, Recorded]
     ) -> list[Join]:
         git = self.repository.git
+        self._refuse_links(commit, pull)
         done = git(
             "cherry-pick",
             "-x",
@@ -218,6 +222,25 @@ class Compiler:
             raise _refuse_all(refused)
         git("-c", "core.editor=true", "cherry-pick", "--continue", cwd=tree)
         return joins
+
+    def _refuse_links(self, commit: str, pull: PullRequest) -> None:
+        """Refuse a commit that makes a link: what writes or copies a file would follow it."""
+        listing = self.repository.git(
+            *("diff-tree", "-r", "--root", "--no-commit-id", "--no-renames", "-z", commit)
+        ).stdout
+        fields = listing.split("\0")
+        links = [
+            path
+            for row, path in zip(fields[::2], fields[1::2])
+            if row.split(" ")[1] in _LINKS and not _is_dropped(path, pull)
+        ]
+        if links:
+            raise FleetError(
+                f"Commit {commit} of pull request {pull.number} makes a link of a file",
+                expected="regular files",
+                found=", ".join(links[:5]),
+                remedy="name a pull request without links, or add these paths to its drop",
+            )
 
     def _resolve(
         self, tree: Path, path: str, stages: set[int], pull: PullRequest
@@ -406,7 +429,7 @@ def _export(tree: Path, changed: Sequence[str], dest: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     scratch.mkdir(parents=True)
     for path in changed:
-        if (tree / path).is_file():
+        if (tree / path).is_file() and not (tree / path).is_symlink():
             target = scratch / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(tree / path, target)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core.errors import FleetError
 from ..core.files import sha256_file
+from ..core.paths import file_name
 
 _TIMEOUT_S = 60
 _ATTEMPTS = 3
@@ -62,7 +63,8 @@ def fetch_wheel(url: str, folder: Path) -> Path:
 
 def wheel_name(url: str) -> str:
     """Return the file name at the end of a URL."""
-    return urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    return file_name(name, "The URL of the base wheel")
 
 
 def _continue(url: str, partial: Path) -> None:

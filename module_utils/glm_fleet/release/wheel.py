@@ -19,10 +19,14 @@ from typing import Any
 
 from ..core.errors import FleetError
 from ..core.files import sha256_file
+from ..core.paths import relative_path
 
 BLOCK = 1024 * 1024
 # setuptools-scm writes it at every build; some source trees carry the one of their own.
 _GENERATED = "vllm/_version.py"
+# Bytes of a file that is read whole.
+_LARGEST_TEXT = 64 * 1024 * 1024
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,127}")
 _FILE_NAME = re.compile(
     r"(?P<name>[^-]+)-(?P<version>[^-]+)(?P<build>-\d[^-]*)?"
     r"-(?P<tags>[^-]+-[^-]+-[^-]+)\.whl"
@@ -39,6 +43,17 @@ class WheelFile:
     tags: str
     sha256: str
     requires: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        # They become parts of file names.
+        for what, text in (("name", self.name), ("version", self.version)):
+            if not _PLAIN.fullmatch(text):
+                raise FleetError(
+                    f"The {what} in {self.path.name} cannot be used",
+                    expected="letters, digits and . _ + ! -",
+                    found=ascii(text[:80]),
+                    remedy="correct release_base_wheel",
+                )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -82,6 +97,7 @@ def read_wheel(path: Path, sha256: str = "") -> WheelFile:
     try:
         sha256 = sha256 or sha256_file(path)
         with zipfile.ZipFile(path) as archive:
+            check_members(archive)
             metadata = archive.read(f"{dist_info(archive)}/METADATA").decode()
     except (OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise FleetError(
@@ -107,6 +123,20 @@ def read_wheel(path: Path, sha256: str = "") -> WheelFile:
         sha256=sha256,
         requires=tuple(value for key, value in headers if key == "Requires-Dist"),
     )
+
+
+def check_members(archive: zipfile.ZipFile) -> None:
+    """Refuse a wheel with a member outside its folder, or with text that nobody could read."""
+    for info in archive.infolist():
+        relative_path(info.filename.rstrip("/"), f"The wheel {archive.filename}")
+        text = info.filename.endswith((".py", "/METADATA", "/RECORD", "/WHEEL"))
+        if text and info.file_size > _LARGEST_TEXT:
+            raise FleetError(
+                f"A file of the wheel {archive.filename} is too large",
+                expected=f"at most {_LARGEST_TEXT} bytes of text",
+                found=f"{info.filename}: {info.file_size} bytes",
+                remedy="correct release_base_wheel",
+            )
 
 
 def dist_info(archive: zipfile.ZipFile) -> str:

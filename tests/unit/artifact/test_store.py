@@ -72,7 +72,7 @@ def test_a_manifest_survives_json(published: Manifest) -> None:
 def test_a_manifest_that_leaves_its_folder_is_refused(published: Manifest, path: str) -> None:
     data = published.as_dict()
     data["files"][0]["path"] = path
-    with pytest.raises(FleetError, match="outside the artifact"):
+    with pytest.raises(FleetError, match="outside its folder"):
         parse_manifest(data)
 
 

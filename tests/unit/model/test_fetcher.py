@@ -716,3 +716,62 @@ def test_a_disk_that_is_too_small_is_an_error_with_figures() -> None:
     assert error is not None
     assert "479.0 GB" in str(error)
     assert "10.0 GB" in str(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/cron.d/x", "a/../../x", "..", "a\\b", "\x1b]52;c;x\x07"]
+)
+def test_a_hub_writes_no_file_outside(store: Store, name: str, tmp_path: Path) -> None:
+    class Hostile(FakeHub):
+        def describe(self, *_: str) -> tuple[str, list[HubFile]]:
+            return OLD, [*listing(CONTENT), HubFile(name, 2, "", blob(b"x\n"))]
+
+    with pytest.raises(FleetError, match="The hub names a file outside its folder"):
+        fetcher(store, Hostile()).plan()
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.parametrize("answer", [NEW, "main", "", "../../x", "a" * 39])
+def test_a_hub_answers_with_the_commit_that_it_was_asked_for(store: Store, answer: str) -> None:
+    class Other(FakeHub):
+        def describe(self, *_: str) -> tuple[str, list[HubFile]]:
+            return answer, listing(CONTENT)
+
+    with pytest.raises(FleetError, match="answers with another commit"):
+        fetcher(store, Other(), replace(SOURCE, revision=OLD)).plan()
+    if answer != NEW:
+        with pytest.raises(FleetError, match="answers with another commit"):
+            fetcher(store, Other()).plan()
+
+
+def test_a_small_file_ends_at_its_size(store: Store) -> None:
+    sent = []
+
+    class Endless(FakeHub):
+        def download(self, *arguments: Any) -> None:
+            for _ in range(1000):
+                sent.append(1)
+                arguments[-1](b"x" * 1024)
+
+    with pytest.raises(FleetError, match="more than its 3 bytes"):
+        fetcher(store, Endless()).plan()
+    # The first block of each of the two that could be on their way.
+    assert len(sent) <= 2
+
+
+@pytest.mark.parametrize(
+    ("size", "sha256", "oid"),
+    [(-1, "0" * 64, ""), (10**13, "0" * 64, ""), (10**8, "", "a" * 40), (1, "", ""), (1, "x", "")],
+)
+def test_a_hub_describes_files_that_can_be(size: int, sha256: str, oid: str) -> None:
+    with pytest.raises(FleetError, match="a file that cannot be"):
+        HubFile("a", size, sha256, oid)
+
+
+def test_a_token_goes_where_nobody_on_the_way_can_read_it() -> None:
+    client = HubClient("hf_x")
+    assert client._token("https://hub") == client._token("http://127.0.0.1:1") == "hf_x"
+    assert client._token("http://hub") is False
+    assert client._token("http://127.0.0.1.example") is False
+    assert HubClient("hf_x", in_clear_text=True)._token("http://hub") == "hf_x"
+    assert HubClient("")._token("https://hub") is False

@@ -287,6 +287,25 @@ def test_several_commits(upstream: Upstream, tmp_path: Path) -> None:
     assert "docs/more.md" in patched.changed
 
 
+def test_a_pull_request_makes_no_links(upstream: Upstream, tmp_path: Path) -> None:
+    """Not even one that a later commit takes away: what writes in between would follow it."""
+    upstream.git("checkout", "--quiet", "--detach", upstream.head)
+    link = upstream.work / "vllm/secrets.py"
+    link.symlink_to("/etc/passwd")
+    made = upstream.commit({})
+    link.unlink()
+    gone = upstream.commit({})
+    for head in (made, gone):
+        upstream.git(
+            "push", "--quiet", "--force", str(upstream.path), f"{head}:refs/pull/38476/head"
+        )
+        with pytest.raises(FleetError, match="makes a link of a file") as caught:
+            build(upstream, tmp_path / head, PullRequest(38476, head, ("csrc",)))
+        assert "vllm/secrets.py" in caught.value.found
+    dropped = PullRequest(38476, gone, ("csrc", "vllm/secrets.py"))
+    assert "vllm/secrets.py" not in build(upstream, tmp_path / "dropped", dropped).changed
+
+
 def merged_branch(upstream: Upstream) -> PullRequest:
     """Merge main into the pull request, which resolves its conflicts there."""
     upstream.git("checkout", "--quiet", "--detach", upstream.head)

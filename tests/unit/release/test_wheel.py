@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,17 @@ def test_exceptions_are_named_and_not_patched(base: WheelFile, tree: dict[str, s
     assert check_against_tree(base.path, tree, exceptions=["vllm/core.py"])["excepted"] == 1
     with pytest.raises(FleetError, match="packager changed too"):
         check_against_tree(base.path, tree, exceptions=["vllm/core.py"], changed=["vllm/core.py"])
+
+
+@pytest.mark.parametrize("member", ["../../evil.py", "/etc/evil", "vllm/../../evil", "vllm\\evil"])
+def test_a_wheel_with_a_file_outside_is_refused(base: WheelFile, member: str) -> None:
+    with zipfile.ZipFile(base.path, "a") as archive:
+        archive.writestr(member, "x")
+    with pytest.raises(FleetError, match="names a file outside its folder"):
+        read_wheel(base.path)
+
+
+@pytest.mark.parametrize("version", ["1/../../x", "", "1 2", "$(x)"])
+def test_a_version_becomes_part_of_a_name(base: WheelFile, version: str) -> None:
+    with pytest.raises(FleetError, match="The version in"):
+        replace(base, version=version)
