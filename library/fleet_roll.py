@@ -72,6 +72,11 @@ batches:
   returned: with V(planned)
   type: list
   elements: int
+moved:
+  description: The nodes that the gateways are to reach at another endpoint.
+  returned: with V(planned)
+  type: list
+  elements: str
 targets:
   description: Id of the deployment that each node goes to.
   returned: with V(planned)

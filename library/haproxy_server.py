@@ -63,6 +63,11 @@ options:
     description: A server that takes requests is only taken out while so many others take them.
     type: int
     default: 0
+  endpoint:
+    description: With O(state=ready), C(address:port) at which the server is reached from now on;
+      empty to leave it where it is. It has to be drained before.
+    type: str
+    default: ""
   socket:
     description: HAProxy's runtime socket with level admin.
     type: path
@@ -139,6 +144,7 @@ def main() -> None:
             "timeout": {"type": "int", "default": 600},
             "fail_when_busy": {"type": "bool", "default": True},
             "min_ready": {"type": "int", "default": 0},
+            "endpoint": {"type": "str", "default": ""},
             "socket": {"type": "path", "default": SOCKET},
             "master_socket": {"type": "str", "default": MASTER_SOCKET},
             "state_file": {"type": "path", "default": STATE_FILE},
@@ -164,6 +170,7 @@ def main() -> None:
             timeout=wanted["timeout"],
             min_ready=wanted["min_ready"],
             fail_when_busy=wanted["fail_when_busy"],
+            endpoint=wanted["endpoint"] if wanted["state"] == "ready" else "",
             check_mode=module.check_mode,
         )
     except (GatewayUnreachableError, UnknownServerError) as error:

@@ -30,6 +30,10 @@ options:
     description: For each server of the new configuration its C(address:port).
     type: dict
     required: true
+  renamed:
+    description: Old names of servers by their new ones. Such a server keeps its state.
+    type: dict
+    default: {}
   socket:
     description: HAProxy's runtime socket.
     type: path
@@ -63,6 +67,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "endpoints": {"type": "dict", "required": True},
+            "renamed": {"type": "dict", "default": {}},
             "socket": {"type": "path", "default": SOCKET},
             "state_file": {"type": "path", "default": STATE_FILE},
         },
@@ -73,6 +78,7 @@ def main() -> None:
             Haproxy(unix_transport(module.params["socket"])),
             Path(module.params["state_file"]),
             module.params["endpoints"],
+            renamed=module.params["renamed"],
             check_mode=module.check_mode,
         )
     except FleetError as error:

@@ -242,7 +242,9 @@ class Gateway:
         except GatewayUnreachableError:
             return False
 
-    def set(self, name: str, state: str, *, wait: bool = True, timeout: float = 15) -> bool:
+    def set(
+        self, name: str, state: str, *, wait: bool = True, timeout: float = 15, endpoint: str = ""
+    ) -> bool:
         return ensure_state(
             self.haproxy,
             BACKEND,
@@ -251,6 +253,7 @@ class Gateway:
             state_file=self.state_file,
             wait=wait,
             timeout=timeout,
+            endpoint=endpoint,
         ).changed
 
     def states(self) -> dict[str, str]:

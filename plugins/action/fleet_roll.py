@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_action import ControllerAction
+from glm_fleet.core.net import join_endpoint
+from glm_fleet.fleet.endpoints import reached_at
 from glm_fleet.fleet.rollout import UNTOUCHED, NodeState, plan_roll
 from glm_fleet.fleet.rollout_table import Ending, end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
@@ -56,13 +58,23 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
     def ready(name: str) -> bool:
         return name in serving and all(state.get(name) == "ready" for state in states)
 
+    at = [
+        {
+            each["name"]: join_endpoint(str(each["address"]), int(each["port"]))
+            for each in answer.get("servers") or []
+            if each.get("port")
+        }
+        for answer in plain([each.get("gateway") or {} for each in arguments["gateways"]])
+    ]
     nodes = []
+    moved: dict[str, str] = {}
     targets = {}
     backs = {}
     for name in arguments["nodes"]:
         info = _info(hostvars[name])
         wanted = info.get("wanted") or {}
         if wanted:
+            moved[name] = _moved(hostvars, name, wanted, at)
             targets[name] = wanted["id"]
             backs[name] = info.get("back") or ""
         nodes.append(
@@ -77,6 +89,7 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
                     f"CUDA graphs {each['cuda_graphs']} are known to fail here: {each['reason']}"
                     for each in info.get("skipped_rungs") or []
                 ],
+                moved.get(name, ""),
             )
         )
     plan = plan_roll(
@@ -90,9 +103,24 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         "lines": render_plan(nodes, plan, width()),
         "turns": [each.node for each in plan.turns],
         "batches": list(plan.batches),
+        "moved": sorted(name for name, words in moved.items() if words),
         "targets": targets,
         "backs": backs,
     }
+
+
+def _moved(
+    hostvars: Any, name: str, wanted: Mapping[str, Any], at: Sequence[Mapping[str, str]]
+) -> str:
+    """Say how the endpoint of a node changes at the gateways; '' when it does not.
+
+    A gateway that does not know the node yet gets it with its configuration.
+    """
+    if not wanted.get("port"):
+        return ""
+    new = reached_at(hostvars, name, wanted["port"])
+    old = sorted({each[name] for each in at if name in each and each[name] != new})
+    return f"{' and '.join(old)} -> {new}" if old else ""
 
 
 def _info(variables: Any) -> dict[str, Any]:

@@ -38,6 +38,8 @@ FILTERS = (
     "node_endpoints",
     "client_digests",
     "clients_table",
+    "plan_endpoints",
+    "reached_at",
 )
 _HOME = str(Path(__file__).resolve().parents[1] / "plugin_utils")
 

@@ -24,6 +24,8 @@ from glm_fleet.core.table import render_table
 from glm_fleet.fleet import rollout
 from glm_fleet.fleet.endpoints import host_address as host_address
 from glm_fleet.fleet.endpoints import node_endpoints as node_endpoints
+from glm_fleet.fleet.endpoints import plan_endpoints as plan_endpoints
+from glm_fleet.fleet.endpoints import reached_at as reached_at
 from glm_fleet.gateway import clients
 from glm_fleet.release.variant import choose_variant
 from glm_fleet.serving import command

@@ -31,7 +31,7 @@ from glm_fleet.gateway.haproxy import (
 from glm_fleet.gateway.state_file import STATE_FILE, save_states
 from glm_fleet.gateway.statistics import parse_old_workers, parse_servers_state
 
-from tests.gateway import BEARER, ROLE, Gateway, Node, eventually
+from tests.gateway import BEARER, ROLE, Gateway, Node, eventually, free_port
 
 # -- pure ------------------------------------------------------------------------------
 
@@ -143,6 +143,92 @@ def gateway(tmp_path: Path, nodes: dict[str, Node]) -> Iterator[Gateway]:
     made.start("first")
     yield made
     made.stop()
+
+
+def test_a_server_moves_to_another_endpoint_and_stays_there(
+    gateway: Gateway, nodes: dict[str, Node], tmp_path: Path
+) -> None:
+    for name in nodes:
+        gateway.set(name, "ready")
+    moved = Node()
+    try:
+        there = f"127.0.0.1:{moved.port}"
+        gateway.set("gpu01", "drain")
+        assert gateway.set("gpu01", "ready", endpoint=there)
+        assert not gateway.set("gpu01", "ready", endpoint=there)
+        nodes["gpu01"].close()
+        assert {gateway.get()[1] for _ in range(4)} == {"gpu01", "gpu02"}
+        # A reload with the old endpoint in the configuration, as of a run that was cut off.
+        save_states(gateway.haproxy, gateway.state_file)
+        gateway.write("second")
+        assert gateway.process is not None
+        gateway.process.send_signal(12)
+        eventually(lambda: gateway.runs("second"))
+        assert {gateway.get() for _ in range(4)} == {(200, "gpu01"), (200, "gpu02")}
+        gateway.endpoints["gpu01"] = there
+        gateway.reload("third")
+        assert gateway.states() == {"gpu01": "UP", "gpu02": "UP"}
+        assert {gateway.get() for _ in range(4)} == {(200, "gpu01"), (200, "gpu02")}
+    finally:
+        moved.close()
+
+
+def test_a_server_that_does_not_answer_where_it_should_is_put_back(gateway: Gateway) -> None:
+    gateway.set("gpu01", "ready")
+    gateway.set("gpu01", "drain")
+    with pytest.raises(FleetError, match="did not become ready"):
+        gateway.set("gpu01", "ready", endpoint=f"127.0.0.1:{free_port()}", timeout=3)
+    (server,) = [each for each in gateway.haproxy.servers() if each.name == "gpu01"]
+    assert server.endpoint == gateway.endpoints["gpu01"]
+    assert server.admin_state == "drain"
+
+
+def test_weight_0_is_not_ready_and_is_mended(gateway: Gateway) -> None:
+    for name in gateway.endpoints:
+        gateway.set(name, "ready")
+    gateway.haproxy._ask(f"set server {BACKEND}/gpu01 weight 0")
+    assert gateway.states()["gpu01"] == "DRAIN"
+    gateway.reload("second")
+    assert gateway.states()["gpu01"] == "DRAIN", "HAProxy remembers it"
+    with pytest.raises(FleetError, match="cannot be taken out"):
+        ensure_state(
+            gateway.haproxy, BACKEND, "gpu02", "drain", state_file=gateway.state_file, wait=False,
+            timeout=1, min_ready=1, clock=iter([0.0, 99.0]).__next__, sleep=lambda _: None,
+        )  # fmt: skip
+    assert gateway.set("gpu01", "ready")
+    assert gateway.states() == {"gpu01": "UP", "gpu02": "UP"}
+    gateway.reload("third")
+    assert gateway.states()["gpu01"] == "UP"
+
+
+def test_a_host_that_only_got_another_name_goes_on(gateway: Gateway) -> None:
+    for name in gateway.endpoints:
+        gateway.set(name, "ready")
+    gateway.endpoints = {
+        "node01": gateway.endpoints["gpu01"],
+        "gpu02": gateway.endpoints["gpu02"],
+    }
+    save_states(gateway.haproxy, gateway.state_file, gateway.endpoints, renamed={"node01": "gpu01"})
+    gateway.write("second")
+    assert gateway.process is not None
+    gateway.process.send_signal(12)
+    eventually(lambda: gateway.runs("second"))
+    assert gateway.states() == {"node01": "UP", "gpu02": "UP"}
+
+
+def test_a_drain_that_cannot_be_kept_is_taken_back(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in gateway.endpoints:
+        gateway.set(name, "ready")
+
+    def full(*_: Any, **__: Any) -> bool:
+        raise FleetError("The server-state file cannot be written")
+
+    monkeypatch.setattr("glm_fleet.gateway.drain.save_states", full)
+    with pytest.raises(FleetError, match="cannot be written"):
+        gateway.set("gpu01", "drain", wait=False)
+    assert gateway.states()["gpu01"] == "UP"
 
 
 def test_a_node_takes_traffic_only_after_it_was_joined(gateway: Gateway) -> None:

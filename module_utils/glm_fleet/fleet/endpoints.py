@@ -50,10 +50,48 @@ def node_endpoints(
     hostvars: Mapping[str, Any], nodes: Sequence[str], default_port: int
 ) -> dict[str, str]:
     """Return where the gateway reaches each node, by inventory name."""
-    endpoints = {}
-    for node in nodes:
-        variables = hostvars[node]
-        address = variables.get("gateway_node_address") or host_address(variables, node)
-        port = int(variables.get("serving_port") or default_port)
-        endpoints[node] = join_endpoint(str(address), port)
-    return endpoints
+    return {
+        node: reached_at(hostvars, node, hostvars[node].get("serving_port") or default_port)
+        for node in nodes
+    }
+
+
+def reached_at(hostvars: Mapping[str, Any], node: str, port: Any) -> str:
+    """Return where the gateway reaches a node that listens on ``port``."""
+    variables = hostvars[node]
+    address = variables.get("gateway_node_address") or host_address(variables, node)
+    return join_endpoint(str(address), int(port))
+
+
+def plan_endpoints(
+    wanted: Mapping[str, str], servers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Say which endpoints a gateway's configuration names now, so that nobody goes out by it.
+
+    ``wanted`` is {node: endpoint} of the inventory, ``servers`` what HAProxy has, each with name,
+    address, port and admin_state. A node that is in service keeps the endpoint that it has: its
+    turn of the roll changes it, when it answers at the new one. Returns {endpoints, kept, renamed:
+    {new name: old name}, leaving}: a server that is in service and that no node has any more is
+    renamed when a new node has its endpoint, and leaving when none has.
+    """
+    known = {
+        str(each["name"]): join_endpoint(str(each["address"]), int(each["port"]))
+        for each in servers
+        if each["admin_state"] != "maint"
+    }
+    all_names = {str(each["name"]) for each in servers}
+    kept = {name: known[name] for name in wanted if name in known and known[name] != wanted[name]}
+    gone = [name for name in known if name not in wanted]
+    renamed = {
+        name: old
+        for name, endpoint in wanted.items()
+        if name not in all_names
+        for old in gone
+        if known[old] == endpoint
+    }
+    return {
+        "endpoints": {**wanted, **kept},
+        "kept": sorted(kept),
+        "renamed": renamed,
+        "leaving": sorted(set(gone) - set(renamed.values())),
+    }

@@ -27,7 +27,8 @@ class NodeState:
     """A node before the roll.
 
     ``changes`` says in words what a restart would change, ``ready`` whether every gateway
-    sends it requests, ``held`` why an operator keeps it out of service, if one does.
+    sends it requests, ``held`` why an operator keeps it out of service, if one does. ``moved``
+    says how the endpoint changes at which the gateways reach it, if it does.
     ``wanted`` and ``current`` are {release, model, cuda_graphs}.
     """
 
@@ -38,6 +39,7 @@ class NodeState:
     current: Mapping[str, str] = field(default_factory=dict)
     held: str = ""
     notes: Sequence[str] = ()
+    moved: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ def plan_roll(
             found=canary,
         )
     joining = [each for each in nodes if not each.changes and not each.ready and not each.held]
+    moving = [each for each in nodes if not each.changes and each.ready and each.moved]
     idle = [each for each in nodes if each.changes and not each.ready and not each.held]
     held = [each for each in nodes if each.changes and not each.ready and each.held]
-    serving = [each for each in nodes if each.changes and each.ready]
+    serving = [each for each in nodes if each.changes and each.ready] + moving
     for group in (idle, serving):
         group.sort(key=lambda each: each.name != canary)
     later = ready + len(joining) + len(idle)

@@ -16,18 +16,20 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line
     rows: list[tuple[str, str, str, str]] = []
     tones: list[str] = []
     restarts = [turn for turn in plan.turns if turn.kind == RESTART]
+    lines = _outage(nodes, plan)
     for turn in plan.turns:
         node = by_name[turn.node]
         what = "drain, switch, attest, join"
         if turn.kind == JOIN:
-            what = "attest, join"
+            what = "drain, attest, join" if node.ready else "attest, join"
         elif node.held:
             what = "switch, attest"
         elif not node.ready:
             what = "switch, attest, join"
         if restarts and turn == restarts[0]:
             what += " (canary)"
-        why = [*node.changes, *node.notes, *([f"held: {node.held}"] if node.held else [])]
+        moved = [f"reached at {node.moved}"] if node.moved else []
+        why = [*node.changes, *moved, *node.notes, *([f"held: {node.held}"] if node.held else [])]
         rows.append((str(turn.batch), turn.node, what, "; ".join(why) or "is not ready"))
         tones.append("warning")
     turned = {turn.node for turn in plan.turns}
@@ -46,8 +48,25 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line
             f"Roll: {len(restarts)} of {len(nodes)} nodes are restarted, "
             f"{len(plan.turns) - len(restarts)} only joined."
         ),
+        *lines,
         *render_table(("batch", "node", "what", "why"), rows, width, tones),
     ]
+
+
+def _outage(nodes: Sequence[NodeState], plan: Plan) -> list[Line]:
+    """Say so when a batch leaves nobody who takes requests."""
+    ready = {each.name for each in nodes if each.ready}
+    for number in range(1, len(plan.batches) + 1):
+        batch = {turn.node for turn in plan.turns if turn.batch == number}
+        if batch & ready and not ready - batch:
+            names = ", ".join(sorted(batch & ready))
+            text = (
+                f"Outage: while {names} {'is' if len(batch) == 1 else 'are'} restarted (batch "
+                f"{number}, a cold start long) no node takes requests, as serve_min_ready allows."
+            )
+            return [Line(text, "bad")]
+        ready |= batch
+    return []
 
 
 @dataclass(frozen=True)

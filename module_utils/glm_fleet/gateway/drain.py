@@ -36,6 +36,7 @@ def ensure_state(
     timeout: float,
     min_ready: int = 0,
     fail_when_busy: bool = True,
+    endpoint: str = "",
     check_mode: bool = False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -49,13 +50,19 @@ def ensure_state(
 
     A server that takes requests is taken out only if ``min_ready`` others go on taking them;
     they get half a minute to come back, and two callers do not count on each other.
+
+    With ``endpoint`` (``address:port``) a server that becomes ready is reached there from then on,
+    and counts as ready when its check has passed there.
     """
     server = _Server(haproxy, backend, name, state_file, timeout)
-    before = haproxy.server(backend, name).admin_state
-    changed = before != state
+    known = haproxy.server(backend, name)
+    before, moved = known.admin_state, bool(endpoint) and not known.is_at(endpoint)
+    changed = before != state or moved
     if check_mode:
         changed = changed or not is_saved(state_file, haproxy.servers())
         return Change(before, state, changed, haproxy.sessions(backend, name))
+    if moved:
+        haproxy.set_endpoint(backend, name, endpoint)
     if changed and state != "ready":
         with state_lock(state_file.with_name(f"{state_file.name}.turn")):
             _wait_while(lambda: server.too_few_others(min_ready), _MENDING_S, clock, sleep)
@@ -66,11 +73,18 @@ def ensure_state(
         try:
             _wait_while(lambda: server.not_up(before), timeout, clock, sleep)
         except FleetError:
+            if moved:
+                haproxy.set_endpoint(backend, name, known.address)
             haproxy.set_state(backend, name, before)
             raise
     # Before the long wait for the last request: should HAProxy restart meanwhile, the
     # server stays out.
-    saved = save_states(haproxy, state_file)
+    try:
+        saved = save_states(haproxy, state_file)
+    except FleetError:
+        # What is not on disk would be another thing after a restart of HAProxy.
+        haproxy.set_state(backend, name, before)
+        raise
     if wait and state != "ready":
         try:
             _wait_while(lambda: server.not_idle(state), timeout, clock, sleep)

@@ -8,6 +8,7 @@ is followed by writing that file.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -157,12 +158,44 @@ class Haproxy:
         return total
 
     def set_state(self, backend: str, name: str, state: str) -> None:
-        """Set the admin state; raises `FleetError` with HAProxy's words on a refusal."""
-        command = f"set server {backend}/{name} state {state}"
+        """Set the admin state; raises `FleetError` with HAProxy's words on a refusal.
+
+        What is ready takes requests: also a weight of 0, which somebody set, is taken back.
+        """
+        self._set(f"set server {backend}/{name} state {state}")
+        if state == "ready":
+            self._set(f"set server {backend}/{name} weight 100%")
+
+    def set_endpoint(self, backend: str, name: str, endpoint: str) -> None:
+        """Send a server's requests and checks to another endpoint, ``address:port``.
+
+        It counts as down until a check there has passed: what was true of the old one is not.
+        """
+        host, _, port = endpoint.rpartition(":")
+        address = resolve_address(host.strip("[]"))
+        self._set(f"set server {backend}/{name} health down")
+        command = f"set server {backend}/{name} addr {address} port {port}"
+        reply = self._ask(command).strip()
+        if not re.search(r"changed from|no need to change", reply):
+            raise unexpected_answer(command, "a word about what changed", reply)
+
+    def _set(self, command: str) -> None:
         reply = self._ask(command).strip()
         # On success HAProxy answers with an empty line; every word is a complaint.
         if reply:
             raise unexpected_answer(command, "an empty reply", reply)
+
+
+def resolve_address(host: str) -> str:
+    """Return the IP address of a name, as this gateway knows it. Raises `FleetError`."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise FleetError(
+            f"The gateway does not know the host {host}",
+            found=str(error),
+            remedy="correct ansible_host or gateway_node_address, or the gateway's name service",
+        ) from error
 
 
 def describe(haproxy: Haproxy) -> dict[str, Any]:

@@ -29,18 +29,20 @@ def save_states(
     path: Path,
     endpoints: Mapping[str, str] | None = None,
     *,
+    renamed: Mapping[str, str] | None = None,
     check_mode: bool = False,
 ) -> bool:
     """Write the admin states to the server-state file; true if that changes the file.
 
     With ``endpoints`` (server name to ``address:port``) only servers that keep their
     endpoint are written, so that a host that came under an old name does not inherit its
-    state. Of a HAProxy that does not run the states last saved count. Raises `FleetError`.
+    state; ``renamed`` ({new name: old name}) are the hosts that only got another name, and
+    keep theirs. Of a HAProxy that does not run the states last saved count. Raises `FleetError`.
     """
     if check_mode:
-        return not is_saved(path, _states_to_keep(haproxy, path, endpoints))
+        return not is_saved(path, _states_to_keep(haproxy, path, endpoints, renamed))
     with state_lock(path):
-        wanted = _states_to_keep(haproxy, path, endpoints)
+        wanted = _states_to_keep(haproxy, path, endpoints, renamed)
         if is_saved(path, wanted):
             return False
         write_atomically(path, state_lines(wanted))
@@ -72,13 +74,18 @@ def _own_weight(line: str) -> str:
 
 
 def _states_to_keep(
-    haproxy: Haproxy, path: Path, endpoints: Mapping[str, str] | None
+    haproxy: Haproxy,
+    path: Path,
+    endpoints: Mapping[str, str] | None,
+    renamed: Mapping[str, str] | None,
 ) -> list[ServerState]:
     try:
         servers = haproxy.servers()
     except GatewayUnreachableError:
         servers = _read(path) or []
-    return [s for s in servers if endpoints is None or endpoints.get(s.name) == s.endpoint]
+    names = {old: new for new, old in (renamed or {}).items()}
+    servers = [s.renamed(names[s.name]) if s.name in names else s for s in servers]
+    return [s for s in servers if endpoints is None or s.is_at(endpoints.get(s.name, ""))]
 
 
 def _read(path: Path) -> list[ServerState] | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.errors import FleetError
 from ..core.net import join_endpoint
@@ -12,6 +12,7 @@ from ..core.net import join_endpoint
 STATE_FILE_VERSION = "1"
 # Bits of srv_admin_state. The "configured as disabled" mark (0x04) stays set on a server
 # that was made ready later, so it says nothing about the present.
+_NAME_COLUMN = 3
 _MAINT = 0x01 | 0x02 | 0x20 | 0x40
 _DRAIN = 0x08 | 0x10
 
@@ -28,14 +29,26 @@ class ServerState:
     endpoint: str
     admin_state: str
     line: str
+    address: str = ""
+
+    def is_at(self, endpoint: str) -> bool:
+        """Tell whether this is where the server is: by its name, or by the address behind it."""
+        return endpoint in (self.endpoint, self.address)
+
+    def renamed(self, name: str) -> ServerState:
+        """Return the same server under another name."""
+        fields = self.line.split(" ")
+        fields[_NAME_COLUMN] = name
+        return replace(self, name=name, line=" ".join(fields))
 
 
 @dataclass(frozen=True)
 class Statistics:
     """One server line of ``show stat``.
 
-    ``status`` is UP, DOWN, DRAIN or MAINT; ``settled`` is true when every check of the
-    last round passed, so that a server that was never checked does not count as up.
+    ``status`` is UP, DOWN, DRAIN or MAINT; a server of weight 0 gets no requests and is DRAIN.
+    ``settled`` is true when every check of the last round passed, so that a server that was never
+    checked does not count as up.
     """
 
     status: str
@@ -60,11 +73,14 @@ def parse_servers_state(text: str) -> list[ServerState]:
             bits = int(row["srv_admin_state"])
             address = row["srv_fqdn"] if row["srv_fqdn"] != "-" else row["srv_addr"]
             endpoint = join_endpoint(address, int(row["srv_port"]))
+            resolved = join_endpoint(row["srv_addr"], int(row["srv_port"]))
             names = row["be_name"], row["srv_name"]
+            weightless = row["srv_uweight"] == "0"
         except (KeyError, ValueError) as error:
             raise unexpected_answer("show servers state", "a line per server", line) from error
-        state = "maint" if bits & _MAINT else "drain" if bits & _DRAIN else "ready"
-        servers.append(ServerState(*names, endpoint, state, line.rstrip()))
+        drained = bits & _DRAIN or weightless
+        state = "maint" if bits & _MAINT else "drain" if drained else "ready"
+        servers.append(ServerState(*names, endpoint, state, line.rstrip(), resolved))
     return servers
 
 
@@ -79,9 +95,12 @@ def parse_statistics(text: str) -> dict[tuple[str, str], Statistics]:
             continue
         # "* " marks a check in progress, "UP 1/3" a server on its way down or up.
         check = row["check_status"].removeprefix("* ")
+        status = "DRAIN" if row["status"] == "NOLB" else row["status"].split(" ")[0]
+        if status == "UP" and row["weight"] == "0":
+            status = "DRAIN"
         found[row["pxname"], row["svname"]] = Statistics(
-            status="DRAIN" if row["status"] == "NOLB" else row["status"].split(" ")[0],
-            settled=row["status"] == "UP" and check in ("L4OK", "L6OK", "L7OK"),
+            status=status,
+            settled=row["status"] == status == "UP" and check in ("L4OK", "L6OK", "L7OK"),
             check=" ".join(part for part in (check, row.get("last_chk", "")) if part),
             sessions_current=int(row["scur"] or 0),
             sessions_total=int(row["stot"] or 0),

@@ -45,6 +45,7 @@ class Summary(TypedDict):
     """What is said of a deployment; nothing secret."""
 
     id: str
+    port: int
     release: str
     model: str
     cuda_graphs: str
@@ -82,10 +83,19 @@ class Deployment:
             "environment_sha256": hashlib.sha256(self.environment.encode()).hexdigest(),
         }
 
+    @property
+    def port(self) -> int:
+        """Return the port on which its server listens; 0 where its policy does not say."""
+        try:
+            return int(json.loads(self.policy)["port"])
+        except (ValueError, KeyError, TypeError):
+            return 0
+
     def summary(self) -> Summary:
         """Return what reports say of it; nothing secret."""
         return {
             "id": self.id,
+            "port": self.port,
             "release": self.release,
             "model": self.model,
             "cuda_graphs": self.cuda_graphs,

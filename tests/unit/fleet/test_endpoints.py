@@ -19,6 +19,7 @@ from glm_fleet.fleet.endpoints import (
     host_port,
     host_user,
     node_endpoints,
+    plan_endpoints,
 )
 from glm_fleet.health.exposition import targets
 
@@ -102,3 +103,39 @@ def test_an_address_of_the_gateways_own_and_ipv6_stay_what_they_are() -> None:
         "b": "10.9.0.2:8000",
         "c": "c:8000",
     }
+
+
+def server(name: str, port: int, state: str = "ready", address: str = "10.0.0.1") -> dict[str, Any]:
+    return {"name": name, "address": address, "port": port, "admin_state": state}
+
+
+def test_a_changed_endpoint_waits_for_the_turn_of_its_node() -> None:
+    wanted = {"gpu01": "10.0.0.1:8010", "gpu02": "10.0.0.1:8010", "gpu03": "10.0.0.1:8010"}
+    servers = [
+        server("gpu01", 8000),
+        server("gpu02", 8000, "drain"),
+        server("gpu03", 8000, "maint"),
+    ]
+    found = plan_endpoints(wanted, servers)
+    assert found["endpoints"] == {
+        "gpu01": "10.0.0.1:8000",
+        "gpu02": "10.0.0.1:8000",
+        "gpu03": "10.0.0.1:8010",
+    }
+    assert list(found["endpoints"]) == list(wanted)
+    assert (found["kept"], found["leaving"]) == (["gpu01", "gpu02"], [])
+    assert plan_endpoints(wanted, [])["endpoints"] == wanted
+
+
+def test_a_node_that_is_left_out_leaves_and_one_that_got_another_name_stays() -> None:
+    wanted = {"node01": "10.0.0.1:8000", "gpu02": "[2001:db8::2]:8000"}
+    servers = [
+        server("gpu01", 8000),
+        server("gpu02", 8000, address="[2001:db8::2]"),
+        server("gpu03", 8000, address="10.0.0.3"),
+        server("gpu04", 8000, "maint", "10.0.0.4"),
+    ]
+    found = plan_endpoints(wanted, servers)
+    assert found["renamed"] == {"node01": "gpu01"}
+    assert found["leaving"] == ["gpu03"]
+    assert found["kept"] == []

@@ -463,6 +463,48 @@ def test_a_node_that_one_gateway_leaves_out_has_to_join() -> None:
     assert planned(hosts, both, one, held={"gpu02": {"reason": "fans"}})["turns"] == []
 
 
+def test_a_changed_endpoint_is_part_of_a_turn() -> None:
+    def reached(port: int) -> dict[str, Any]:
+        found = gateway(gpu01="ready UP", gpu02="ready UP", gpu03="ready UP")
+        for each in found["gateway"]["servers"]:
+            each |= {"address": "10.0.0.1", "port": port}
+        return found
+
+    address = {"ansible_host": "10.0.0.1"}
+    wanted = {**NEW, "port": 8010}
+    hosts = {
+        "gpu01": {**address, **info("--port 8000 -> 8010", wanted=wanted)},
+        "gpu02": {**address, **info(wanted=wanted)},
+        "gpu03": {**address, **info(wanted={**NEW, "port": 8000})},
+    }
+    found = planned(hosts, reached(8000), reached(8000))
+    assert found["turns"] == ["gpu01", "gpu02"]
+    assert found["moved"] == ["gpu01", "gpu02"]
+    text = " ".join(line.text for line in found["lines"])
+    assert "reached at 10.0.0.1:8000 -> 10.0.0.1:8010" in text
+    assert "drain, attest, join" in text
+    hosts = {name: {**address, **info(wanted=wanted)} for name in hosts}
+    assert planned(hosts, reached(8010))["turns"] == []
+    with pytest.raises(FleetError, match="No node can be taken out"):
+        planned({"gpu01": hosts["gpu01"]}, {"gateway": {"servers": [
+            {"name": "gpu01", "admin_state": "ready", "status": "UP", "address": "10.0.0.1",
+             "port": 8000}]}})  # fmt: skip
+
+
+def test_an_outage_is_called_one() -> None:
+    changed = {"gpu01": info("release r1 -> r2"), "gpu02": info()}
+    alone = gateway(gpu01="ready UP", gpu02="ready DOWN")
+    both = gateway(gpu01="ready UP", gpu02="ready UP")
+
+    def says(hosts: dict[str, dict[str, Any]], answer: dict[str, Any]) -> bool:
+        found = planned(hosts, answer, min_ready="0")
+        return any(line.text.startswith("Outage: while gpu01 is") for line in found["lines"])
+
+    assert says({"gpu01": changed["gpu01"]}, alone)
+    assert not says(changed, both)
+    assert not says(changed, alone), "gpu02 is mended first"
+
+
 def test_a_bare_fleet_is_a_first_start_of_every_node() -> None:
     skipped = {"__serving_info": {"skipped": True}, "__serving_staged": {"skipped": True}}
     found = planned({"gpu01": skipped, "gpu02": skipped})
