@@ -14,8 +14,8 @@ from typing import Any
 from ..core.net import join_endpoint
 
 SSH_PORT = 22
-_ADDRESS = ("ansible_ssh_host", "ansible_host")
-_PORT = ("ansible_ssh_port", "ansible_port")
+ADDRESS_VARIABLES = ("ansible_ssh_host", "ansible_host")
+PORT_VARIABLES = ("ansible_ssh_port", "ansible_port")
 _USER = ("ansible_ssh_user", "ansible_user")
 _KEY = ("ansible_ssh_private_key_file", "ansible_private_key_file")
 
@@ -28,12 +28,12 @@ def first_set(variables: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def host_address(variables: Mapping[str, Any], name: str) -> str:
     """Return the address or name by which Ansible reaches a host."""
-    return first_set(variables, _ADDRESS) or name
+    return first_set(variables, ADDRESS_VARIABLES) or name
 
 
 def host_port(variables: Mapping[str, Any]) -> str:
     """Return the SSH port that the inventory names, '' where ssh decides."""
-    return first_set(variables, _PORT)
+    return first_set(variables, PORT_VARIABLES)
 
 
 def host_user(variables: Mapping[str, Any]) -> str:

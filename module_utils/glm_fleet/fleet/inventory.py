@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from ..core.errors import FleetError
+from .endpoints import ADDRESS_VARIABLES, PORT_VARIABLES, SSH_PORT, host_address, host_port
+from .rollout import batch_size
 
 NODES = "gpu_nodes"
 GATEWAYS = "gateways"
@@ -16,8 +20,26 @@ BUILDERS = "builders"
 FETCHERS = "fetchers"
 CONTROLLER = "controller"
 _PORTS = ("serving_port", "serving_sentry_port", "gateway_port", "artifact_port")
+# Besides those by which Ansible reaches a host.
+_ADDRESSES = (
+    "gateway_node_address",
+    "artifact_address",
+    "serving_bind_address",
+    "gateway_bind_address",
+)
+# {variable: (least, most, what it is)}, for numbers of which the type alone says too little.
+_RANGES: Mapping[str, tuple[float, float, str]] = {
+    "serving_gpu_memory_utilization": (0.05, 1.0, "a share of the GPU's memory, up to 1"),
+    "serving_max_model_len": (1, 10**8, "a context has at least 1 token"),
+    "serving_max_num_seqs": (1, 10**6, "a batch has at least 1 request"),
+    "serve_drain_timeout": (0, 10**7, "seconds, 0 or more"),
+    "serve_stall_timeout": (1, 10**7, "seconds, 1 or more"),
+    "serve_join_timeout": (1, 10**7, "seconds, 1 or more"),
+    "artifact_keep": (1, 10**4, "at least 1 of each kind has to stay"),
+    "health_stall_timeout": (1, 10**7, "seconds, 1 or more"),
+}
 # What has a check of its own, which says more.
-_JUDGED = (*_PORTS, "serving_tensor_parallel_size", "preflight_gpu_count")
+_JUDGED = (*_PORTS, "serving_tensor_parallel_size", "preflight_gpu_count", "serve_batch")
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,16 @@ def check_inventory(inventory: Inventory) -> None:
     """Raise one `FleetError` that names every mistake; ``details`` lists them."""
     problems = [
         problem
-        for check in (_groups, _addresses, _ports, _tensor_parallel, _names, _values)
+        for check in (
+            _groups,
+            _addresses,
+            _ports,
+            _ranges,
+            _rolling,
+            _tensor_parallel,
+            _names,
+            _values,
+        )
         for problem in check(inventory)
     ]
     if problems:
@@ -81,15 +112,58 @@ def _groups(inventory: Inventory) -> Iterator[str]:
         yield f"group {GATEWAYS} has no hosts: nothing would send requests to the nodes"
 
 
+def _variables(inventory: Inventory, host: str) -> dict[str, Any]:
+    """Return what decides where a host is reached."""
+    return {name: inventory.value(host, name) for name in (*ADDRESS_VARIABLES, *PORT_VARIABLES)}
+
+
 def _addresses(inventory: Inventory) -> Iterator[str]:
     owners: dict[str, list[str]] = {}
     for host in _hosts(inventory):
-        address = inventory.value(host, "ansible_host") or host
-        port = inventory.value(host, "ansible_port") or 22
-        owners.setdefault(f"{address} (SSH port {port})", []).append(host)
+        variables = _variables(inventory, host)
+        port = host_port(variables) or SSH_PORT
+        owners.setdefault(f"{host_address(variables, host)} (SSH port {port})", []).append(host)
     for address, hosts in owners.items():
         if len(hosts) > 1:
             yield f"{' and '.join(hosts)} have the same address {address}"
+    wrong: dict[str, list[str]] = {}
+    for host in _hosts(inventory):
+        for name in (*ADDRESS_VARIABLES, *_ADDRESSES):
+            value = inventory.value(host, name)
+            complaint = "" if value in (None, "", "*") else _address_complaint(str(value))
+            if complaint:
+                wrong.setdefault(f"{name} is '{value}', {complaint}", []).append(host)
+    for text, hosts in wrong.items():
+        yield f"{text} (set for {_where(inventory, hosts)})"
+
+
+def _address_complaint(text: str) -> str:
+    """Say what is wrong with what should be an address or a host's name; '' if nothing."""
+    if "://" in text or "/" in text:
+        return "a URL or a path: give the address or name alone"
+    if "@" in text:
+        return "a login: give the address alone, and the user as ansible_user"
+    if re.fullmatch(r"[\d.]+", text):
+        try:
+            ipaddress.IPv4Address(text)
+        except ValueError:
+            zeros = re.search(r"(?:^|\.)0\d", text)
+            hint = (
+                "programs read numbers with leading zeros differently" if zeros else "not in range"
+            )
+            return f"no IPv4 address: it needs four numbers from 0 to 255 ({hint})"
+        return ""
+    bare = text.strip("[]")
+    if ":" in bare:
+        try:
+            ipaddress.IPv6Address(bare.partition("%")[0])
+        except ValueError:
+            return "no IPv6 address; a port belongs into a variable of its own"
+        return ""
+    labels = bare.split(".")
+    if len(bare) > 253 or not all(re.fullmatch(r"[\w-]{1,63}", each) for each in labels):
+        return "no address and no host's name"
+    return ""
 
 
 def _ports(inventory: Inventory) -> Iterator[str]:
@@ -101,13 +175,90 @@ def _ports(inventory: Inventory) -> Iterator[str]:
                 wrong.setdefault((name, str(port)), []).append(host)
     for (name, port), hosts in wrong.items():
         yield f"{name} of {', '.join(hosts)} is '{port}': a port is a number from 1 to 65535"
-    nodes = inventory.groups.get(NODES, ())
-    for host in inventory.groups.get(GATEWAYS, ()):
-        ports = [
-            _integer(inventory.setting(host, name)) for name in ("serving_port", "gateway_port")
-        ]
-        if host in nodes and ports[0] == ports[1]:
-            yield f"{host} is node and gateway, and both would listen on port {ports[0]}"
+    clashes: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    for host in _hosts(inventory):
+        for port_number, names in _listeners(inventory, host).items():
+            if len(names) > 1:
+                clashes.setdefault((port_number, tuple(names)), []).append(host)
+    for (port_number, names), hosts in clashes.items():
+        if names == ("serving_port", "gateway_port"):
+            text = f"{hosts[0]} is node and gateway, and both would listen on port {port_number}"
+            yield text if len(hosts) == 1 else text.replace(hosts[0], f"each of {', '.join(hosts)}")
+            continue
+        yield (
+            f"{' and '.join(names)} of {', '.join(hosts)} are both {port_number}: each needs a "
+            "port of its own"
+        )
+
+
+def _listeners(inventory: Inventory, host: str) -> dict[int, list[str]]:
+    """Return {port: variables that would have something listen there} of a host."""
+    groups = inventory.groups
+    found: dict[int, list[str]] = {}
+
+    def add(name: str, value: Any) -> None:
+        number = _integer(value)
+        if number:
+            found.setdefault(number, []).append(name)
+
+    if host in groups.get(NODES, ()):
+        for name in ("serving_port", "serving_sentry_port", "artifact_port"):
+            add(name, inventory.setting(host, name))
+    if host in groups.get(GATEWAYS, ()):
+        add("gateway_port", inventory.setting(host, "gateway_port"))
+        bind = str(inventory.setting(host, "gateway_metrics_bind") or "")
+        add("gateway_metrics_bind", bind.rpartition(":")[2])
+    # A jump host's port may be another one there: only what sshd listens on by default counts.
+    add("the SSH port", host_port(_variables(inventory, host)) or SSH_PORT)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(str(value))
+    except ValueError:
+        return None
+
+
+def _ranges(inventory: Inventory) -> Iterator[str]:
+    """Values of the right type that nothing could run with."""
+    wrong: dict[str, list[str]] = {}
+    for host in inventory.groups.get(NODES, ()):
+        for name, (least, most, words) in _RANGES.items():
+            value = inventory.setting(host, name)
+            number = _number(value)
+            # Words are judged by the role's specification, templates by nobody before they run.
+            if value in (None, "") or number is None:
+                continue
+            if not least <= number <= most:
+                wrong.setdefault(f"{name} is {value}: {words}", []).append(host)
+    for text, hosts in wrong.items():
+        yield f"{text} (set for {_where(inventory, hosts)})"
+
+
+def _rolling(inventory: Inventory) -> Iterator[str]:
+    """What a roll would refuse after everything was built and moved."""
+    nodes = list(inventory.groups.get(NODES, ()))
+    if not nodes:
+        return
+    said: set[str] = set()
+    for host in nodes:
+        # What is a template is judged when it is used.
+        given = inventory.literals.get(host, {})
+        canary = str(given.get("serve_canary") or "")
+        if canary and canary not in nodes:
+            said.add(f"serve_canary is {canary}, which is no host of {NODES}")
+        try:
+            batch_size(given.get("serve_batch", 1), len(nodes))
+        except FleetError as error:
+            said.add(f"{error.message}: {error.expected}, not {error.found}")
+        least = _integer(given.get("serve_min_ready"))
+        if least is not None and (least < 0 or least >= len(nodes)):
+            said.add(
+                f"serve_min_ready is {least} with {len(nodes)} nodes: no node could ever be taken "
+                f"out; give a number from 0 to {len(nodes) - 1}"
+            )
+    yield from sorted(said)
 
 
 def _tensor_parallel(inventory: Inventory) -> Iterator[str]:

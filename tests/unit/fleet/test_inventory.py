@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,20 @@ from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet.inventory import Inventory, check_inventory, left_out
 
 ROOT = Path(__file__).resolve().parents[3]
+CASES = Path(__file__).parents[1] / "fixtures/cases"
 KNOWN = {
     "serving_port": 8000,
+    "serving_sentry_port": 8002,
+    "serving_gpu_memory_utilization": 0.9,
+    "serving_max_model_len": 32768,
+    "serving_max_num_seqs": "",
+    "serving_bind_address": "0.0.0.0",
+    "artifact_port": 8009,
+    "artifact_keep": 2,
+    "gateway_metrics_bind": "127.0.0.1:8405",
+    "gateway_node_address": "",
+    "serve_canary": "",
+    "serve_min_ready": "{{ (groups['gpu_nodes'] | length > 1) | int }}",
     "serving_tensor_parallel_size": 8,
     "serve_batch": 1,
     "gateway_port": 8080,
@@ -102,10 +115,72 @@ def test_ports_and_addresses() -> None:
     assert "both would listen" in problems(both, {"a": {"gateway_port": 8000}})[0]
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"serving_port": 8002}, "serving_port and serving_sentry_port of gpu01 are both 8002"),
+        ({"artifact_port": "8000"}, "serving_port and artifact_port of gpu01 are both 8000"),
+        ({"serving_sentry_port": 22}, "serving_sentry_port and the SSH port of gpu01 are both 22"),
+        (
+            {"serving_port": 2222, "ansible_ssh_port": 2222},
+            "serving_port and the SSH port of gpu01 are both 2222",
+        ),
+        ({"serving_gpu_memory_utilization": 1.7}, "serving_gpu_memory_utilization is 1.7: a share"),
+        ({"serving_gpu_memory_utilization": "0"}, "serving_gpu_memory_utilization is 0: a share"),
+        ({"serving_max_model_len": -5}, "serving_max_model_len is -5: a context"),
+        ({"serving_max_num_seqs": 0}, "serving_max_num_seqs is 0: a batch"),
+        ({"serve_batch": 0}, "The size of a batch cannot be read"),
+        ({"serve_batch": "150%"}, "a percentage up to 100%, not '150%'"),
+        ({"serve_min_ready": 2}, "serve_min_ready is 2 with 2 nodes: no node could ever be taken"),
+        ({"serve_min_ready": -1}, "serve_min_ready is -1 with 2 nodes"),
+        ({"serve_canary": "gpu09"}, "serve_canary is gpu09, which is no host of gpu_nodes"),
+        ({"ansible_host": "010.77.0.12"}, "'010.77.0.12', no IPv4 address.*leading zeros"),
+        ({"ansible_host": "10.77.0.300"}, "no IPv4 address.*not in range"),
+        ({"ansible_host": "10.77.12"}, "no IPv4 address: it needs four numbers"),
+        ({"ansible_ssh_host": "ops@10.0.0.1"}, "a login: give the address alone"),
+        ({"gateway_node_address": "http://10.0.0.1"}, "a URL or a path"),
+        ({"gateway_node_address": "10.0.0.1:8000"}, "no IPv6 address; a port belongs"),
+        ({"ansible_host": "gpu 01"}, "no address and no host's name"),
+    ],
+)
+def test_what_nothing_could_run_with_is_found_before_anything_runs(
+    variables: dict[str, Any], words: str
+) -> None:
+    found = fleet(**variables)
+    assert len(found) == 1, found
+    assert re.search(words, found[0]), found
+
+
+def test_right_values_of_every_kind_pass() -> None:
+    assert fleet(ansible_host="2001:db8::11", gateway_node_address="[2001:db8::11]") == []
+    assert fleet(ansible_host="gpu-01.example.net", serve_batch="50%", serve_min_ready="1") == []
+    assert fleet(serve_canary="gpu02", serving_max_num_seqs=32, ansible_ssh_host="10.0.0.1") == []
+
+
+def test_a_gateway_s_own_ports_clash_too() -> None:
+    hosts = {"gpu01": {}, "gw01": {"gateway_port": 8405}}
+    groups = {"gpu_nodes": ["gpu01"], "gateways": ["gw01"]}
+    assert problems(groups, hosts) == [
+        "gateway_port and gateway_metrics_bind of gw01 are both 8405: each needs a port of its own"
+    ]
+
+
+def test_one_address_by_old_and_new_names_is_noticed() -> None:
+    hosts = {
+        "gpu01": {"ansible_ssh_host": "10.20.0.11"},
+        "gpu02": {"ansible_host": "10.20.0.11"},
+        "gw01": {},
+    }
+    groups = {"gpu_nodes": ["gpu01", "gpu02"], "gateways": ["gw01"]}
+    assert problems(groups, hosts) == [
+        "gpu01 and gpu02 have the same address 10.20.0.11 (SSH port 22)"
+    ]
+
+
 def test_a_wrong_value_is_named_once_with_its_hosts() -> None:
     groups = {"gpu_nodes": ["gpu01", "gpu02"], "gateways": ["gw01"]}
-    hosts = {"gpu01": {"serve_batch": "odd"}, "gpu02": {"serve_batch": "odd"}, "gw01": {}}
-    assert problems(groups, hosts) == ["serve_batch is odd (set for gpu01, gpu02)"]
+    hosts = {"gpu01": {"model_revision": "odd"}, "gpu02": {"model_revision": "odd"}, "gw01": {}}
+    assert problems(groups, hosts) == ["model_revision is odd (set for gpu01, gpu02)"]
     assert fleet(serving_port="odd") == [
         "serving_port of gpu01 is 'odd': a port is a number from 1 to 65535"
     ]
