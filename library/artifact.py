@@ -167,6 +167,7 @@ from ansible.module_utils.glm_fleet.artifact.retention import PREVIOUS, protecte
 from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
+from ansible.module_utils.glm_fleet.serving.record import RECORD
 
 
 def _describe(store: Store, manifest: Manifest) -> dict[str, Any]:
@@ -239,7 +240,16 @@ def _prove(store: Store, params: dict[str, Any]) -> dict[str, Any]:
 
 def _retire(store: Store, module: AnsibleModule) -> dict[str, Any]:
     params = module.params
-    protected = protected_by(map(Path, params["links"].values()), Path(params["previous"]))
+    try:
+        protected = protected_by(
+            map(Path, params["links"].values()), Path(params["previous"]), RECORD
+        )
+    except FleetError as error:
+        # Nothing goes, here and on fetchers: no reason to stop the run.
+        module.warn(str(error))
+        ids = [each.id for kind in KINDS for each in store.published(kind)]
+        nothing = {"retired": [], "folders": [], "freed_bytes": 0, "diff": {}}
+        return {"changed": False, "protected": sorted(ids), **nothing}
     kinds = [params["kind"]] if params["kind"] else KINDS
     retired = retire_old(
         store,

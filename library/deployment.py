@@ -27,7 +27,8 @@ options:
     description:
       - V(staged) puts a deployment beside the one that runs.
       - V(info) compares what runs with the first of O(rungs) that is not known to fail here.
-      - V(policy) installs what the attestation of the deployment O(id) expects, if it runs.
+      - V(policy) installs what the attestation of the deployment O(id) expects, if it runs, and
+        points the links at it that lead elsewhere.
       - V(active) stops the service, switches to O(id) and starts it, unless it runs already.
         The node has to be drained.
     type: str
@@ -150,12 +151,14 @@ seconds:
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
+from ansible.module_utils.glm_fleet.core.http import local_http
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.node import readiness
 from ansible.module_utils.glm_fleet.serving.activation import (
@@ -163,9 +166,17 @@ from ansible.module_utils.glm_fleet.serving.activation import (
     compare,
     environment_changes,
     install_policy,
+    mend_links,
 )
-from ansible.module_utils.glm_fleet.serving.deployment import UNIT, Deployments, Places, make
+from ansible.module_utils.glm_fleet.serving.deployment import (
+    UNIT,
+    Deployment,
+    Deployments,
+    Places,
+    make,
+)
 from ansible.module_utils.glm_fleet.serving.record import read_running
+from ansible.module_utils.glm_fleet.serving.startup import unproven
 
 
 def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
@@ -190,6 +201,20 @@ def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
     }
 
 
+def _differences(
+    running: dict[str, Any], wanted: Deployment, before: Deployment | None
+) -> list[str]:
+    """Say what a restart would change, and when only a restart can prove what runs."""
+    words = compare(running, wanted, before)
+    if words:
+        return words
+    policy = json.loads(wanted.policy)
+    http = local_http(wanted.port, address=str(policy.get("address") or "127.0.0.1"), timeout_s=5.0)
+    if unproven(run_program, http, running, policy.get("required") or []):
+        return ["its journal and the record of its attestation are gone: nothing proves it"]
+    return []
+
+
 def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
     running = read_running(run_program, UNIT)
     current = deployments.find(deployments.current())
@@ -198,7 +223,8 @@ def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) ->
         name = params["target"]
         # Without a current deployment, going back starts from the last one that was attested.
         served = (deployments.attested() or [""])[-1]
-        now = current.id if current else ""
+        # Also where that deployment is gone: what is before it is not it.
+        now = deployments.current()
         ladder = [
             deployments.before(now or served) if name == "before" else deployments.named(name)
         ]
@@ -215,7 +241,7 @@ def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) ->
                 }
             )
     wanted = deployments.find(ladder[0])
-    words = compare(running, wanted, current) if wanted else []
+    words = _differences(running, wanted, current) if wanted else []
     return {
         "changed": False,
         "running": running,
@@ -232,7 +258,7 @@ def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
     identifier = params["id"]
     wanted = deployments.read(identifier)
     with contextlib.nullcontext() if check_mode else deployments.switching():
-        words = compare(
+        words = _differences(
             read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
         )
         result: dict[str, Any] = {
@@ -272,10 +298,14 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return _info(params, deployments, module.check_mode)
     if params["state"] == "policy":
         wanted = deployments.read(params["id"])
-        changed = deployments.current() == wanted.id and install_policy(
-            wanted, deployments.places, check_mode=module.check_mode
-        )
-        return {"changed": changed, "id": wanted.id}
+        places, check_mode = deployments.places, module.check_mode
+        if compare(read_running(run_program, UNIT), wanted, None):
+            return {"changed": False, "id": wanted.id}
+        mended = mend_links(wanted, places, check_mode=check_mode)
+        for words in mended:
+            module.warn(f"{words}; it leads to what runs again")
+        changed = install_policy(wanted, places, check_mode=check_mode)
+        return {"changed": changed or bool(mended), "id": wanted.id}
     return _active(params, deployments, module.check_mode)
 
 

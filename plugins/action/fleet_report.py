@@ -22,6 +22,7 @@ from glm_fleet.health.hardware import ERROR
 from glm_fleet.health.html import RUNS_DRAWN, render_page
 from glm_fleet.health.judge import judge_fleet
 from glm_fleet.health.preflight import judge_hosts
+from glm_fleet.health.records import LEFT
 from glm_fleet.health.tables import (
     health_json,
     preflight_json,
@@ -148,7 +149,7 @@ def _records(
         record = (hostvars[host].get(name) or {}).get("record") if host in alive else None
         if record is None:
             record = {
-                "message": "it failed, or was lost, earlier in this run",
+                "message": LEFT,
                 "groups": hostvars[host]["group_names"],
             }
         records[host] = plain(record)

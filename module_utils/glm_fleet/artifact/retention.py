@@ -120,21 +120,24 @@ def _remove(path: Path, run: Runner) -> None:
         path.unlink(missing_ok=True)
 
 
-def protected_by(links: Iterable[Path], previous: Path) -> set[str]:
-    """Return the ids that are active or that a roll-back needs.
+def protected_by(links: Iterable[Path], previous: Path, running: Path | None = None) -> set[str]:
+    """Return the ids that are active, that run, or that a roll-back needs.
 
-    ``links`` lead to what is active; ``previous`` is a JSON file {release: id, model: id}.
+    ``links`` lead to what is active; ``previous`` is a JSON file {release: id, model: id}, and so
+    is ``running``, which the start of what runs wrote: a link can be gone or be a folder.
     """
     found = {link.readlink().name for link in links if link.is_symlink()}
-    try:
-        before = json.loads(previous.read_text())
-    except FileNotFoundError:
-        return found
-    except ValueError as error:
-        raise FleetError(
-            "It cannot be told what a roll-back needs, so nothing is retired",
-            expected=f"JSON with release and model in {previous}",
-            found=str(error),
-            remedy="repair or remove that file",
-        ) from error
-    return found | {str(before[key]) for key in KINDS if before.get(key)}
+    for path in (running, previous):
+        try:
+            known = json.loads(path.read_text()) if path else {}
+            found |= {str(known[key]) for key in KINDS if known.get(key)}
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError) as error:
+            raise FleetError(
+                "It cannot be told what a roll-back needs, so nothing is retired",
+                expected=f"JSON with release and model in {path}",
+                found=str(error),
+                remedy="the next turn of this node writes that file anew",
+            ) from error
+    return found

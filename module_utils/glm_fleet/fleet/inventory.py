@@ -177,9 +177,9 @@ def _ports(inventory: Inventory) -> Iterator[str]:
         yield f"{name} of {', '.join(hosts)} is '{port}': a port is a number from 1 to 65535"
     clashes: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for host in _hosts(inventory):
-        for port_number, names in _listeners(inventory, host).items():
-            if len(names) > 1:
-                clashes.setdefault((port_number, tuple(names)), []).append(host)
+        for port_number, found in _listeners(inventory, host).items():
+            if len(found) > 1:
+                clashes.setdefault((port_number, tuple(found)), []).append(host)
     for (port_number, names), hosts in clashes.items():
         if names == ("serving_port", "gateway_port"):
             text = f"{hosts[0]} is node and gateway, and both would listen on port {port_number}"

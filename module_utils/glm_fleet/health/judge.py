@@ -21,7 +21,7 @@ from ..serving.probe import Probe, UnitState
 from .compare import compare_nodes
 from .gateway import gateway_step, judge_gateway, states_of
 from .hardware import Expectations, hardware_problems
-from .records import HostRecord, read_records, wrong_finding
+from .records import LEFT, HostRecord, read_records, wrong_finding
 from .rules import (
     UNDRAIN_STEP,
     artifact_findings,
@@ -35,7 +35,17 @@ from .rules import (
     system_findings,
     without_old_xids,
 )
-from .verdict import BROKEN, DEGRADED, HEALTHY, Finding, GatewayHealth, Limits, NodeHealth, worst
+from .verdict import (
+    BROKEN,
+    DEGRADED,
+    HEALTHY,
+    UNKNOWN,
+    Finding,
+    GatewayHealth,
+    Limits,
+    NodeHealth,
+    worst,
+)
 
 
 def judge_fleet(
@@ -75,7 +85,7 @@ def judge_fleet(
             continue
         states, before = states_of(host, answers), earlier["nodes"].get(host, {})
         if not record.answered:
-            finding = _unknown(host, record)
+            finding = _unread(states) if record.message == LEFT else _unknown(host, record)
             nodes.append(NodeHealth(host, [finding], gateway=states, baseline=before))
             continue
         expect = next(part["expect"] for part in record.expect if part["gpu_node"])
@@ -109,8 +119,21 @@ def _judge_gateway_host(
     return replace(judged, findings=[*judged.findings, *more])
 
 
+def _unread(states: Mapping[str, str]) -> Finding:
+    """Judge a node that an earlier phase lost by what the gateways say: they check it always."""
+    step = "mend what stopped it, see the errors above; then playbooks/health.yml reads it"
+    known = [state for state in states.values() if state != "?"]
+    if known and all(state == "UP" for state in known):
+        cause = "it serves, as the gateways see it; an earlier phase of this run lost it"
+        return Finding("run", DEGRADED, cause, step)
+    told = ", ".join(f"{state} at {where}" for where, state in states.items()) or "no gateway"
+    return Finding("run", UNKNOWN, f"an earlier phase of this run lost it ({told})", step)
+
+
 def _unknown(host: str, record: HostRecord) -> Finding:
     """Say why nothing is known of a host."""
+    if record.message == LEFT:
+        return _unread({})
     return wrong_finding(record.wrong) if record.wrong else no_answer(host, record.message)
 
 

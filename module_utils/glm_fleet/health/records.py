@@ -15,6 +15,9 @@ from ..node.answer import Clock, Facts, decode_facts
 from .hardware import Problem
 from .verdict import UNKNOWN, Finding
 
+# The message of a host that an earlier phase of the run lost, so that nobody asked it now.
+LEFT = "it failed, or was lost, earlier in this run, and was not read"
+
 
 @dataclass(frozen=True)
 class HostRecord:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Callable
 
 from ..artifact.link import point_link
@@ -128,10 +130,7 @@ def activate(
         runner(["systemctl", "kill", "--signal=SIGTERM", UNIT], check=False)
     runner(["systemctl", "stop", UNIT], check=False)
     stopped = clock()
-    link = deployments.places.deployments / "current"
-    point_link(link, deployments.places.deployments / identifier)
-    point_link(places.release_link, places.releases / wanted.release)
-    point_link(places.model_link, places.models / wanted.model)
+    mend_links(wanted, places)
     install(wanted, places)
     deployments.note_previous()
     runner(["systemctl", "daemon-reload"])
@@ -140,6 +139,47 @@ def activate(
     # Not waited for: the attestation watches the start, and says what became of it.
     runner(["systemctl", "start", "--no-block", UNIT])
     return {"stop_s": round(stopped - begun, 2), "switch_s": round(clock() - stopped, 2)}
+
+
+def wrong_links(wanted: Deployment, places: Places) -> dict[Path, Path]:
+    """Return {link: where it should lead} of the links that do not lead to a deployment."""
+    targets = {
+        places.deployments / "current": places.deployments / wanted.id,
+        places.release_link: places.releases / wanted.release,
+        places.model_link: places.models / wanted.model,
+    }
+    return {
+        link: target
+        for link, target in targets.items()
+        if not link.is_symlink() or link.readlink() != target
+    }
+
+
+def mend_links(wanted: Deployment, places: Places, *, check_mode: bool = False) -> list[str]:
+    """Point the links at the deployment that runs; say which were wrong, and how.
+
+    A folder in the place of a link is moved aside: it may be somebody's. Nothing restarts: what
+    runs has its files open, and the next start goes by the links.
+    """
+    said = []
+    for link, target in wrong_links(wanted, places).items():
+        if link.is_symlink():
+            said.append(f"{link} led to {link.readlink()}")
+        elif link.exists():
+            said.append(f"{link} was no link; what is there is moved to {_aside(link)}")
+        else:
+            said.append(f"{link} was missing")
+        if check_mode:
+            continue
+        if link.exists() and not link.is_symlink():
+            link.rename(_aside(link))
+        point_link(link, target)
+    return said
+
+
+def _aside(path: Path) -> Path:
+    numbers = (path.with_name(f"{path.name}.aside-{each}") for each in itertools.count(1))
+    return next(each for each in numbers if not each.exists())
 
 
 def install(wanted: Deployment, places: Places) -> None:

@@ -8,6 +8,7 @@ below one root (``/etc/glm-fleet/deployments`` on a node)::
     <id>/deployment.json      release, model and CUDA graph mode
     <id>/glm-serving.service, serving.env, attestation.json
     <id>/refused.json         why it does not run on this node, if that is known
+    <id>/attested             it passed the attestation
     current                   -> <id>, the one that was activated last
     attested.json             ids that passed the attestation, newest last
 
@@ -35,6 +36,7 @@ ENVIRONMENT = "serving.env"
 POLICY = "attestation.json"
 RECORD = "deployment.json"
 REFUSED = "refused.json"
+ATTESTED = "attested"
 # What `artifact.protected_by` reads.
 PREVIOUS = "previous.json"
 _KEEP = 4
@@ -183,8 +185,15 @@ class Deployments:
         try:
             known = read(list[str], self._root / "attested.json")
         except (FileNotFoundError, FleetError):
-            return []
-        return [each for each in known if _ID.fullmatch(each)]
+            known = []
+        listed = [each for each in known if _ID.fullmatch(each)]
+        # Each has a mark of its own too: the list can be emptied by a full disk.
+        marks = [
+            (mark.stat().st_mtime, mark.parent.name)
+            for mark in self._root.glob(f"*/{ATTESTED}")
+            if _ID.fullmatch(mark.parent.name)
+        ]
+        return [*(name for _, name in sorted(marks) if name not in listed), *listed]
 
     def stage(self, wanted: Deployment, *, check_mode: bool = False) -> bool:
         """Put a deployment beside the one that runs; tell whether that changed anything."""
@@ -213,6 +222,8 @@ class Deployments:
         with exclusive(self._root / ".lock"):
             known = [each for each in self.attested() if each != identifier]
             write_atomically(self._root / "attested.json", json.dumps([*known, identifier]))
+            if (self._root / identifier).is_dir():
+                write_atomically(self._root / identifier / ATTESTED, "")
         self.note_previous()
 
     def note_passed(self, release: str, model: str) -> None:

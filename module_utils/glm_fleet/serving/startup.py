@@ -103,13 +103,31 @@ def _came_up(runner: Runner, invocation: str, lines: Sequence[str], evidence_pat
     ``lines`` are its last ones. A server that has answered for a while has pushed its own first
     words out of them, and at last out of the journal.
     """
-    if any(_READY.search(line) for line in lines):
+    if any(_READY.search(line) for line in lines) or read_evidence(evidence_path, invocation):
         return True
-    if len(lines) < _RECENT_LINES:
+    return len(lines) >= _RECENT_LINES and any(
+        _READY.search(line) for line in journal(runner, invocation)
+    )
+
+
+def unproven(
+    runner: Runner,
+    http: Http,
+    running: Mapping[str, Any],
+    required: Sequence[str],
+    evidence_path: Path = EVIDENCE,
+) -> bool:
+    """Tell whether a server answers of whose start nothing is left to prove it.
+
+    Its journal is gone, and so is what an attestation kept: no wait brings that back, only
+    another start does. ``running`` is what `record.read_running` gives.
+    """
+    invocation = str(running.get("invocation") or "")
+    if not running.get("active") or read_evidence(evidence_path, invocation):
         return False
-    if read_evidence(evidence_path, invocation):
-        return True
-    return any(_READY.search(line) for line in journal(runner, invocation))
+    lines = journal(runner, invocation)
+    lost = any(not any(re.search(each, line) for line in lines) for each in required)
+    return lost and http("/health")[0] == 200
 
 
 def _bytes_read(main_pid: int, proc: Path) -> int:

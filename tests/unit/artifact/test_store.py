@@ -538,6 +538,10 @@ def test_leftovers_go_after_a_day_and_what_is_coming_stays(store: Store, full: l
 def test_nothing_is_retired_when_the_way_back_cannot_be_read(tmp_path: Path) -> None:
     previous = tmp_path / "previous.json"
     assert protected_by([], previous) == set()
+    # A link that is a folder protects nothing; what runs is safe all the same.
+    running = tmp_path / "serving.json"
+    running.write_text('{"release": "r1", "model": "m1", "invocation": "i"}')
+    assert protected_by([tmp_path], previous, running) == {"r1", "m1"}
     previous.write_text("{")
     with pytest.raises(FleetError, match="nothing is retired"):
         protected_by([], previous)

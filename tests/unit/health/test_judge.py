@@ -11,6 +11,7 @@ import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.health.gateway import judge_gateway, states_of
 from glm_fleet.health.judge import judge_fleet
+from glm_fleet.health.records import LEFT
 from glm_fleet.health.verdict import GatewayHealth, Limits, NodeHealth
 from test_preflight import EXPECT, make_facts
 
@@ -309,6 +310,26 @@ def test_an_unreachable_node_is_unknown_and_keeps_its_baseline() -> None:
     assert nodes[1].reasons == ["no answer: timed out"]
     assert "ping gpu02" in nodes[1].next_step
     assert nodes[1].baseline == before["nodes"][1]["baseline"]
+
+
+def test_a_node_that_a_stopped_run_did_not_read_is_what_the_gateways_see() -> None:
+    records = fleet_records()
+    for node in ("gpu01", "gpu02"):
+        records[node] = {"message": LEFT, "groups": ["gpu_nodes"]}
+    servers = records["gw01"]["node"]["gateway"]["servers"]
+    next(each for each in servers if each["name"] == "gpu02")["status"] = "DOWN"
+    nodes, _ = judge(records)
+    assert nodes[0].verdict == "degraded"
+    assert nodes[0].reasons == [
+        "it serves, as the gateways see it; an earlier phase of this run lost it"
+    ]
+    assert nodes[1].verdict == "unknown"
+    assert nodes[1].reasons == ["an earlier phase of this run lost it (DOWN at gw01)"]
+    for node in nodes[:2]:
+        assert "power and network" not in node.next_step
+    records["gw01"] = {"message": LEFT, "groups": ["gateways"]}
+    _, gateways = judge(records)
+    assert (gateways[0].verdict, "power" in gateways[0].next_step) == ("unknown", False)
 
 
 def test_faulty_hardware_stands_before_what_it_causes() -> None:

@@ -369,6 +369,37 @@ def test_a_server_that_has_answered_for_long_is_ready_at_once(tmp_path: Path) ->
     assert not ready()
     evidence.write_text(json.dumps({"KV cache": "a line", "invocation": "i1"}))
     assert ready()
+    # Also when hardly anything is left of the journal.
+    log[:] = requests[:3]
+    assert ready()
+
+
+@pytest.mark.parametrize(
+    ("log", "evidence", "health", "lost"),
+    [
+        (CPU[-1:], False, 200, True),
+        (CPU[-1:], True, 200, False),
+        (CPU[-1:], False, 503, False),
+        (CPU, False, 200, False),
+    ],
+)
+def test_a_server_that_nothing_proves_any_more_needs_another_start(
+    tmp_path: Path, log: list[str], evidence: bool, health: int, lost: bool
+) -> None:
+    if evidence:
+        (tmp_path / "attested.json").write_text(json.dumps({"x": "y", "invocation": "i1"}))
+
+    def unproven(**changed: Any) -> bool:
+        return startup.unproven(
+            lambda argv, **_: systemd(argv, log=log),
+            lambda path, body=None: (health, iter([])),
+            {"active": True, "invocation": "i1", **changed},
+            ["KV cache size"],
+            tmp_path / "attested.json",
+        )
+
+    assert unproven() is lost
+    assert not unproven(active=False)
 
 
 def test_a_start_stays_proven_when_the_journal_has_rotated(host: Path) -> None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from glm_fleet.serving.activation import (
     compare,
     environment_changes,
     install_policy,
+    mend_links,
     unit_changes,
 )
 from glm_fleet.serving.deployment import UNIT, Deployment, Deployments, Places, make
@@ -210,12 +212,44 @@ def test_passing_again_makes_it_the_newest(node: Deployments) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"a": 1}', "7"])
-def test_a_damaged_note_of_what_passed_is_an_empty_one(node: Deployments, damage: str) -> None:
-    served(node, one())
+def test_a_damaged_note_of_what_passed_loses_no_way_back(node: Deployments, damage: str) -> None:
+    served(node, one(), one("r2"))
+    for number, each in enumerate((one(), one("r2"))):
+        os.utime(node.places.deployments / each.id / "attested", (number, number))
+    activate(Systemd(*SWITCH), node, one("r2").id)
     (node.places.deployments / "attested.json").write_text(damage)
-    assert node.attested() == []
+    assert node.attested() == [one().id, one("r2").id]
+    assert node.before(one("r2").id) == one().id
     node.note_attested(one().id)
-    assert node.attested() == [one().id]
+    assert node.attested() == [one("r2").id, one().id]
+
+
+def test_links_that_lead_elsewhere_are_named_and_mended(node: Deployments) -> None:
+    places, wanted = node.places, one()
+    served(node, wanted)
+    activate(Systemd(*SWITCH), node, wanted.id)
+    assert mend_links(wanted, places) == []
+    places.release_link.unlink()
+    places.release_link.symlink_to("/nowhere")
+    places.model_link.unlink()
+    (places.model_link / "by-hand").mkdir(parents=True)
+    (places.deployments / "current").unlink()
+    told = mend_links(wanted, places, check_mode=True)
+    assert told == mend_links(wanted, places)
+    assert f"{places.release_link} led to /nowhere" in told
+    assert f"{places.deployments}/current was missing" in told
+    assert any("is moved to" in each and each.startswith(str(places.model_link)) for each in told)
+    assert places.model_link.with_name("model.aside-1").joinpath("by-hand").is_dir()
+    assert mend_links(wanted, places) == []
+    assert node.current() == wanted.id
+
+
+def test_what_is_gone_is_not_what_ran_before(node: Deployments, module: ModuleType) -> None:
+    served(node, one(), one("r2"))
+    activate(Systemd(*SWITCH), node, one("r2").id)
+    shutil.rmtree(node.places.deployments / one("r2").id)
+    assert node.current() == one("r2").id
+    assert module._info(given(target="before"), node, False)["ladder"] == [one().id]
 
 
 def test_a_deployment_is_found_by_the_beginning_of_a_name(node: Deployments) -> None:
