@@ -188,8 +188,6 @@ def test_weight_0_is_not_ready_and_is_mended(gateway: Gateway) -> None:
         gateway.set(name, "ready")
     gateway.haproxy._ask(f"set server {BACKEND}/gpu01 weight 0")
     assert gateway.states()["gpu01"] == "DRAIN"
-    gateway.reload("second")
-    assert gateway.states()["gpu01"] == "DRAIN", "HAProxy remembers it"
     with pytest.raises(FleetError, match="cannot be taken out"):
         ensure_state(
             gateway.haproxy, BACKEND, "gpu02", "drain", state_file=gateway.state_file, wait=False,
@@ -197,8 +195,8 @@ def test_weight_0_is_not_ready_and_is_mended(gateway: Gateway) -> None:
         )  # fmt: skip
     assert gateway.set("gpu01", "ready")
     assert gateway.states() == {"gpu01": "UP", "gpu02": "UP"}
-    gateway.reload("third")
-    assert gateway.states()["gpu01"] == "UP"
+    gateway.reload("second")
+    assert gateway.states() == {"gpu01": "UP", "gpu02": "UP"}
 
 
 def test_a_host_that_only_got_another_name_goes_on(gateway: Gateway) -> None:
