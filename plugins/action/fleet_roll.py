@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 from glm_action import ControllerAction
 from glm_fleet.core.net import join_endpoint
 from glm_fleet.fleet.endpoints import reached_at
+from glm_fleet.core.table import Line
 from glm_fleet.fleet.rollout import UNTOUCHED, NodeState, plan_roll
 from glm_fleet.fleet.rollout_table import Ending, end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
@@ -99,8 +100,11 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         canary=arguments["canary"],
         ready=sum(ready(name) for name in serving),
     )
+    lines = render_plan(nodes, plan, width())
+    if remark := str(arguments.get("remark") or ""):
+        lines.append(Line(remark, "warning"))
     return {
-        "lines": render_plan(nodes, plan, width()),
+        "lines": lines,
         "turns": [each.node for each in plan.turns],
         "batches": list(plan.batches),
         "moved": sorted(name for name, words in moved.items() if words),

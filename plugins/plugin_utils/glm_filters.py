@@ -28,7 +28,7 @@ from glm_fleet.fleet.endpoints import plan_endpoints as plan_endpoints
 from glm_fleet.fleet.endpoints import reached_at as reached_at
 from glm_fleet.gateway import clients
 from glm_fleet.release.variant import choose_variant
-from glm_fleet.serving import command
+from glm_fleet.serving import command, graphs
 from glm_fleet.transfer import torrent
 from glm_terminal import plain, width
 
@@ -184,12 +184,23 @@ def library_digest(entry_point: str) -> str:
     return closure.digest([entry_point], _LIBRARY / "glm_fleet")
 
 
-def graph_rungs(mode: str, fallback: bool) -> list[str]:
-    """Give the modes of CUDA graphs to stage: the one wanted, then what a node may step down to."""
+def graph_mode(wanted: str, release: Mapping[str, Any]) -> str:
+    """Give the mode of CUDA graphs that ``serving_cuda_graphs`` stands for on a release."""
     try:
-        return command.graph_rungs(mode, fallback=fallback)
+        return graphs.resolve(wanted, graphs.open_faults(release.get("manifest") or {}))
     except FleetError as error:
         raise AnsibleFilterError(str(error)) from error
+
+
+def graph_rungs(mode: str, fallback: bool) -> list[str]:
+    """Give the modes of CUDA graphs to stage: the one wanted, then what a node may step down to."""
+    return graphs.rungs(mode, fallback=fallback)
+
+
+def graph_remark(wanted: str, release: Mapping[str, Any]) -> str:
+    """Say what a person should know of the mode that was chosen for a release."""
+    faults = graphs.open_faults(release.get("manifest") or {})
+    return graphs.remark(wanted, graph_mode(wanted, release), faults)
 
 
 def attempt(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import FleetError
+from ..serving.graphs import price_of
 
 RESTART = "restart"
 JOIN = "join"
@@ -222,7 +223,10 @@ def outcome(
     if last["passed"]:
         for failed in attempts[:-1]:
             graphs = last["runs"].get("cuda_graphs", "a lower mode")
-            why.append(f"stepped down to {graphs}: {failed['diagnosis'] or failed['message']}")
+            price = price_of(graphs)
+            cost = f" ({price})" if price else ""
+            reason = failed["diagnosis"] or failed["message"]
+            why.append(f"stepped down to {graphs}{cost}: {reason}")
         if not_joined:
             return ended_words(DRAINED, False, last, [*why, *not_joined])
         if held:

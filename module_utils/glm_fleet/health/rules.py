@@ -10,6 +10,7 @@ from typing import Any
 from ..core.causes import why_no_answer
 from ..core.format import human_bytes
 from ..node.answer import Facts
+from ..serving.graphs import price_of
 from .hardware import ERROR, Expectations, Problem
 from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits
 
@@ -174,6 +175,17 @@ def _running(probe: Mapping[str, Any], engine: Mapping[str, Any], log: str) -> I
             f"{after.get('waiting', 0):.0f} waiting requests"
         )
         yield Finding("load", DEGRADED, cause, "send it fewer requests, or add a node")
+    graphs = probe.get("cuda_graphs") or {}
+    if graphs.get("runs") != graphs.get("wanted"):
+        price = price_of(graphs["runs"])
+        cause = f"CUDA graphs stepped down from {graphs['wanted']} to {graphs['runs']}"
+        cause += f", {price}" if price else ""
+        cause += f": {graphs['reason']}" if graphs.get("reason") else ""
+        step = (
+            "do away with the cause, then run site.yml with -e serve_retry=true; or accept it with "
+            f"serving_cuda_graphs: {graphs['runs']}, which restarts nothing"
+        )
+        yield Finding("CUDA graphs", DEGRADED, cause, step)
     for check in probe.get("checks", ()):
         if check["passed"] or (state in ("hung", "busy") and check["name"] in ignored):
             continue

@@ -9,24 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.errors import FleetError
-
-# vLLM's names for the CUDA graph modes, best first; eager has a flag of its own.
-CUDA_GRAPHS = {"full_and_piecewise": "FULL_AND_PIECEWISE", "piecewise": "PIECEWISE", "eager": ""}
-
-
-def graph_rungs(mode: str, *, fallback: bool = False) -> list[str]:
-    """Return the mode of CUDA graphs and, with ``fallback``, the lower ones, best first.
-
-    Raises `FleetError` for a mode that nobody knows.
-    """
-    modes = list(CUDA_GRAPHS)
-    if mode not in modes:
-        raise FleetError(
-            "The mode of CUDA graphs is unknown",
-            expected=f"serving_cuda_graphs to be one of {', '.join(modes)}",
-            found=mode,
-        )
-    return modes[modes.index(mode) :] if fallback else [mode]
+from .graphs import MODES, resolve
 
 
 def serve_command(settings: Mapping[str, Any]) -> list[str]:
@@ -36,7 +19,7 @@ def serve_command(settings: Mapping[str, Any]) -> list[str]:
     is empty or None leaves the choice to vLLM. Raises `FleetError` for a mode of CUDA
     graphs that nobody knows.
     """
-    graphs = graph_rungs(str(settings["cuda_graphs"]))[0]
+    graphs = MODES[resolve(str(settings["cuda_graphs"]), [])]
     options: list[tuple[str, Any]] = [
         ("--host", settings["bind_address"]),
         ("--port", settings["port"]),
@@ -58,10 +41,10 @@ def serve_command(settings: Mapping[str, Any]) -> list[str]:
             command += [flag, str(value)]
     if settings["tool_call_parser"]:
         command.append("--enable-auto-tool-choice")
-    if graphs == "eager":
+    if not graphs.vllm:
         command.append("--enforce-eager")
     else:
-        config = {"cudagraph_mode": CUDA_GRAPHS[graphs]}
+        config = {"cudagraph_mode": graphs.vllm}
         command += ["--compilation-config", json.dumps(config, separators=(",", ":"))]
     return command + [str(each) for each in settings["extra_arguments"]]
 

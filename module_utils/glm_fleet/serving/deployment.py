@@ -285,6 +285,20 @@ class Deployments:
         except (FileNotFoundError, FleetError):
             return ""
 
+    def why_not(self, release: str, model: str, cuda_graphs: str) -> str:
+        """Return why this node does not run a mode of CUDA graphs, '' if nothing is known."""
+        for folder in sorted(self._root.iterdir()) if self._root.is_dir() else []:
+            found = self.find(folder.name) if _ID.fullmatch(folder.name) else None
+            if found and (found.release, found.model, found.cuda_graphs) == (
+                release,
+                model,
+                cuda_graphs,
+            ):
+                reason = self.refused(folder.name)
+                if reason:
+                    return reason
+        return ""
+
     def forgive(self, identifier: str) -> None:
         """Forget that a deployment did not run."""
         (self._root / identifier / REFUSED).unlink(missing_ok=True)

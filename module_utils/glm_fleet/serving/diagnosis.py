@@ -124,6 +124,12 @@ def relevant_lines(lines: Sequence[str], most: int = 12) -> list[str]:
     return [line[-300:] for line in lines[-most:]]
 
 
+def _fits(signature: Signature, text: str, code: Sequence[str]) -> bool:
+    return bool(re.search(signature.pattern, text)) and (
+        not signature.within or any(re.search(signature.within, line) for line in code)
+    )
+
+
 def _parse(raw: str) -> _Line:
     """Take a line apart. The text keeps its indentation, which tells code from words."""
     rest, process, rank = _SYSLOG.sub("", _COLOUR.sub("", raw.rstrip())), ("", ""), ""
@@ -169,19 +175,25 @@ def _starts(lines: Sequence[str]) -> list[list[_Line]]:
 def _candidates(start: Sequence[_Line]) -> Iterator[tuple[int, _Line, Signature]]:
     """Yield (place, line, signature) of what went wrong in a start and was not survived."""
     progress: dict[tuple[str, str], int] = {}
+    code: dict[tuple[str, str], list[str]] = {}
     up = -1
     for place, line in enumerate(start):
         if _MADE_PROGRESS.search(line.text) and line.process[0]:
             progress[line.process] = place
         if _ANY_START_IS_UP.search(line.text):
             up = place
+        if line.is_frame:
+            code.setdefault(line.process, []).append(line.text.rstrip())
     for place, line in enumerate(start):
         if line.is_frame or line.level in ("DEBUG", "INFO", "WARNING"):
             continue
         # An import that failed and was done without is no crash: the same process went on.
         if place < up or place < progress.get(line.process, -1):
             continue
-        known = next((each for each in SIGNATURES if re.search(each.pattern, line.text)), None)
+        known = next(
+            (each for each in SIGNATURES if _fits(each, line.text, code.get(line.process, ()))),
+            None,
+        )
         if known is not None:
             yield place, line, known
         elif _EXCEPTION.search(line.text):

@@ -20,6 +20,7 @@ from ..core.http import Http, local_http
 from ..core.runner import Runner
 from ..core.systemd import journal, last_words, unit_state
 from .attestation import Wanted, attest
+from .deployment import Deployments, Places
 from .diagnosis import diagnose, relevant_lines
 from .evidence import EVIDENCE
 from .metrics import parse_metrics
@@ -212,6 +213,7 @@ def look(
         evidence_path=evidence_path,
         proc=proc,
     )
+    found["cuda_graphs"] = _graphs(policy["cuda_graphs"], found["release_id"], found["model_id"])
     after = read_sample(ask)
     progress = interval(before, after)
     steps, tokens = progress.get("steps", 0.0), progress.get("generated_tokens", 0.0)
@@ -230,6 +232,15 @@ def look(
         "seconds": round(time.monotonic() - begun, 3),
     }
     return found
+
+
+def _graphs(modes: Mapping[str, Any], release: str, model: str) -> dict[str, str]:
+    """Say which CUDA graphs run, which were wanted, and why they differ."""
+    runs, wanted = str(modes.get("runs") or ""), str(modes.get("wanted") or "")
+    reason = ""
+    if runs != wanted:
+        reason = Deployments(Places()).why_not(release, model, wanted)
+    return {"runs": runs, "wanted": wanted, "reason": reason}
 
 
 def _without_answer(run: Runner, state: Mapping[str, Any], unit: str) -> dict[str, Any]:

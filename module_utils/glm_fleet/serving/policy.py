@@ -13,8 +13,16 @@ from ..core.decode import Matching, Range, read
 from ..core.errors import FleetError
 
 
+class Modes(TypedDict, total=False):
+    """Modes of CUDA graphs by name: the one that runs, and the one that was wanted."""
+
+    runs: str
+    wanted: str
+
+
 class _PolicyOptional(TypedDict, total=False):
     address: str | None
+    cuda_graphs: Modes
 
 
 class _Written(_PolicyOptional):
@@ -33,6 +41,8 @@ class Policy(TypedDict):
     served_model_name: str
     required: Sequence[str]
     forbidden: Sequence[str]
+    # {} from a version that did not say.
+    cuda_graphs: Modes
 
 
 def read_api_key(environment_file: Path) -> str:
@@ -77,6 +87,7 @@ def read_policy(path: Path) -> Policy:
             "served_model_name": written["served_model_name"],
             "required": written["required"],
             "forbidden": written["forbidden"],
+            "cuda_graphs": written.get("cuda_graphs") or {},
         }
     except (FileNotFoundError, FleetError, re.error, RecursionError, OverflowError) as error:
         raise FleetError(

@@ -83,6 +83,14 @@ class Canary(TypedDict, total=False):
     text: Words
 
 
+class Graphs(TypedDict, total=False):
+    """The modes of CUDA graphs: the one that runs, the one that was wanted, why they differ."""
+
+    runs: Words
+    wanted: Words
+    reason: Words
+
+
 class Probe(TypedDict, total=False):
     """The attestation of a node, or why there is none."""
 
@@ -98,4 +106,5 @@ class Probe(TypedDict, total=False):
     diagnosis: Words
     step_down: bool
     journal: Annotated[Sequence[Words], Size(10_000)]
+    cuda_graphs: Graphs
     engine: EngineLook

@@ -24,6 +24,8 @@ class Signature:
     """A crash that people reported or we saw: how it looks and the way out.
 
     ``pattern`` is searched in one line without vLLM's prefix; ``remedy`` may name its groups.
+    ``within`` is searched in the code of the same process' tracebacks, where the words alone do
+    not tell one cause from another.
     ``graphs`` tells whether a lower mode of CUDA graphs is the way out; ``origin`` who prints
     the words and which releases have them.
     """
@@ -33,6 +35,7 @@ class Signature:
     remedy: str
     rank: int = CAUSE
     graphs: bool = False
+    within: str = ""
     origin: str = f"vLLM {EVERY}"
 
 
@@ -138,6 +141,18 @@ SIGNATURES = (
         "this release has no code for GPUs of this generation: choose another release, or take "
         "the node out of gpu_nodes",
         origin=_TRITON,
+    ),
+    # Seen with the pinned pull request: a kernel of the indexer stores past its row, and the rows
+    # of the capture are the narrowest of all. Corrected, the same model starts (H100, 0.23.0).
+    Signature(
+        "crash in the capture of CUDA graphs",
+        r"an illegal (?:instruction|memory access) was encountered|misaligned address",
+        "a kernel of this release crashes while CUDA graphs are captured. If the release has the "
+        "fault logits-past-the-row (manifest.json names its corrections), build it with "
+        "release_patches as they are by default; until then serving_cuda_graphs: piecewise",
+        graphs=True,
+        within=r", in (?:profile_cudagraph_memory|_warmup_and_capture|capture_model)$",
+        origin=_TORCH,
     ),
     Signature(
         "illegal instruction",

@@ -178,6 +178,14 @@ def run_old_release(facts: dict[str, Any]) -> None:
     probe["checks"][0].update(passed=False, detail=f"vllm-0.22.0-old, wanted {RELEASE}")
 
 
+def step_down(facts: dict[str, Any]) -> None:
+    facts["attestation"]["cuda_graphs"] = {
+        "runs": "piecewise",
+        "wanted": "full_and_piecewise",
+        "reason": "an illegal memory access was encountered",
+    }
+
+
 def fill_disk(facts: dict[str, Any]) -> None:
     for disk in facts["disks"]:
         disk["free_bytes"] = disk["total_bytes"] // 50
@@ -226,6 +234,12 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "broken",
         "model m has other bytes: a changed (SHA-256 0123)",
         "site.yml",
+    ),
+    "graphs": (
+        step_down,
+        "degraded",
+        "CUDA graphs stepped down from full_and_piecewise to piecewise, about a fifth of the speed",
+        "serve_retry=true",
     ),
     "disk": (fill_disk, "degraded", "the disk at / is nearly full: 18.0 GB", "du"),
     "clock": (lambda facts: facts["clock"].update(skew_s=-95.0), "degraded", "95 s behind", "chro"),

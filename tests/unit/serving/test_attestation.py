@@ -41,6 +41,25 @@ def test_the_defaults_accept_the_journal_of_the_right_path() -> None:
     assert len(checks) == 6
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        "h100-0.23.0-pr38476-corrected-full-and-piecewise-78-layers-ok.log",
+        "h100-0.23.0-pr38476-corrected-full-decode-only-78-layers-cold.log",
+    ],
+)
+def test_a_start_with_full_graphs_proves_the_same_path(log: str) -> None:
+    lines = journal_of(log)
+    checks = serving_evidence.check_journal(
+        lines,
+        DEFAULTS["serving_journal_required"],
+        [*DEFAULTS["serving_journal_forbidden"], "Enforce eager set"],
+    )
+    assert [check for check in checks if not check.passed] == []
+    assert diagnosis.diagnose(lines) == ""
+    assert startup.start_phase(lines) == "ready"
+
+
 @pytest.mark.parametrize("line", ["TRITON_MLA", "FLASHMLA_SPARSE"])
 def test_another_attention_backend_is_caught(line: str) -> None:
     lines = [each.replace("TRITON_MLA_SPARSE backend", f"{line} backend") for each in GOOD]

@@ -19,7 +19,6 @@ from glm_fleet.serving import record as serving_record
 from glm_fleet.serving.command import (
     differences,
     environment_file,
-    graph_rungs,
     serve_command,
     unit_words,
 )
@@ -65,7 +64,7 @@ def test_the_command_line_of_a_real_node() -> None:
         "--shutdown-timeout",
         "600",
         "--compilation-config",
-        '{"cudagraph_mode":"PIECEWISE"}',
+        '{"cudagraph_mode":"FULL_AND_PIECEWISE"}',
     ]
 
 
@@ -79,31 +78,6 @@ def test_tool_calls_are_switched_on_with_their_parser() -> None:
     command = serve_command(settings(tool_call_parser="glm47", extra_arguments=["--seed", 1]))
     assert "--enable-auto-tool-choice" in command
     assert command[-2:] == ["--seed", "1"]
-
-
-def test_an_unknown_mode_of_cuda_graphs_is_refused() -> None:
-    with pytest.raises(FleetError, match="full_and_piecewise, piecewise, eager"):
-        serve_command(settings(cuda_graphs="full"))
-
-
-@pytest.mark.parametrize(
-    ("mode", "rungs"),
-    [
-        ("full_and_piecewise", ["full_and_piecewise", "piecewise", "eager"]),
-        ("piecewise", ["piecewise", "eager"]),
-        ("eager", ["eager"]),
-    ],
-)
-def test_a_node_may_step_down_only_when_that_is_allowed(mode: str, rungs: list[str]) -> None:
-    assert graph_rungs(mode, fallback=True) == rungs
-    assert graph_rungs(mode) == [mode]
-    # Every step is a command line of its own.
-    assert len({tuple(serve_command(settings(cuda_graphs=each))) for each in rungs}) == len(rungs)
-
-
-def test_no_step_of_an_unknown_mode_is_guessed() -> None:
-    with pytest.raises(FleetError, match="serving_cuda_graphs"):
-        graph_rungs("full", fallback=True)
 
 
 def test_words_of_a_unit_are_quoted_as_systemd_reads_them() -> None:

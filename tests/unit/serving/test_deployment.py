@@ -487,6 +487,9 @@ def test_the_lower_steps_of_a_ladder_wait_on_the_node(
     found = module._info(given(rungs=rungs), node, False)
     assert found["ladder"] == rungs[1:]
     assert found["skipped_rungs"] == [{"cuda_graphs": "full", "reason": "illegal instruction"}]
+    # The health check says why.
+    assert node.why_not("r1", "m1", "full") == "illegal instruction"
+    assert node.why_not("r2", "m1", "full") == node.why_not("r1", "m1", "piecewise") == ""
     # Unless it is told to; check mode forgets nothing.
     assert module._info(given(rungs=rungs, retry=True), node, True)["ladder"] == rungs
     assert node.refused(rungs[0])

@@ -45,6 +45,11 @@ def case(name: str) -> list[str]:
     return (CASES / name / "journal.txt").read_text().splitlines()
 
 
+def journal(sample: dict[str, Any]) -> list[str]:
+    """The line, and before it the code in a traceback where the words alone do not decide."""
+    return [each for each in (sample.get("code"), sample["line"]) if each]
+
+
 def found(lines: list[str]) -> str:
     crash = find_crash(lines)
     return crash.signature.name if crash else ""
@@ -58,7 +63,7 @@ def test_every_signature_has_a_real_line() -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda each: each["name"])
 def test_a_real_line_is_read_by_its_signature(sample: dict[str, Any]) -> None:
-    lines = [sample["line"], FRAME if sample["name"] != "frame" else "Shutting down"]
+    lines = [*journal(sample), FRAME if sample["name"] != "frame" else "Shutting down"]
     assert found(lines) == sample["name"]
     text = diagnose(lines)
     assert sample.get("says", "") in text
@@ -173,8 +178,30 @@ def test_a_long_line_is_shortened_and_its_figures_are_not_lost() -> None:
 
 def test_only_crashes_of_graphs_step_down() -> None:
     graphs = {each.name for each in SIGNATURES if each.graphs}
-    stepping = {each["name"] for each in SAMPLES if lower_graphs_help([each["line"], FRAME])}
-    assert stepping == graphs == {"illegal instruction", "capture refused"}
+    stepping = {each["name"] for each in SAMPLES if lower_graphs_help([*journal(each), FRAME])}
+    assert stepping == graphs
+    assert graphs == {
+        "crash in the capture of CUDA graphs",
+        "illegal instruction",
+        "capture refused",
+    }
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "h100-0.23.0-pr38476-full-graphs-illegal-access.log",
+        "h200-0.23.0-pr38476-full-graphs-crash.log",
+    ],
+)
+def test_the_store_past_the_row_is_told_by_where_it_crashes(log: str) -> None:
+    lines = (LOGS / log).read_text().splitlines()
+    assert found(lines) == "crash in the capture of CUDA graphs"
+    assert lower_graphs_help(lines)
+    assert "logits-past-the-row" in diagnose(lines)
+    # The same words without the capture: a lower mode of graphs is no way out.
+    served = [line for line in lines if "capture" not in line and "illegal" in line]
+    assert found(served) == "illegal access" if "access" in log else "illegal instruction"
 
 
 def test_the_lines_to_look_at_are_the_first_and_last_errors_of_the_last_start() -> None:
