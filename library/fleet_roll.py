@@ -46,6 +46,10 @@ options:
     description: The node to begin with. The first one that takes no requests if empty.
     type: str
     default: ""
+  remark:
+    description: A sentence for below the table of V(planned), where there is one to say.
+    type: str
+    default: ""
 attributes:
   check_mode:
     description: Prints the same.

@@ -33,6 +33,7 @@ class ActionModule(ControllerAction):
                 "batch": {"type": "str", "default": "1"},
                 "min_ready": {"type": "str", "default": "1"},
                 "canary": {"type": "str", "default": ""},
+                "remark": {"type": "str", "default": ""},
             }
         )
         hostvars = variables["hostvars"]
@@ -101,8 +102,8 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
         ready=sum(ready(name) for name in serving),
     )
     lines = render_plan(nodes, plan, width())
-    if remark := str(arguments.get("remark") or ""):
-        lines.append(Line(remark, "warning"))
+    if arguments["remark"]:
+        lines.append(Line(arguments["remark"], "warning"))
     return {
         "lines": lines,
         "turns": [each.node for each in plan.turns],

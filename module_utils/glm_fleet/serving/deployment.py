@@ -287,16 +287,16 @@ class Deployments:
 
     def why_not(self, release: str, model: str, cuda_graphs: str) -> str:
         """Return why this node does not run a mode of CUDA graphs, '' if nothing is known."""
-        for folder in sorted(self._root.iterdir()) if self._root.is_dir() else []:
-            found = self.find(folder.name) if _ID.fullmatch(folder.name) else None
-            if found and (found.release, found.model, found.cuda_graphs) == (
-                release,
-                model,
-                cuda_graphs,
-            ):
-                reason = self.refused(folder.name)
-                if reason:
-                    return reason
+        try:
+            names = [each.name for each in self._root.iterdir() if _ID.fullmatch(each.name)]
+        except OSError:
+            return ""
+        wanted = (release, model, cuda_graphs)
+        for name in sorted(names):
+            found = self.find(name)
+            reason = self.refused(name)
+            if found and reason and (found.release, found.model, found.cuda_graphs) == wanted:
+                return reason
         return ""
 
     def forgive(self, identifier: str) -> None:

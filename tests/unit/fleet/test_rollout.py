@@ -435,6 +435,7 @@ def planned(
         "batch": "1",
         "min_ready": "1",
         "canary": "",
+        "remark": "",
         **given,
     }
     found: dict[str, Any] = plugin._plan(options, hosts)
@@ -447,6 +448,13 @@ def test_the_plan_remembers_where_every_node_goes_and_came_from() -> None:
     assert (found["turns"], found["batches"]) == (["gpu01"], [1])
     assert found["targets"] == {"gpu01": NEW["id"], "gpu02": NEW["id"]}
     assert found["backs"] == {"gpu01": OLD["id"], "gpu02": OLD["id"]}
+
+
+def test_a_remark_stands_below_the_plan() -> None:
+    hosts, answer = {"gpu01": info("the service does not run")}, gateway(gpu01="ready DOWN")
+    plain = planned(hosts, answer)["lines"]
+    remarked = planned(hosts, answer, remark="piecewise: the release has a fault")["lines"]
+    assert [each.text for each in remarked[len(plain) :]] == ["piecewise: the release has a fault"]
 
 
 def test_a_dead_node_is_mended_whoever_else_serves() -> None:
