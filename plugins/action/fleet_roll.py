@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_action import ControllerAction
 from glm_fleet.core.net import join_endpoint
-from glm_fleet.fleet.endpoints import reached_at
 from glm_fleet.core.table import Line
+from glm_fleet.fleet.endpoints import reached_at
 from glm_fleet.fleet.rollout import UNTOUCHED, NodeState, plan_roll
 from glm_fleet.fleet.rollout_table import Ending, end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
