@@ -77,7 +77,7 @@ class Node:
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
                 self.chunk(b"data: first\n\n")
-                if self.path == "/stream":
+                if self.path == "/stream" or self.headers.get("X-Wait"):
                     node.release.wait(20)
                 self.chunk(b"data: [DONE]\n\n")
                 self.chunk(b"")
@@ -193,6 +193,7 @@ class Gateway:
             "gateway_metrics_bind": f"127.0.0.1:{free_port()}",
             "gateway_check_interval_s": 1,
             "gateway_sentry_port": 0,
+            "gateway_node_maxconn": 0,
             "gateway_paths": [*variables["gateway_paths"], "GET /stream"],
             **self.variables,
         }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,12 @@ class Fleet:
         request = urllib.request.Request(
             f"{self.url}/v1/chat/completions",
             data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", **self.bearer},
+            # A conversation of its own: those that begin alike go to the same node.
+            headers={
+                "Content-Type": "application/json",
+                "X-Session-Id": uuid.uuid4().hex,
+                **self.bearer,
+            },
         )
         arrivals: list[float] = []
         lines: list[str] = []
