@@ -18,22 +18,37 @@ class Record(Protocol):
     """Keep one figure."""
 
     def __call__(
-        self, name: str, value: float, *, goal: float, unit: str, context: str
+        self,
+        name: str,
+        value: float,
+        *,
+        goal: float,
+        unit: str,
+        context: str,
+        better: str = "lower",
     ) -> None: ...
 
 
 @pytest.fixture
 def record() -> Record:
-    """Write a figure of which less is better, and print it; misses are for the reader."""
+    """Write a figure and print it; misses are for the reader. ``better`` is lower or higher."""
 
-    def write(name: str, value: float, *, goal: float, unit: str, context: str) -> None:
+    def write(
+        name: str,
+        value: float,
+        *,
+        goal: float,
+        unit: str,
+        context: str,
+        better: str = "lower",
+    ) -> None:
         entries = json.loads(REPORT.read_text()) if REPORT.is_file() else []
         load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
         entry = {
             "name": name,
             "value": round(value, 3),
             "goal": goal,
-            "better": "lower",
+            "better": better,
             "unit": unit,
             "context": f"{context}; {load}",
         }
