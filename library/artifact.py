@@ -68,6 +68,9 @@ options:
     description: JSON file with the ids (release, model) that a roll-back needs, if it exists.
     type: path
     default: /etc/glm-fleet/previous.json
+  environments:
+    description: With O(deep), folder of the environments; that of the active release is read too.
+    type: path
   protect:
     description: Ids that stay in any case, beside those of O(links) and O(previous).
     type: list
@@ -167,6 +170,7 @@ from ansible.module_utils.glm_fleet.artifact.retention import PREVIOUS, protecte
 from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
+from ansible.module_utils.glm_fleet.release.installed import find_damage, note_damage
 from ansible.module_utils.glm_fleet.serving.record import RECORD
 
 
@@ -210,6 +214,24 @@ def _verify(
     return {**result, "damage": [vars(each) for each in damage]}, manifest
 
 
+def _verify_environment(root: Path, module: AnsibleModule) -> list[dict[str, Any]]:
+    link = Path(module.params["links"].get("release", ""))
+    home = root / link.readlink().name if link.is_symlink() else None
+    if home is None or not home.is_dir():
+        return []
+    damage = find_damage(home, deep=True)
+    if not module.check_mode:
+        note_damage(home, damage)
+    return [
+        {
+            "kind": "environment",
+            "id": home.name,
+            "bytes": 0,
+            "damage": [vars(each) for each in damage],
+        }
+    ]
+
+
 def _verify_active(store: Store, module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     results = []
@@ -227,6 +249,8 @@ def _verify_active(store: Store, module: AnsibleModule) -> dict[str, Any]:
             results.append(result)
             if manifest and params["deep"] and result["damage"] and not module.check_mode:
                 distrusted |= store.distrust(manifest)
+        if params["deep"] and params["environments"]:
+            results += _verify_environment(Path(params["environments"]), module)
     return {"changed": distrusted, "verified": results}
 
 
@@ -304,6 +328,7 @@ def main() -> None:
             "deep": {"type": "bool", "default": False},
             "keep": {"type": "int", "default": 2},
             "previous": {"type": "path", "default": PREVIOUS},
+            "environments": {"type": "path"},
             "protect": {"type": "list", "elements": "str", "default": []},
             "coming": {"type": "list", "elements": "str", "default": []},
             "companions": {"type": "list", "elements": "path", "default": []},

@@ -161,6 +161,8 @@ from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.http import local_http
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.node import readiness
+from ansible.module_utils.glm_fleet.release import environment
+from ansible.module_utils.glm_fleet.release.installed import find_damage, read_note
 from ansible.module_utils.glm_fleet.serving.activation import (
     activate,
     compare,
@@ -201,10 +203,23 @@ def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
     }
 
 
+def _environment_damage(deployments: Deployments, wanted: Deployment) -> list[str]:
+    """Say what is wrong with the environment that a deployment starts from."""
+    damage = find_damage(deployments.places.releases / wanted.release)
+    if not damage:
+        return []
+    named = ", ".join(f"{each.path} {each.reason}" for each in damage[:2])
+    more = f" and {len(damage) - 2} more" if len(damage) > 2 else ""
+    return [f"its environment is damaged: {named}{more}"]
+
+
 def _differences(
-    running: dict[str, Any], wanted: Deployment, before: Deployment | None
+    running: dict[str, Any],
+    wanted: Deployment,
+    before: Deployment | None,
+    deployments: Deployments,
 ) -> list[str]:
-    """Say what a restart would change, and when only a restart can prove what runs."""
+    """Say what a restart would change, and when only a restart can prove or mend what runs."""
     words = compare(running, wanted, before)
     if words:
         return words
@@ -212,7 +227,7 @@ def _differences(
     http = local_http(wanted.port, address=str(policy.get("address") or "127.0.0.1"), timeout_s=5.0)
     if unproven(run_program, http, running, policy.get("required") or []):
         return ["its journal and the record of its attestation are gone: nothing proves it"]
-    return []
+    return _environment_damage(deployments, wanted)
 
 
 def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) ->
                 }
             )
     wanted = deployments.find(ladder[0])
-    words = _differences(running, wanted, current) if wanted else []
+    words = _differences(running, wanted, current, deployments) if wanted else []
     return {
         "changed": False,
         "running": running,
@@ -254,12 +269,26 @@ def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) ->
     }
 
 
+def _rebuild(params: dict[str, Any], deployments: Deployments, wanted: Deployment) -> None:
+    home = deployments.places.releases / wanted.release
+    environment.ensure(
+        run_program,
+        Path(params["models"]).parent / "release" / wanted.release,
+        home,
+        user=params["group"],
+        compile_bytecode=bool(read_note(home).get("compile_bytecode", True)),
+    )
+
+
 def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
     identifier = params["id"]
     wanted = deployments.read(identifier)
     with contextlib.nullcontext() if check_mode else deployments.switching():
         words = _differences(
-            read_running(run_program, UNIT), wanted, deployments.find(deployments.current())
+            read_running(run_program, UNIT),
+            wanted,
+            deployments.find(deployments.current()),
+            deployments,
         )
         result: dict[str, Any] = {
             "id": identifier,
@@ -271,6 +300,9 @@ def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) 
             return result
         if params["refuse"]:
             deployments.refuse(params["refuse"], params["reason"] or "")
+        if words and _environment_damage(deployments, wanted):
+            # The node is drained: what still runs from the old one loses nothing.
+            _rebuild(params, deployments, wanted)
         if words:
             result["seconds"] = activate(
                 run_program, deployments, identifier, attested_now=readiness.answer() == "up"

@@ -53,11 +53,12 @@ import os
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError
-from ansible.module_utils.glm_fleet.core.files import exclusive
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.release import environment
+from ansible.module_utils.glm_fleet.release.installed import is_complete
+from ansible.module_utils.glm_fleet.serving.deployment import UNIT
+from ansible.module_utils.glm_fleet.serving.record import read_running
 
 
 def main() -> None:
@@ -74,24 +75,21 @@ def main() -> None:
     # What is made here is for other users to read, however strict the host's umask is.
     os.umask(0o022)
     artifact, dest = Path(module.params["artifact"]), Path(module.params["dest"])
-    if environment.is_complete(dest, artifact.name):
+    if environment.is_whole(dest, artifact.name):
         module.exit_json(changed=False)
-    if module.check_mode:
-        module.exit_json(changed=True)
-    seen = {}
+    # What runs from it goes on: its node's turn builds it again.
+    running = read_running(run_program, UNIT)
+    runs = running["active"] and running["record"].get("release") == artifact.name
+    if module.check_mode or (runs and is_complete(dest, artifact.name)):
+        module.exit_json(changed=module.check_mode and not runs)
     try:
-        with exclusive(dest.parent / ".lock"):
-            # Whoever had the lock may have built it.
-            if not environment.is_complete(dest, artifact.name):
-                # Its installer is about to run as root.
-                Store(artifact.parents[1]).require_proven("release", artifact.name)
-                seen = environment.build(
-                    run_program,
-                    artifact,
-                    dest,
-                    user=module.params["user"],
-                    compile_bytecode=module.params["compile_bytecode"],
-                )
+        seen = environment.ensure(
+            run_program,
+            artifact,
+            dest,
+            user=module.params["user"],
+            compile_bytecode=module.params["compile_bytecode"],
+        )
     except FleetError as error:
         module.fail_json(**error.as_fail())
     module.exit_json(changed=True, seen=seen)

@@ -121,6 +121,7 @@ class ActionModule(FleetAction):
             "deep": True,
             "root": arguments["artifact_root"],
             "links": {"release": links["current"], "model": links["model"]},
+            "environments": arguments.get("environment_root") or None,
         }
         action = self._shared_loader_obj.action_loader.get(
             "artifact",

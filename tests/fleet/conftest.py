@@ -46,8 +46,8 @@ def say(text: str) -> None:
 
 
 # One fleet for all: it comes to life in the first file, and the last one takes it down.
-ORDER = ("test_site", "test_inside", "test_upgrade", "test_endpoints", "test_health", "test_model",
-         "test_swarm", "test_enroll", "test_lab")  # fmt: skip
+ORDER = ("test_site", "test_inside", "test_upgrade", "test_endpoints", "test_mending",
+         "test_health", "test_model", "test_swarm", "test_enroll", "test_lab")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -235,6 +235,17 @@ def artifact_findings(facts: Facts) -> Iterator[Finding]:
             f"{artifact['kind']} {artifact['id']} is damaged: {', '.join(names[:3])}{more}",
             "run site.yml: it fetches only these files again; until then a restart may fail",
         )
+    environment = facts.get("environment") or {}
+    broken = environment.get("damage") or ()
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        yield Finding(
+            "environment",
+            DEGRADED,
+            f"the environment of {environment.get('release')} is damaged: "
+            f"{', '.join(broken[:3])}{more}",
+            "run site.yml: it builds it again in the node's turn; until then a restart may fail",
+        )
     for each in facts.get("verified") or ():
         damage = [f"{file['path']} {file['reason']} ({file['found']})" for file in each["damage"]]
         if damage:
@@ -243,7 +254,9 @@ def artifact_findings(facts: Facts) -> Iterator[Finding]:
                 "artifact",
                 BROKEN,
                 f"{each['kind']} {each['id']} has other bytes: {', '.join(damage[:3])}{more}",
-                "run site.yml: it fetches only these files again; have the disk looked at",
+                "run site.yml: it builds it again in the node's turn; find out who changed it"
+                if each["kind"] == "environment"
+                else "run site.yml: it fetches only these files again; have the disk looked at",
             )
     if facts.get("verified_error"):
         yield Finding(

@@ -196,6 +196,13 @@ class VerifiedArtifact(TypedDict):
     damage: Sequence[FileDamage]
 
 
+class EnvironmentFacts(TypedDict, total=False):
+    """What the next start of a node runs from; ``damage`` names the files that are not right."""
+
+    release: Words
+    damage: Sequence[Words]
+
+
 class Facts(TypedDict, total=False):
     """The facts of a host; what only some hosts are asked is missing on the others."""
 
@@ -216,6 +223,7 @@ class Facts(TypedDict, total=False):
     artifacts: Annotated[Sequence[ArtifactFacts], Size(10_000)]
     protected: Sequence[Words] | None
     environments: Sequence[Words]
+    environment: EnvironmentFacts
     staging_bytes: Mapping[str, Count]
     gpu: GpuFactsReport
     fabric_manager: FabricFacts

@@ -19,7 +19,7 @@ from typing import Any
 from ..core.errors import FleetError
 from ..core.runner import run_program
 from ..core.systemd import read_units
-from ..release.environment import COMPLETE
+from ..release.installed import COMPLETE, find_damage
 from .artifacts import protected_ids, read_artifacts, read_link, read_staging
 from .gateway import read_gateway
 from .kernel import read_xids
@@ -70,6 +70,7 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
             # The file that the build of an environment writes last.
             built = Path(query.environment_root).glob(f"*/{COMPLETE}")
             facts["environments"] = sorted(path.parent.name for path in built)
+            facts["environment"] = attempt("environment", {}, _read_environment, query, facts)
         if query.artifact_root:
             root = Path(query.artifact_root)
             links = [Path(path) for path in query.links.values()]
@@ -86,6 +87,15 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
     # Tools answer in any order; the report should not change with it.
     facts["errors"] = sorted(errors)
     return facts
+
+
+def _read_environment(query: NodeQuery, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Look whether what the next start runs from is whole: {release, damage}, {} without one."""
+    target = (facts["links"].get("current") or {}).get("target")
+    home = Path(query.environment_root, Path(target).name) if target else None
+    if home is None or not home.is_dir():
+        return {}
+    return {"release": home.name, "damage": [str(each) for each in find_damage(home)[:100]]}
 
 
 def _read_system(query: NodeQuery, host: Host, attempt: Callable[..., Any]) -> dict[str, Any]:

@@ -8,19 +8,33 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from ..artifact.store import Store
 from ..core.errors import FleetError
+from ..core.files import exclusive
 from ..core.runner import Runner, as_user
-
-# A folder without this file was not finished: it is removed and built again.
-COMPLETE = "glm-fleet-release.json"
+from .installed import find_damage, is_complete, seal
 
 
-def is_complete(environment: Path, release: str) -> bool:
-    """Tell whether the environment was built to its end from this release."""
-    try:
-        return bool(json.loads((environment / COMPLETE).read_text())["release"] == release)
-    except (OSError, ValueError, KeyError):
-        return False
+def is_whole(environment: Path, release: str) -> bool:
+    """Tell whether the environment was built to its end from this release, and is as it was."""
+    return is_complete(environment, release) and not find_damage(environment)
+
+
+def ensure(
+    runner: Runner, artifact: Path, environment: Path, *, user: str, compile_bytecode: bool
+) -> dict[str, str]:
+    """Build the environment unless it is whole; return what the smoke check saw, {} for nothing.
+
+    What is there goes only when the new one is complete: an engine that still runs from it keeps
+    what it has open.
+    """
+    with exclusive(environment.parent / ".lock"):
+        # Whoever had the lock may have built it.
+        if is_whole(environment, artifact.name):
+            return {}
+        # Its installer is about to run as root.
+        Store(artifact.parents[1]).require_proven("release", artifact.name)
+        return build(runner, artifact, environment, user=user, compile_bytecode=compile_bytecode)
 
 
 def read_recipe(artifact: Path) -> tuple[str, str]:
@@ -88,8 +102,9 @@ def build(
         if compile_bytecode:
             _compile(runner, home)
         seen = smoke_check(runner, home, backend, user)
-        record = {"release": artifact.name, **seen}
-        (home / COMPLETE).write_text(json.dumps(record, indent=1) + "\n")
+        # The cache goes first: files that were linked from it count as touched by that.
+        shutil.rmtree(partial / "cache", ignore_errors=True)
+        seal(home, {"release": artifact.name, "compile_bytecode": compile_bytecode, **seen})
         home.chmod(0o755)
         if environment.is_dir():
             shutil.rmtree(environment)

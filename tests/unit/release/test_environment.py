@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
-from glm_fleet.release import environment
+from glm_fleet.release import environment, installed
 
 SEEN = {"vllm": "0.23.0+pr1", "torch": "2.11.0", "backend": "a.B"}
 
@@ -53,8 +53,8 @@ class Uv:
 def test_it_is_built_offline_from_the_lock_and_checked(artifact: Path, tmp_path: Path) -> None:
     home, uv = tmp_path / "releases" / artifact.name, Uv()
     assert environment.build(uv, artifact, home, user="nobody", compile_bytecode=True) == SEEN
-    assert environment.is_complete(home, artifact.name)
-    assert not environment.is_complete(home, "rel-000000000000")
+    assert installed.is_complete(home, artifact.name)
+    assert not installed.is_complete(home, "rel-000000000000")
     venv, sync, compiled, smoke = uv.calls
     assert venv[1:3] == ["venv", "--relocatable"]
     # Neither a source that is built nor a .pth file of a wheel runs as root.

@@ -52,6 +52,9 @@ def one(
 def places(tmp_path: Path) -> Places:
     for folder in ("units", "releases/r1", "releases/r2", "models/m1", "models/m2"):
         (tmp_path / folder).mkdir(parents=True)
+    for release in ("r1", "r2"):
+        note = tmp_path / "releases" / release / "glm-fleet-release.json"
+        note.write_text(json.dumps({"release": release}))
     return Places(
         deployments=tmp_path / "etc/deployments",
         etc=tmp_path / "etc",
@@ -192,10 +195,10 @@ def test_back_is_the_newest_that_passed_and_can_still_run(node: Deployments) -> 
     served(node, first, second, third)
     assert node.before(third.id) == second.id
     assert node.before("unknown") == third.id
-    (node.places.releases / "r2").rmdir()
+    shutil.rmtree(node.places.releases / "r2")
     assert node.obstacles(second.id) == ["the environment of release r2 is gone"]
     assert node.before(third.id) == first.id
-    (node.places.models / "m1").rmdir()
+    shutil.rmtree(node.places.models / "m1")
     assert node.before(third.id) == ""
 
 
@@ -400,7 +403,7 @@ def test_a_part_that_is_missing_is_seen_before_anything_stops(
 ) -> None:
     wanted = one("r2", model="m2")
     node.stage(wanted)
-    (tmp_path / part).rmdir()
+    shutil.rmtree(tmp_path / part)
     with pytest.raises(FleetError, match=r"cannot be activated.*gone.*run site\.yml"):
         activate(Systemd(), node, wanted.id)
     assert node.current() == ""
@@ -495,6 +498,35 @@ def test_the_lower_steps_of_a_ladder_wait_on_the_node(
     assert node.refused(rungs[0])
     assert module._info(given(rungs=rungs, retry=True), node, False)["ladder"] == rungs
     assert node.refused(rungs[0]) == ""
+
+
+def test_a_damaged_environment_is_a_difference_and_is_built_again_in_the_turn(
+    node: Deployments, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served(node, one())
+    activate(Systemd(*SWITCH), node, one().id)
+    home = node.places.releases / "r1"
+    built: list[tuple[Path, Path, str]] = []
+
+    def ensure(_: Any, artifact: Path, dest: Path, *, user: str, compile_bytecode: bool) -> None:
+        assert compile_bytecode
+        built.append((artifact, dest, user))
+        (dest / "glm-fleet-release.json").write_text('{"release": "r1"}')
+
+    monkeypatch.setattr(module.environment, "ensure", ensure)
+    record = {**one().digests, "invocation": "i"}
+    running = {"active": True, "invocation": "i", "record": record, "unit": {}}
+    monkeypatch.setattr(module, "read_running", lambda *_: running)
+    monkeypatch.setattr(module, "unproven", lambda *_: False)
+    monkeypatch.setattr(module, "activate", lambda *_, **__: {"stop_s": 1.0})
+    assert module._info(given(rungs=[one().id]), node, False)["differences"] == []
+    (home / "glm-fleet-release.json").unlink()
+    (words,) = module._info(given(rungs=[one().id]), node, False)["differences"]
+    assert words == "its environment is damaged: glm-fleet-release.json missing"
+    found = module._active(given(id=one().id, models="/srv/a/model", group="glm"), node, False)
+    assert found["changed"]
+    assert built == [(Path("/srv/a/release/r1"), home, "glm")]
+    assert not module._active(given(id=one().id), node, False)["changed"]
 
 
 def test_check_mode_activates_nothing(node: Deployments, module: ModuleType) -> None:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nobody sees until the next start: found by health, and mended by one site.yml."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from .conftest import Fleet
+from .load import under_load
+from .test_upgrade import assert_no_request_was_lost, ready
+
+pytestmark = [pytest.mark.fleet, pytest.mark.long]
+
+SITE = "$(echo /opt/glm-fleet/current/lib/python*/site-packages)"
+
+
+def test_damage_of_every_kind_is_found_and_mended_by_one_run(fleet: Fleet) -> None:
+    assert fleet.playbook("site.yml").rc == 0
+    first, second, third = fleet.nodes
+    fleet.shell(first, f"rm {SITE}/vllm/envs.py")
+    fleet.shell(
+        second,
+        "ln -sfn /nowhere /opt/glm-fleet/current; "
+        "rm /srv/glm-fleet/model; mkdir /srv/glm-fleet/model",
+    )
+    fleet.shell(
+        third,
+        "rm /run/glm-fleet/attested.json; journalctl --rotate; journalctl --vacuum-time=1s",
+    )
+    seen = fleet.playbook("playbooks/health.yml")
+    assert seen.rc != 0
+    assert "vllm/envs.py: missing" in seen.output
+    with under_load(fleet, "mend the damage") as load:
+        run = fleet.playbook("site.yml", "-e", "serve_min_ready=1")
+        assert run.rc == 0, run.output[-6000:]
+    assert_no_request_was_lost(load)
+    assert re.search(r"its environment is damaged: \S*vllm/envs.py missing", run.output)
+    assert "nothing proves it" in run.output
+    assert fleet.shell(first, f"test -s {SITE}/vllm/envs.py").rc == 0
+    links = fleet.shell(second, "readlink /opt/glm-fleet/current /srv/glm-fleet/model").output
+    assert re.fullmatch(r"/opt/glm-fleet/releases/\S+\n/srv/glm-fleet/\S+/model/\S+\n", links)
+    assert ready(fleet) == fleet.nodes
+    again = fleet.playbook("site.yml")
+    assert (again.rc, again.changed) == (0, {}), again.output[-3000:]
+
+
+def test_weight_0_is_found_and_mended(fleet: Fleet) -> None:
+    node = fleet.nodes[0]
+    script = (
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
+        f"s.sendall(b'set server glm_nodes/{node} weight 0\\n'); print(s.recv(999))"
+    )
+    fleet.shell(fleet.gateway, f'python3 -c "{script}"')
+    seen = fleet.playbook("playbooks/health.yml")
+    assert seen.rc != 0
+    assert f"DRAIN at {fleet.gateway}" in seen.output
+    assert fleet.playbook("site.yml").rc == 0
+    assert ready(fleet) == fleet.nodes
+    assert fleet.playbook("playbooks/health.yml").rc == 0
