@@ -35,7 +35,7 @@ def assemble(
 ) -> dict[str, Any]:
     """Fill the folder that becomes the artifact; return its provenance.
 
-    ``report`` has what the steps gave: source, wheel, against_source and pins. Layout:
+    ``report`` has what the steps gave: source, wheel, against_source, pins and proofs. Layout:
     ``lock.txt``, ``wheels/``, ``tools/`` (the installer's wheel), ``release.json``.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,4 +69,5 @@ def assemble(
         "wheel": {key: value for key, value in report["wheel"].items() if key != "path"},
         "against_source": report["against_source"],
         "pins": report["pins"],
+        "proofs": dict(report["proofs"]),
     }
