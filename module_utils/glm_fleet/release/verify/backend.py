@@ -163,6 +163,35 @@ class _Dispatch:
             problem = self._wrong_call(test, body, paged)
             if problem:
                 problems.append(f"line {line}: in the branch '{test}' {problem}")
+        return problems + self._unset(chain)
+
+    def _unset(self, chain: Sequence[_Branch]) -> list[str]:
+        """Name what a branch does not set although it is used after the choice.
+
+        A branch must set what every other one sets; the last one, which the pull request
+        brings, what any other one sets.
+        """
+        assert self._function is not None  # noqa: S101 - `problems` returned without one
+        end = max(statement.end_lineno or 0 for _, body in chain for statement in body)
+        used = {
+            node.id
+            for node in ast.walk(self._function)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.lineno > end
+        }
+        sets = [_stored(body) & used for _, body in chain]
+        problems = []
+        for number, (test, _) in enumerate(chain):
+            others = [names for place, names in enumerate(sets) if place != number]
+            wanted = set.intersection(*others) if others else set()
+            if number == len(chain) - 1:
+                wanted = set.union(*others) if others else set()
+            missing = sorted(wanted - sets[number])
+            if missing:
+                name = ast.unparse(test) if test is not None else "else"
+                problems.append(
+                    f"line {end}: after the choice {', '.join(missing)} is used, which the branch "
+                    f"'{name}' does not set"
+                )
         return problems
 
     def _wrong_call(self, test: str, body: Sequence[ast.stmt], paged: bool) -> str:
@@ -170,7 +199,8 @@ class _Dispatch:
             ast.unparse(node.func)
             for statement in body
             for node in ast.walk(statement)
-            if isinstance(node, ast.Call) and "mqa_logits" in ast.unparse(node.func)
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func).removesuffix("_triton").endswith("mqa_logits")
         ]
         if len(calls) != 1:
             return f"{len(calls)} calls compute the logits: {', '.join(calls) or 'none'}"
@@ -185,6 +215,15 @@ class _Dispatch:
         if not _assigns(body, "logits"):
             return "no logits are assigned"
         return ""
+
+
+def _stored(body: Sequence[ast.stmt]) -> set[str]:
+    return {
+        node.id
+        for statement in body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
 
 
 def _assigns(body: Sequence[ast.stmt], name: str) -> bool:

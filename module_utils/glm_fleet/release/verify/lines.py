@@ -60,6 +60,9 @@ def without_joins(file: FileVersions, expect: Expectations) -> _Plain:
     for (where, wanted), (_, found) in reversed(list(zip(theirs, result))):
         if not after[found.lineno - 1].lstrip().startswith("elif "):
             continue
+        # A pull request that was rebased brings the three-way choice itself.
+        if head[wanted.lineno - 1].lstrip().startswith("elif "):
+            continue
         if not (wanted.orelse and found.orelse):
             return _Plain(file, (f"{where}: an 'else' is lost at line {found.lineno}",))
         ends = [_divide(head, wanted), _divide(after, found)]
@@ -194,28 +197,131 @@ def _beyond_the_joins(merged: str, after: str, decided: bool) -> list[str]:
 
 
 def _wrong_in_place(lines: list[str], gap: list[Conflict], decided: bool) -> list[str]:
-    have = Counter(line.strip() for line in lines if line.strip())
-    ours, theirs, base = (
-        Counter(
-            line.strip()
-            for conflict in gap
-            for line in getattr(conflict, side) or ()
-            if line.strip()
+    """Name what is wrong in the place of conflicts.
+
+    The result must weave both sides: the release's lines and the pull request's additions each
+    in their order and with their indentation, the release's first. Where a person decided,
+    only lines that neither side has are named.
+    """
+    place = _Place(
+        *(
+            [line for conflict in gap for line in getattr(conflict, side) or ()]
+            for side in ("ours", "theirs", "base")
         )
-        for side in ("ours", "theirs", "base")
     )
-    # What the pull request only kept counts for the release, which may have removed it.
-    foreign = have - (ours + (theirs - base))
-    problems = [f"a line that neither side has here: {line}" for line in foreign]
-    lost = ours - have - base
     if decided:
+        return place.made_up(lines)
+    return place.badly_woven(_code(lines))
+
+
+def _code(lines: Sequence[str]) -> list[str]:
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+class _Place:
+    """The lines of both sides and of their ancestor in the place of conflicts."""
+
+    def __init__(self, ours: list[str], theirs: list[str], base: list[str]) -> None:
+        self._ours, self._theirs, self._base = _code(ours), _code(theirs), _code(base)
+        self._runs = [_code(run) for run in _added_runs("".join(base), "".join(theirs))]
+        self._added = Counter(line for run in self._runs for line in run)
+        # What the pull request removes of the ancestor goes, though the release kept it.
+        self._removed = Counter(self._base) - Counter(self._theirs)
+
+    def made_up(self, lines: Sequence[str]) -> list[str]:
+        """Name lines that neither side has, whatever their order and indentation."""
+
+        def count(side: Sequence[str]) -> Counter[str]:
+            return Counter(line.strip() for line in side)
+
+        sides = count(self._ours) + (count(self._theirs) - count(self._base))
+        return [
+            f"a line that neither side has here: {line}"
+            for line in Counter(each.strip() for each in lines if each.strip()) - sides
+        ]
+
+    def badly_woven(self, found: list[str]) -> list[str]:
+        """Name what is lost, moved, indented anew or made up."""
+        allowed = (Counter(self._ours) - self._removed) + self._added
+        problems = [
+            f"a line that neither side has here: {line.strip()}"
+            for line in Counter(found) - allowed
+        ]
+        guard = self._guard()
+        kept = [line for line, own in zip(self._ours, guard) if not own]
+        lost = _out_of_order(_without(kept, self._removed), found)
+        problems += [f"a line of the release is lost or moved: {line.strip()}" for line in lost]
+        for run in self._runs:
+            problems += self._misplaced(run, found)
         return problems
-    # The one thing that a warning may replace is the error about the same library.
-    if any(line.startswith("logger.warning") for line in theirs - base) and any(
-        line.startswith("raise RuntimeError") for line in ours
-    ):
-        return problems if len(lost) <= ERROR_LINES else [*problems, "more than an error is lost"]
-    return problems + [f"a line of the release is lost: {line}" for line in lost]
+
+    def _guard(self) -> list[bool]:
+        """Tell which lines of the release are its error, where the pull request warns instead."""
+        own = [False] * len(self._ours)
+        raised = [n for n, line in enumerate(self._ours) if line.lstrip().startswith("raise Runt")]
+        warns = any(line.lstrip().startswith("logger.warning") for line in self._added)
+        if len(raised) != 1 or not warns:
+            return own
+        first = raised[0]
+        depth = _depth(self._ours[first])
+        # The condition right above it, which may go over several lines.
+        for number in range(first - 1, max(-1, first - ERROR_LINES), -1):
+            if _depth(self._ours[number]) < depth and self._ours[number].lstrip().startswith("if "):
+                first, depth = number, _depth(self._ours[number])
+                break
+        last = raised[0] + 1
+        while last < len(self._ours) and (
+            _depth(self._ours[last]) > depth or self._ours[last].strip() in (")", "):")
+        ):
+            last += 1
+        return [first <= number < last for number in range(len(own))]
+
+    def _misplaced(self, run: list[str], found: list[str]) -> list[str]:
+        """Tell whether an addition of the pull request is not whole, or before the release's."""
+        wanted = [line for line in run if line not in self._ours] or run
+        if not wanted:
+            return []
+        starts = [
+            start
+            for start in range(len(found) - len(wanted) + 1)
+            if found[start : start + len(wanted)] == wanted
+        ]
+        if not starts:
+            return [f"an addition of the pull request is not whole: {wanted[0].strip()}"]
+        own = set(self._ours) - set(self._base) - set(self._theirs)
+        after = [found[start + len(wanted) :][:1] for start in starts]
+        if all(line and line[0] in own for line in after):
+            return [
+                f"an addition of the pull request stands before the release's: {wanted[0].strip()}"
+            ]
+        return []
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+def _without(lines: Sequence[str], some: Counter[str]) -> list[str]:
+    """Return ``lines`` without as many of each as ``some`` counts."""
+    left = Counter(some)
+    out = []
+    for line in lines:
+        if left[line] > 0:
+            left[line] -= 1
+        else:
+            out.append(line)
+    return out
+
+
+def _out_of_order(wanted: Sequence[str], found: Sequence[str]) -> list[str]:
+    """Return the lines of ``wanted`` that do not stand in ``found`` in their order."""
+    position, lost = 0, []
+    for line in wanted:
+        try:
+            position = found.index(line, position) + 1
+        except ValueError:
+            lost.append(line)
+    return lost
 
 
 def _find(
