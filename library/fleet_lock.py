@@ -143,11 +143,10 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        changed = run(module)
+        changed, lock = run(module), FleetLock()
+        module.exit_json(changed=changed, roll=lock.roll(), held=lock.held())
     except FleetError as error:
         module.fail_json(**error.as_fail())
-    lock = FleetLock()
-    module.exit_json(changed=changed, roll=lock.roll(), held=lock.held())
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class ActionModule(ControllerAction):
         ]
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         report = benchmark_json(targets, plain(arguments["settings"]), now)
-        write_json(Path(arguments["dest"]), report)
+        write_json(Path(arguments["dest"]), report, 0o644)
         show(render_benchmark(targets, width(160)))
         unmeasured = [each["name"] for each in targets if each["error"]]
         if unmeasured:

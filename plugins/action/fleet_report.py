@@ -80,11 +80,11 @@ class ActionModule(ControllerAction):
                     write_text(dest.with_suffix(".html"), render_page(report, kept, _TEMPLATE))
                     history.save(folder, report, arguments["keep"])
                     text = exposition(report)
-                    write_text(dest.with_suffix(".prom"), text)
+                    write_text(dest.with_suffix(".prom"), text, 0o644)
                     if arguments["textfile_dir"]:
-                        write_text(Path(arguments["textfile_dir"], "glm_fleet.prom"), text)
+                        write_text(Path(arguments["textfile_dir"], "glm_fleet.prom"), text, 0o644)
                     found = targets(variables["hostvars"], *_groups(records))
-                    write_json(dest.with_name("targets.json"), found)
+                    write_json(dest.with_name("targets.json"), found, 0o644)
         except FleetError as error:
             raise AnsibleActionFail(str(error)) from error
         except OSError as error:

@@ -31,3 +31,18 @@ def parse_version(text: str) -> tuple[int, ...]:
     """Return the leading numbers of a dotted version, for comparison."""
     match = re.match(r"[0-9]{1,9}(?:\.[0-9]{1,9})*", text)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal may have it: what would command the terminal is written out.
+
+    What a host, a client or a file says can hold escapes that move the cursor, fill the clipboard
+    or show a fake line. A tab is a space here, and a carriage return alone would hide a line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else _written_out(each) for each in text)
+
+
+def _written_out(character: str) -> str:
+    return " " if character == "\t" else character.encode("unicode_escape").decode()

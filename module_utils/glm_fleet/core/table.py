@@ -7,16 +7,24 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .format import printable
+
 _GAP = "  "
 _NARROWEST = 6
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of text; ``tone`` is "good", "warning", "bad" or empty."""
+    """One line of text; ``tone`` is "good", "warning", "bad" or empty.
+
+    Whatever it was made of, it is shown on one line and commands nothing.
+    """
 
     text: str
     tone: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable(self.text))
 
 
 def render_table(

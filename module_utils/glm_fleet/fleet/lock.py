@@ -11,21 +11,47 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, cast
 
+from ..core.decode import Size, read
 from ..core.errors import FleetError
 from ..core.files import exclusive, write_atomically
 
 FOLDER = Path("/var/lib/glm-fleet")
 RUNNING, DONE, STOPPED = "running", "done", "stopped"
+_T = TypeVar("_T")
 
 
-def _load(path: Path) -> dict[str, Any]:
+class _RollOptional(TypedDict, total=False):
+    backs: dict[str, Any]
+    targets: dict[str, Any]
+
+
+class _Roll(_RollOptional):
+    """The record of a roll, as far as it decides anything."""
+
+    run: Annotated[str, Size(200)]
+    state: Literal["running", "done", "stopped"]
+    taken: str
+    seen: str
+
+
+class _Hold(TypedDict):
+    by: str
+    at: str
+    reason: str
+
+
+def _load(kind: type[_T], path: Path, none: _T, remedy: str) -> _T:
+    """Return what a file of the gateway holds, ``none`` if there is no such file.
+
+    A file that is damaged is no file that is absent: a lock would be given away that somebody has,
+    and a node that is held would come back.
+    """
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+        return read(kind, path, remedy=remedy)
+    except FileNotFoundError:
+        return none
 
 
 def ago(then: str, now: str) -> str:
@@ -70,11 +96,22 @@ class FleetLock:
         Shape: {run, operation, owner, controller, pid, pid_start, taken, seen, state, targets,
         backs}.
         """
-        return _load(self._roll)
+        none: dict[str, Any] = {}
+        return dict(
+            _load(
+                cast("type[dict[str, Any]]", _Roll),
+                self._roll,
+                none,
+                "see that nobody's run is under way, then remove this file on the first gateway",
+            )
+        )
 
     def held(self) -> dict[str, dict[str, str]]:
         """Return {node: {by, at, reason}} of the nodes that are held out of service."""
-        return {str(node): dict(each) for node, each in _load(self._held).items()}
+        remedy = "remove this file on the first gateway, then drain again the nodes to be held"
+        none: dict[str, _Hold] = {}
+        held = _load(dict[str, _Hold], self._held, none, remedy)
+        return {node: {**cast("dict[str, str]", each)} for node, each in held.items()}
 
     def take(self, claim: Mapping[str, Any], *, replace: str, now: str) -> dict[str, Any]:
         """Take the lock. ``replace`` names the run whose lock may be taken from it.

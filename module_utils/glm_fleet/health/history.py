@@ -62,7 +62,8 @@ def save(folder: Path, report: Mapping[str, Any], keep: int) -> None:
         {key: value for key, value in node.items() if key not in _RAW} for node in report["nodes"]
     ]
     name = report["time"][:19].replace(":", "-") + "Z.json"
-    write_atomically(folder / name, json.dumps({**report, "nodes": nodes}, sort_keys=True) + "\n")
+    text = json.dumps({**report, "nodes": nodes}, sort_keys=True) + "\n"
+    write_atomically(folder / name, text, 0o600)
     for path in _files(folder)[: -max(keep, 1)]:
         path.unlink(missing_ok=True)
 

@@ -176,15 +176,18 @@ def count_verdicts(hosts: Sequence[NodeHealth | GatewayHealth]) -> dict[str, int
     return {verdict: sum(each.verdict == verdict for each in hosts) for verdict in VERDICTS}
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` so that a reader sees the old file or the new one, never a part."""
-    write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+def write_json(path: Path, data: Any, mode: int = 0o600) -> None:
+    """Write ``data`` as `write_text` does."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n", mode)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+def write_text(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part.
+
+    Reports hold the command lines of whoever uses a GPU: they are for the user who asked.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_atomically(path, text, mode)
 
 
 _TONES = {"healthy": "good", "degraded": "warning", "broken": "bad", "unknown": "bad"}

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from ..artifact.store import Store
-from ..core.errors import FleetError
+from ..core.decode import Matching, read
 from ..core.files import write_atomically
 from .source import Source, is_commit
+
+_Commit = Annotated[str, Matching(r"[0-9a-f]{40}", "a commit")]
 
 
 def pinned(store: Store, source: Source) -> str:
@@ -37,18 +39,12 @@ def _pins_path(store: Store) -> Path:
     return store.root / ".pins.json"
 
 
-def _pins(store: Store) -> dict[str, Any]:
-    path = _pins_path(store)
+def _pins(store: Store) -> dict[str, str]:
+    # Asking the hub again could move a fleet to other weights.
+    remedy = "name a commit as model_revision, and remove that file"
     try:
-        pins = json.loads(path.read_text())
+        what = f"The list of which commits the branches stand for, {_pins_path(store)},"
+        pins = read(dict[str, _Commit], _pins_path(store), what=what, remedy=remedy)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        # Asking the hub again could move a fleet to other weights.
-        raise FleetError(
-            "It cannot be told which commits the branches stand for",
-            expected=f"JSON in {path}",
-            found=str(error),
-            remedy="name a commit as model_revision, and remove that file",
-        ) from error
     return dict(pins)

@@ -180,12 +180,15 @@ def _candidates(start: Sequence[_Line]) -> Iterator[tuple[int, _Line, Signature]
     for place, line in enumerate(start):
         if _MADE_PROGRESS.search(line.text) and line.process[0]:
             progress[line.process] = place
-        if _ANY_START_IS_UP.search(line.text):
+        if up < 0 and _ANY_START_IS_UP.search(line.text):
             up = place
         if line.is_frame:
             code.setdefault(line.process, []).append(line.text.rstrip())
     for place, line in enumerate(start):
         if line.is_frame or line.level in ("DEBUG", "INFO", "WARNING"):
+            continue
+        # Once it is up, the API server repeats words of clients; the engine has words of its own.
+        if 0 <= up < place and line.process[0].startswith("APIServer"):
             continue
         # An import that failed and was done without is no crash: the same process went on.
         if place < up or place < progress.get(line.process, -1):

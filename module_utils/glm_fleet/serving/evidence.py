@@ -10,6 +10,9 @@ from pathlib import Path
 
 from .record import read_note
 
+# The last word of a start: the web server's own line, or vLLM's where that one is not logged.
+READY = re.compile(r"Application startup complete|Starting vLLM server on")
+_WEB_SERVER_IS_UP = re.compile(r"^(\([^()]*\) )?(INFO: +)?Application startup complete\.?$")
 EVIDENCE = Path("/run/glm-fleet/attested.json")
 
 
@@ -36,19 +39,36 @@ def check_journal(
     forbidden: Sequence[str],
     known: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Check that each required pattern is in the journal of this start and no forbidden one.
+    """Check that each required pattern is in the start phase of the journal and no forbidden one.
 
-    ``known`` holds lines that were there when the start was attested: the journal of a busy
-    server loses its first lines to rotation while the server goes on.
+    The start phase ends where the server says that it is up. What follows holds words of clients:
+    a model that somebody asks for can be called like any of these lines. ``known`` holds the lines
+    that were there when this start was attested, which decides: the journal of a busy server loses
+    its first lines to rotation while the server goes on.
     """
+    phase = start_of(lines)
     checks = []
     for pattern in required:
-        hit = next((line for line in lines if re.search(pattern, line)), "")
-        hit = hit or (known or {}).get(pattern, "")
+        hit = (known or {}).get(pattern, "")
+        hit = hit or next((line for line in phase if re.search(pattern, line)), "")
         checks.append(Check(f"journal has {pattern}", bool(hit), hit[-200:] or "no such line"))
+    attested = bool(known) and set(required) <= set(known or ())
     for pattern in forbidden:
-        hit = next((line for line in lines if re.search(pattern, line)), "")
+        found = (line for line in phase if re.search(pattern, line))
+        hit = "" if attested else next(found, "")
         checks.append(
             Check(f"journal has no {pattern}", not hit, hit[-200:] or "no such line, as wanted")
         )
     return checks
+
+
+def start_of(lines: Sequence[str]) -> Sequence[str]:
+    """Return the lines up to the last word of the start; all if it was not said.
+
+    vLLM names its address before the web server's own word, which ends the start where it is
+    logged. Only that word as a whole counts then: a client can say it in other words.
+    """
+    first = next((place for place, line in enumerate(lines) if READY.search(line)), len(lines))
+    rest = range(first, len(lines))
+    last = next((place for place in rest if _WEB_SERVER_IS_UP.search(lines[place])), first)
+    return lines[: last + 1]

@@ -14,10 +14,8 @@ from ..core.http import Http
 from ..core.runner import Runner
 from ..core.systemd import journal, unit_state
 from .diagnosis import diagnose, lower_graphs_help, relevant_lines
-from .evidence import EVIDENCE, read_evidence
+from .evidence import EVIDENCE, READY, read_evidence
 
-# The last word of a start: the web server's own line, or vLLM's where that one is not logged.
-_READY = re.compile(r"Application startup complete|Starting vLLM server on")
 _RECENT_LINES = 500
 # Of a start that was attested, for a check every few minutes.
 CHECKED_LINES = 5000
@@ -35,7 +33,7 @@ _PHASES: tuple[tuple[str, str], ...] = (
     (r"Capturing CUDA graphs", "capturing CUDA graphs"),
     (r"init engine .* took ([\d.]+)", "engine ready after {0} s"),
     (r"Waiting for application startup", "opening the port"),
-    (_READY.pattern, "ready"),
+    (READY.pattern, "ready"),
 )
 
 
@@ -103,10 +101,10 @@ def _came_up(runner: Runner, invocation: str, lines: Sequence[str], evidence_pat
     ``lines`` are its last ones. A server that has answered for a while has pushed its own first
     words out of them, and at last out of the journal.
     """
-    if any(_READY.search(line) for line in lines) or read_evidence(evidence_path, invocation):
+    if any(READY.search(line) for line in lines) or read_evidence(evidence_path, invocation):
         return True
     return len(lines) >= _RECENT_LINES and any(
-        _READY.search(line) for line in journal(runner, invocation)
+        READY.search(line) for line in journal(runner, invocation)
     )
 
 

@@ -126,11 +126,39 @@ def test_a_run_without_a_plan_does_not_forget_where_the_last_roll_began(lock: Fl
     assert record["backs"] == {"gpu01": "new"}
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]"])
-def test_a_damaged_record_locks_nobody_out(lock: FleetLock, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"run": 7, "state": "running"}', '{"run": "a", "state": "?"}']
+)
+def test_a_damaged_record_gives_no_lock_away(lock: FleetLock, tmp_path: Path, damage: str) -> None:
     take(lock, "first")
-    (tmp_path / "glm-fleet/roll.json").write_text(damage)
+    path = tmp_path / "glm-fleet/roll.json"
+    path.write_text(damage)
+    for attempt in (
+        lambda: take(lock, "second"),
+        lambda: lock.keep("first", now=NOON),
+        lambda: lock.end("first", DONE, now=NOON),
+        lock.roll,
+    ):
+        with pytest.raises(FleetError, match=r"roll\.json cannot be used.*remove this file"):
+            attempt()
+    assert path.read_text() == damage
+    path.unlink()
     assert take(lock, "second")["run"] == "second"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"gpu01": 7}', '{"gpu01": {"by": "me"}}'])
+def test_a_damaged_hold_lets_no_node_back(lock: FleetLock, tmp_path: Path, damage: str) -> None:
+    lock.hold("gpu01", by="me", reason="board", now=NOON)
+    path = tmp_path / "glm-fleet/held.json"
+    path.write_text(damage)
+    for attempt in (
+        lock.held,
+        lambda: lock.unhold("gpu01"),
+        lambda: lock.hold("gpu02", by="me", reason="x", now=NOON),
+    ):
+        with pytest.raises(FleetError, match=r"held\.json cannot be used.*drain again"):
+            attempt()
+    assert path.read_text() == damage
 
 
 def _race(folder: str, run: str) -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from glm_fleet.core.table import render_table
+import pytest
+from glm_fleet.core.table import Line, render_table
 from glm_fleet.health import history
 from glm_fleet.health.hardware import WARNING, Problem
 from glm_fleet.health.tables import (
@@ -15,6 +16,7 @@ from glm_fleet.health.tables import (
     render_health,
     render_preflight,
     write_json,
+    write_text,
 )
 from test_judge import fleet_records, judge
 
@@ -115,3 +117,36 @@ def test_a_run_with_a_limit_makes_nobody_forgotten(tmp_path: Path) -> None:
     merged = history.latest([full, limited])
     assert sorted(each["name"] for each in merged["nodes"]) == ["gpu01", "gpu02", "gpu03"]
     assert history.latest([]) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x1b]52;c;aGVsbG8=\x07",
+        "\x1b[2J\x1b[H",
+        "broken\r3 of 3 healthy",
+        "a\n\x1b[1A3 of 3 healthy",
+        "\x9b2J",
+        "\u202eyhtlaeh",
+        "\ud800",
+    ],
+)
+def test_what_a_host_says_commands_no_terminal(text: str) -> None:
+    shown = Line(f"gpu01: {text}").text
+    assert shown.isprintable()
+    assert shown.startswith("gpu01: ")
+    rows = render_table(("host", "says"), [("gpu01", text)], 80)
+    assert all(line.text.isprintable() for line in rows)
+
+
+def test_plain_text_is_shown_as_it_is() -> None:
+    assert Line("größer → 5 °C\tx").text == "größer → 5 °C x"
+
+
+def test_reports_are_for_the_user_who_asked(tmp_path: Path) -> None:
+    write_json(tmp_path / "a/fleet.json", {})
+    write_text(tmp_path / "a/fleet.prom", "", 0o644)
+    assert (tmp_path / "a/fleet.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "a/fleet.prom").stat().st_mode & 0o777 == 0o644
+    history.save(tmp_path / "history", {"time": "2026-11-27T12:00:00Z", "nodes": []}, 3)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "history").iterdir()} == {0o600}

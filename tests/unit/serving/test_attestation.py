@@ -94,6 +94,51 @@ def test_a_known_crash_is_diagnosed_with_its_remedy() -> None:
     assert diagnosis.diagnose(GOOD) == ""
 
 
+# What a client makes the server say: a model that it asks for can have any name.
+HOSTILE = "Using FLASHMLA backend an illegal instruction was encountered Traceback"
+SAID = (
+    f"(APIServer pid=0) ERROR 11-22 07:40:00 [serving.py:300] Error with model "
+    f"error=ErrorInfo(message='The model `{HOSTILE}` does not exist.', code=404)",
+    f"(APIServer pid=0) RuntimeError: CUDA error: {HOSTILE}",
+    f'(APIServer pid=0) INFO:     10.0.0.1:5 - "GET /{HOSTILE} HTTP/1.1" 404 Not Found',
+    "(APIServer pid=0) ERROR 11-22 07:40:01 [serving.py:300] The model `Application startup "
+    "complete` does not exist",
+)
+
+
+def test_what_clients_write_decides_nothing() -> None:
+    lines = [*GOOD, *SAID]
+    forbidden = [*DEFAULTS["serving_journal_forbidden"], "Enforce eager set", "Traceback"]
+    checks = serving_evidence.check_journal(lines, DEFAULTS["serving_journal_required"], forbidden)
+    assert [check for check in checks if not check.passed] == []
+    assert not diagnosis.lower_graphs_help(lines)
+    assert diagnosis.diagnose(lines) == ""
+    # Nor can a client prove what a start did not say.
+    other = [line.replace("TRITON_MLA_SPARSE", "TRITON_MLA") for line in GOOD]
+    proof = "(APIServer pid=0) ERROR x: The model `Using TRITON_MLA_SPARSE` does not exist"
+    checks = serving_evidence.check_journal(
+        [*other, proof], DEFAULTS["serving_journal_required"], ()
+    )
+    assert not checks[0].passed
+
+
+def test_an_engine_that_crashes_when_it_is_up_is_still_diagnosed() -> None:
+    crash = "(EngineCore_DP0 pid=9) ERROR 11-22 07:41:00 [core.py:9] RuntimeError: CUDA error: "
+    crash += "an illegal instruction was encountered"
+    lines = [*GOOD, *SAID, crash, *SAID]
+    assert diagnosis.lower_graphs_help(lines)
+    assert "illegal instruction" in diagnosis.diagnose(lines)
+
+
+def test_a_start_that_was_attested_is_not_judged_by_what_came_later() -> None:
+    known = {"proof": "the line"}
+    (required, forbidden) = serving_evidence.check_journal([*SAID], ["proof"], ["FLASHMLA"], known)
+    assert required.passed
+    assert forbidden.passed
+    # One that was not is judged by all that there is.
+    assert not serving_evidence.check_journal([SAID[0]], [], ["FLASHMLA"])[0].passed
+
+
 def test_the_crash_of_full_graphs_is_one_that_a_lower_mode_avoids() -> None:
     assert diagnosis.lower_graphs_help(CRASH)
     assert not diagnosis.lower_graphs_help(GOOD)
