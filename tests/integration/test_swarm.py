@@ -22,6 +22,7 @@ from glm_fleet.transfer import agent as transfer_agent
 from glm_fleet.transfer import session
 from glm_fleet.transfer.agent import Agent
 from glm_fleet.transfer.control import unit_command
+from glm_fleet.transfer.holding import Holding
 from glm_fleet.transfer.rendezvous import Meeting, Record
 from glm_fleet.transfer.session import Job, session_settings
 from glm_fleet.transfer.torrent import (
@@ -299,15 +300,15 @@ def test_nothing_is_moved_while_a_torrent_is_made_of_it(
 ) -> None:
     store = stage_by_hand(fleet, first[0], "node1")
     made: list[tuple[bool, bool]] = []
-    make = Agent._make_torrent
+    make = Holding.make_torrent
 
-    def slowly(self: Agent, bundle: Any) -> list[str]:
+    def slowly(self: Holding, bundle: Any) -> list[str]:
         before = store.is_published(fleet.manifest)
         time.sleep(0.5)
         made.append((before, store.is_published(fleet.manifest)))
         return make(self, bundle)
 
-    monkeypatch.setattr(Agent, "_make_torrent", slowly)
+    monkeypatch.setattr(Holding, "make_torrent", slowly)
     fleet.add("node1")
     fleet.until(["node1"])
     assert made
@@ -360,7 +361,7 @@ def test_too_little_room_is_refused_before_a_byte_moves(
     class Full:
         free = 1000
 
-    monkeypatch.setattr("glm_fleet.transfer.agent.shutil.disk_usage", lambda _: Full)
+    monkeypatch.setattr("glm_fleet.transfer.holding.shutil.disk_usage", lambda _: Full)
     with pytest.raises(FleetError, match="The disk cannot take"):
         Fleet(tmp_path / "small", first[1], 1)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +125,16 @@ def priorities(pieces: int, takers: Collection[str], own: str) -> list[int]:
     return [7 if number % len(takers) == mine else 1 for number in range(pieces)]
 
 
+def own_order(names: Sequence[str], own: str, others: Iterable[str]) -> list[str]:
+    """Return bundles in the order in which this host makes torrents of them.
+
+    Every host begins at another place, so that several that hold all share the work.
+    """
+    order = sorted([own, *others])
+    start = order.index(own) * len(names) // len(order)
+    return [*names[start:], *names[:start]]
+
+
 @dataclass
 class Travel:
     """How far one bundle has come on this node."""
@@ -152,3 +162,9 @@ class Travel:
         """Its files, for people."""
         names = [entry.path for entry in self.bundle.entries]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def lose(self) -> None:
+        """Forget what was known of its files: some of them turned out to be damaged."""
+        self.held = self.proved = False
+        self.right.clear()
+        self.seen.clear()
