@@ -136,7 +136,7 @@ def test_the_torrent_is_the_one_that_the_engine_makes(tmp_path: Path) -> None:
     sizes = {"a": 3 * MIB, "deep/b": MIB, "deep/c": 1, "d": 2 * MIB + 16384 * 3 + 5}
     write(tmp_path / "art", sizes)
     hashed = {name: hash_file(tmp_path / "art" / name, MIB) for name in sizes}
-    entries = [FileEntry(name, size, "") for name, size in sizes.items()]
+    entries = [FileEntry(name, size, hashed[name].sha256) for name, size in sizes.items()]
     ours = make_torrent("art", entries, MIB, hashed)
     storage = libtorrent.file_storage()
     for name, size in sorted(sizes.items()):
