@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from glm_fleet.gateway.haproxy import (
     Haproxy,
     UnknownServerError,
     describe,
+    is_edited,
     unix_transport,
 )
 from glm_fleet.gateway.state_file import STATE_FILE, save_states
@@ -143,6 +146,37 @@ def gateway(tmp_path: Path, nodes: dict[str, Node]) -> Iterator[Gateway]:
     made.start("first")
     yield made
     made.stop()
+
+
+def test_the_expiry_of_a_certificate_is_read_from_what_runs(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    assert gateway.haproxy.certificates() == []
+    pem = tmp_path / "front.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "10", "-subj",
+         "/CN=x", "-keyout", tmp_path / "key", "-out", tmp_path / "crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    pem.write_text((tmp_path / "crt").read_text() + (tmp_path / "key").read_text())
+    config = gateway.write("second").read_text()
+    bind = f"bind 127.0.0.1:{gateway.port}"
+    assert bind in config
+    (gateway.folder / "haproxy.cfg").write_text(config.replace(bind, f"{bind} ssl crt {pem}", 1))
+    assert gateway.process is not None
+    gateway.process.send_signal(12)
+    eventually(lambda: gateway.runs("second"))
+    (found,) = gateway.haproxy.certificates()
+    assert found.path == str(pem)
+    assert 9 * 86400 < found.expires_s - time.time() < 10 * 86400 + 60
+
+
+def test_a_configuration_that_was_changed_by_hand_is_noticed() -> None:
+    written = "global\n    description glm-fleet {}\n    user haproxy\n"
+    digest = hashlib.sha256(written.format("").encode()).hexdigest()[:12]
+    assert not is_edited(written.format(digest))
+    assert is_edited(written.format(digest) + "# mine\n")
+    assert is_edited("global\n    user haproxy\n")
 
 
 def test_a_server_moves_to_another_endpoint_and_stays_there(

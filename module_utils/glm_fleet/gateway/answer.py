@@ -47,6 +47,13 @@ class Hold(TypedDict):
     reason: Words
 
 
+class CertificateFacts(TypedDict):
+    """A certificate of the front door; ``expires_s`` in seconds since 1970."""
+
+    path: Words
+    expires_s: Amount
+
+
 class GatewayAnswer(TypedDict, total=False):
     """A gateway; ``valid`` says whether HAProxy answered every question."""
 
@@ -57,5 +64,7 @@ class GatewayAnswer(TypedDict, total=False):
     servers: Annotated[Sequence[Server], Size(10_000)]
     errors: Annotated[Sequence[Words], Size(1000)]
     config_error: Words
+    config_edited: bool
+    certificates: Sequence[CertificateFacts]
     client: ClientAnswer
     held: Mapping[str, Hold]

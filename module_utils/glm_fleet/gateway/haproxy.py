@@ -8,11 +8,13 @@ is followed by writing that file.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from ..core.errors import FleetError
@@ -90,6 +92,29 @@ def unix_transport(
     return ask
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate that HAProxy serves with; ``expires_s`` in seconds since 1970."""
+
+    path: str
+    expires_s: float
+
+
+def _seconds(text: str) -> float:
+    """Read a time as OpenSSL prints it, such as ``Nov 27 12:00:00 2027 GMT``."""
+    parsed = datetime.strptime(text, "%b %d %H:%M:%S %Y %Z")
+    return parsed.replace(tzinfo=timezone.utc).timestamp()
+
+
+def is_edited(configuration: str) -> bool:
+    """Tell whether a configuration is not as it was written: it carries its own fingerprint."""
+    found = re.search(rf"^\s*description {_DESCRIPTION}([0-9a-f]{{12}})$", configuration, re.M)
+    if not found:
+        return True
+    written = configuration[: found.start(1)] + configuration[found.end(1) :]
+    return not hashlib.sha256(written.encode()).hexdigest().startswith(found[1])
+
+
 class Haproxy:
     """A running HAProxy: the present worker and, over the master, the workers before it.
 
@@ -156,6 +181,20 @@ class Haproxy:
             server = parse_statistics(reply).get((backend, name))
             total += server.sessions_current if server else 0
         return total
+
+    def certificates(self) -> list[Certificate]:
+        """Return the certificates that HAProxy serves with, and when each expires."""
+        found = []
+        for line in self._ask("show ssl cert").splitlines():
+            path = line.strip()
+            if not path or path.startswith(("#", "*", "Unknown", "'")):
+                continue
+            text = self._ask(f"show ssl cert {path}")
+            until = re.search(r"^\s*Not After:\s*(.+)$", text, re.MULTILINE | re.IGNORECASE)
+            until = until or re.search(r"^\s*notAfter:\s*(.+)$", text, re.MULTILINE)
+            if until:
+                found.append(Certificate(path, _seconds(until[1].strip())))
+        return found
 
     def set_state(self, backend: str, name: str, state: str) -> None:
         """Set the admin state; raises `FleetError` with HAProxy's words on a refusal.

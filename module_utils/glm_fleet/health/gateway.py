@@ -9,9 +9,29 @@ from typing import Any
 from ..gateway.answer import GatewayAnswer
 from .verdict import BROKEN, DEGRADED, Finding, GatewayHealth
 
+_EXPIRES_SOON_S = 21 * 86400.0
+
+
+def _certificate_findings(gateway: GatewayAnswer, now: float) -> list[Finding]:
+    findings = []
+    for each in gateway.get("certificates", ()):
+        left = each["expires_s"] - now
+        step = f"put a new one at {each['path']} and run playbooks/gateway.yml"
+        if left <= 0:
+            cause = f"the certificate {each['path']} has expired: clients refuse it"
+            findings.append(Finding("certificate", BROKEN, cause, step))
+        elif left < _EXPIRES_SOON_S:
+            cause = f"the certificate {each['path']} expires in {left / 86400:.0f} days"
+            findings.append(Finding("certificate", DEGRADED, cause, step))
+    return findings
+
 
 def judge_gateway(
-    name: str, *, gateway: GatewayAnswer, before: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    gateway: GatewayAnswer,
+    before: Mapping[str, Any] | None = None,
+    now: float = 0.0,
 ) -> GatewayHealth:
     """Judge one gateway from ``gateway`` of node_info."""
     sent_before: Mapping[str, int] = (before or {}).get("sent") or {}
@@ -39,6 +59,17 @@ def judge_gateway(
                 "run playbooks/gateway.yml before HAProxy is restarted",
             )
         )
+    if gateway.get("config_edited"):
+        findings.append(
+            Finding(
+                "configuration",
+                DEGRADED,
+                "haproxy.cfg was changed by hand since it was written",
+                "put what it needs into the gateway_ variables; playbooks/gateway.yml writes the "
+                "file anew",
+            )
+        )
+    findings += _certificate_findings(gateway, now)
     if not up and gateway.get("valid"):
         step = "mend the nodes, then run site.yml: it attests and joins them"
         findings.append(Finding("servers", BROKEN, "no server is UP", step))

@@ -110,7 +110,8 @@ def _judge_gateway_host(
     answer: GatewayAnswer = record.facts.get("gateway") or {}
     if not answer:
         return GatewayHealth(host, [_unknown(host, record)], baseline=before)
-    judged = judge_gateway(host, gateway=answer, before=before)
+    now = float((record.facts.get("clock") or {}).get("epoch_s") or 0.0)
+    judged = judge_gateway(host, gateway=answer, before=before, now=now)
     # A gateway that is a node too is judged as a host there.
     if NODES in record.groups:
         return judged
@@ -222,7 +223,8 @@ def _gateway_findings(gateway: Mapping[str, str], held: str, *, broken: bool) ->
             or (held and state in ("DRAIN", "MAINT"))
         ):
             continue
-        yield Finding("gateway", DEGRADED, f"{state} at {where}", gateway_step(state))
+        by_whom = ", which is not by drain.yml" if state in ("DRAIN", "MAINT") else ""
+        yield Finding("gateway", DEGRADED, f"{state} at {where}{by_whom}", gateway_step(state))
 
 
 def _gpus(report: GpuFactsReport, expected: int) -> str:

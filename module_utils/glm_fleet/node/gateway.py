@@ -18,11 +18,32 @@ def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
     from ..gateway.client_store import ClientStore
     from ..gateway.haproxy import MASTER_SOCKET, SOCKET, Haproxy, describe, unix_transport
 
-    found = describe(Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET)))
+    haproxy = Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET))
+    found = describe(haproxy)
+    found["certificates"] = read_certificates(haproxy)
+    found["config_edited"] = was_edited(Path(query.gateway_config))
     found["config_error"] = check_config(query.gateway_config, run)
     found["client"] = ask_as_client(query.gateway_url, ClientStore().own_key)
     found["held"] = FleetLock().held()
     return found
+
+
+def read_certificates(haproxy: Any) -> list[dict[str, Any]]:
+    """Return {path, expires_s} of each certificate that HAProxy serves with."""
+    try:
+        return [vars(each) for each in haproxy.certificates()]
+    except (FleetError, ValueError):
+        return []
+
+
+def was_edited(path: Path) -> bool:
+    """Tell whether somebody changed the configuration by hand since it was written."""
+    from ..gateway.haproxy import is_edited
+
+    try:
+        return is_edited(path.read_text())
+    except OSError:
+        return False
 
 
 def check_config(path: str, run: Runner) -> str:

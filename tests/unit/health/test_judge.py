@@ -304,7 +304,7 @@ def test_a_server_in_maintenance_is_named_at_its_node() -> None:
     records["gw01"]["node"]["gateway"]["servers"][1]["status"] = "MAINT"
     nodes, gateways = judge(records)
     assert [each.verdict for each in nodes] == ["healthy", "degraded", "healthy"]
-    assert nodes[1].reasons == ["MAINT at gw01"]
+    assert nodes[1].reasons == ["MAINT at gw01, which is not by drain.yml"]
     assert "site.yml" in nodes[1].next_step
     assert gateways[0].verdict == "healthy"
     # Who was held on purpose is named, and is no fault.
@@ -344,6 +344,31 @@ def test_a_node_that_a_stopped_run_did_not_read_is_what_the_gateways_see() -> No
     records["gw01"] = {"message": LEFT, "groups": ["gateways"]}
     _, gateways = judge(records)
     assert (gateways[0].verdict, "power" in gateways[0].next_step) == ("unknown", False)
+
+
+@pytest.mark.parametrize(
+    ("days", "verdict", "words"),
+    [(60, "healthy", ""), (10, "degraded", "expires in 10 days"), (-1, "broken", "has expired")],
+)
+def test_a_certificate_is_told_before_it_expires(days: int, verdict: str, words: str) -> None:
+    records = fleet_records()
+    facts = records["gw01"]["node"]
+    facts["clock"] = {"skew_s": 0.0, "epoch_s": 1_700_000_000.0}
+    expires = 1_700_000_000.0 + days * 86400
+    facts["gateway"]["certificates"] = [{"path": "/etc/x.pem", "expires_s": expires}]
+    _, (gateway,) = judge(records)
+    assert gateway.verdict == verdict
+    assert words in " ".join(gateway.reasons)
+
+
+def test_a_configuration_that_was_changed_by_hand_is_a_finding() -> None:
+    records = fleet_records()
+    records["gw01"]["node"]["gateway"]["config_edited"] = True
+    _, (gateway,) = judge(records)
+    assert (gateway.verdict, gateway.reasons) == (
+        "degraded",
+        ["haproxy.cfg was changed by hand since it was written"],
+    )
 
 
 def test_faulty_hardware_stands_before_what_it_causes() -> None:
