@@ -69,6 +69,12 @@ gateway:
           included), sessions_total, weight, last_change_s (seconds since the last change).
       type: list
       elements: dict
+    clients:
+      description:
+        - What each client did since the start or the last reload, as name, requests (let through),
+          refused (above a limit), failed (by a node), at_once, bytes_in and bytes_out.
+      type: list
+      elements: dict
 """
 
 from ansible.module_utils.basic import AnsibleModule

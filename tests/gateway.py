@@ -72,7 +72,7 @@ class Node:
                     self.end_headers()
                     return
                 self.note()
-                self.send_response(200)
+                self.send_response(500 if self.headers.get("X-Fail") else 200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()

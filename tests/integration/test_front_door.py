@@ -16,6 +16,7 @@ import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.gateway import clients
 from glm_fleet.gateway.clients import Key, add, digest, revoke, rotate
+from glm_fleet.gateway.haproxy import describe
 
 from tests.gateway import BEARER, KEY, NOW, Gateway, Node, eventually
 
@@ -419,6 +420,20 @@ def test_a_client_has_only_so_many_requests_at_once(
 
 
 # -- what is said and kept -------------------------------------------------------------
+
+
+def test_what_each_client_did_is_counted(gateway: Gateway) -> None:
+    headers = with_limits(gateway, requests_a_minute=2)
+    for _ in range(5):
+        gateway.get(headers=headers)
+    gateway.ask_door("POST", "/v1/completions", BEARER, b"x" * 10_000)
+    assert gateway.get(headers={**BEARER, "X-Fail": "1"})[0] == 500
+    limited, tests = gateway.haproxy.clients()
+    assert (limited.name, limited.requests, limited.refused, limited.failed) == ("limited", 2, 3, 0)
+    assert (tests.name, tests.requests, tests.refused, tests.failed) == ("tests", 2, 0, 1)
+    assert tests.bytes_in > 10_000
+    assert tests.at_once == limited.at_once == 0
+    assert [each["name"] for each in describe(gateway.haproxy)["clients"]] == ["limited", "tests"]
 
 
 def test_no_node_ready_is_said_as_the_api_does(gateway: Gateway) -> None:

@@ -39,6 +39,18 @@ class ClientAnswer(TypedDict, total=False):
     error: Words
 
 
+class Usage(TypedDict):
+    """What a client did since HAProxy was started or reloaded: see `statistics.ClientUsage`."""
+
+    name: Words
+    requests: Count
+    refused: Count
+    failed: Count
+    at_once: Count
+    bytes_in: Count
+    bytes_out: Count
+
+
 class Hold(TypedDict):
     """Who holds a node out of service, since when and why."""
 
@@ -67,4 +79,5 @@ class GatewayAnswer(TypedDict, total=False):
     config_edited: bool
     certificates: Sequence[CertificateFacts]
     client: ClientAnswer
+    clients: Annotated[Sequence[Usage], Size(100_000)]
     held: Mapping[str, Hold]

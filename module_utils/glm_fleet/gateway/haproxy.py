@@ -19,8 +19,10 @@ from typing import Any
 
 from ..core.errors import FleetError
 from .statistics import (
+    ClientUsage,
     ServerState,
     Statistics,
+    parse_clients,
     parse_old_workers,
     parse_servers_state,
     parse_statistics,
@@ -28,6 +30,8 @@ from .statistics import (
 )
 
 BACKEND = "glm_nodes"
+# The table that counts what clients do.
+CLIENTS = "glm_clients"
 SOCKET = "/run/haproxy/admin.sock"
 MASTER_SOCKET = "/run/haproxy-master.sock"
 STATES = ("ready", "drain", "maint")
@@ -164,6 +168,10 @@ class Haproxy:
         """Return the statistics of the present worker, by backend and server."""
         return parse_statistics(self._ask("show stat"))
 
+    def clients(self) -> list[ClientUsage]:
+        """Return what each client did since the start or the last reload, by name."""
+        return parse_clients(self._ask(f"show table {CLIENTS}"))
+
     def sessions(self, backend: str, name: str) -> int:
         """Return the requests that run on a server, those of old workers included."""
         replies = [self._ask("show stat")]
@@ -245,6 +253,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
         "revision": "",
         "uptime_s": 0,
         "servers": [],
+        "clients": [],
         "errors": [],
     }
     try:
@@ -267,6 +276,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
                 }
                 for server in servers
             ],
+            clients=[asdict(client) for client in haproxy.clients()],
         )
     except FleetError as error:
         report["errors"].append(str(error))

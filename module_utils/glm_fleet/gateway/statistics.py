@@ -110,6 +110,48 @@ def parse_statistics(text: str) -> dict[tuple[str, str], Statistics]:
     return found
 
 
+@dataclass(frozen=True)
+class ClientUsage:
+    """What a client did at one gateway since HAProxy was started or reloaded.
+
+    ``requests`` are those that were let through, ``refused`` those above a limit, ``failed`` those
+    that a node answered with 5xx or did not answer; bytes are of bodies and headers.
+    """
+
+    name: str
+    requests: int
+    refused: int
+    failed: int
+    at_once: int
+    bytes_in: int
+    bytes_out: int
+
+
+def parse_clients(text: str) -> list[ClientUsage]:
+    """Parse ``show table glm_clients``, by name; a HAProxy without that table has no clients."""
+    found = []
+    for line in text.splitlines():
+        row = dict(field.split("=", 1) for field in line.split() if "=" in field)
+        if "key" not in row or "gpc0" not in row:
+            continue
+        try:
+            passed = int(row["gpc0"])
+            found.append(
+                ClientUsage(
+                    name=row["key"],
+                    requests=passed,
+                    refused=max(int(row["http_req_cnt"]) - passed, 0),
+                    failed=int(row["http_fail_cnt"]),
+                    at_once=int(row["conn_cur"]),
+                    bytes_in=int(row["bytes_in_cnt"]),
+                    bytes_out=int(row["bytes_out_cnt"]),
+                )
+            )
+        except (KeyError, ValueError) as error:
+            raise unexpected_answer("show table", "counters of each client", line) from error
+    return sorted(found, key=lambda each: each.name)
+
+
 def parse_old_workers(text: str) -> list[int]:
     """Return the process ids of the workers that a reload left behind (``show proc``)."""
     pids: list[int] = []

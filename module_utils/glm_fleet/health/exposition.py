@@ -53,6 +53,26 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[_Metric]:
         "Servers that take requests, as the gateway sees them.",
         [({"host": each["name"]}, float(each["up"])) for each in report["gateways"]],
     )
+    yield from _clients(report["gateways"])
+
+
+def _clients(gateways: Sequence[Mapping[str, Any]]) -> Iterator[_Metric]:
+    for key, text in (
+        ("requests", "Requests of a client that were let through since the last reload."),
+        ("refused", "Requests of a client above a limit of its own since the last reload."),
+        ("failed", "Requests of a client that a node failed since the last reload."),
+        ("bytes_in", "Bytes from a client since the last reload."),
+        ("bytes_out", "Bytes to a client since the last reload."),
+    ):
+        yield (
+            f"glm_fleet_client_{key}",
+            text,
+            [
+                ({"host": gateway["name"], "client": each["name"]}, float(each[key]))
+                for gateway in gateways
+                for each in gateway.get("clients") or ()
+            ],
+        )
 
 
 def _verdicts(

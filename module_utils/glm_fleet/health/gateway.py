@@ -92,6 +92,7 @@ def judge_gateway(
         servers,
         client,
         {"sent": {server["name"]: server.get("sessions_total", 0) for server in servers}},
+        list(gateway.get("clients", ())),
     )
 
 

@@ -108,6 +108,8 @@ def render_health(
         sent = ", ".join(f"{each['name']} {each['sent']}" for each in gateway.servers)
         text = f"gateway {gateway.name}{version}: {gateway.verdict}, {gateway.up} UP"
         lines.append(Line(text + (f"; sent: {sent}" if sent else ""), _TONES[gateway.verdict]))
+        asked = ", ".join(_usage_words(each) for each in gateway.clients)
+        lines += wrap(f"  clients since its last reload: {asked}", width, "") if asked else []
     hosts: list[NodeHealth | GatewayHealth] = [*nodes, *gateways]
     for each in hosts:
         for finding in each.findings:
@@ -123,6 +125,11 @@ def render_health(
             lines += wrap(f"  {sentence(change)}", width, "")
     lines.append(Line(health_sentence(nodes, gateways), _TONES[_worst(hosts)]))
     return lines
+
+
+def _usage_words(client: Mapping[str, Any]) -> str:
+    more = [f"{client[key]} {key}" for key in ("refused", "failed") if client[key]]
+    return f"{client['name']} {client['requests']}" + (f" ({', '.join(more)})" if more else "")
 
 
 def health_sentence(nodes: Sequence[NodeHealth], gateways: Sequence[GatewayHealth]) -> str:

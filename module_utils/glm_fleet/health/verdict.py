@@ -117,7 +117,8 @@ class NodeHealth(Judged):
 class GatewayHealth(Judged):
     """One gateway; ``up`` counts the servers that take requests.
 
-    Each of ``servers`` has ``sent``: the requests it got since the last check.
+    Each of ``servers`` has ``sent``: the requests it got since the last check. ``clients`` is
+    what each client did: see `gateway.statistics.ClientUsage`.
     """
 
     name: str
@@ -127,6 +128,7 @@ class GatewayHealth(Judged):
     servers: Sequence[Mapping[str, Any]] = ()
     client: Mapping[str, Any] = field(default_factory=dict)
     baseline: Mapping[str, Any] = field(default_factory=dict)
+    clients: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""

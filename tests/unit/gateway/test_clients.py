@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from glm_fleet.gateway.clients import (
     ways_map,
     without_secrets,
 )
+from glm_fleet.gateway.statistics import ClientUsage, parse_clients
+from glm_fleet.health.gateway import judge_gateway
+from glm_fleet.health.tables import render_health
 
 NOW = "2026-11-27T12:00:00+00:00"
 A, B, C = (digest(text) for text in "abc")
@@ -171,6 +175,26 @@ def test_the_list_for_people_has_no_digest() -> None:
         ("carol", "no key"),
     ]
     assert not any(sha in str(rows) for sha in (A, B))
+
+
+def test_what_clients_did_is_read_and_told() -> None:
+    table = (
+        "# table: glm_clients, type: string, size:102400, used:2\n"
+        "0x55: key=zoe use=1 exp=2591999 gpc0=7 gpc0_rate(60000)=3 conn_cur=2 http_req_cnt=9 "
+        "http_fail_cnt=1 bytes_in_cnt=100 bytes_out_cnt=5000\n"
+        "0x56: key=amy use=0 exp=1 gpc0=0 gpc0_rate(60000)=0 conn_cur=0 http_req_cnt=0 "
+        "http_fail_cnt=0 bytes_in_cnt=0 bytes_out_cnt=0\n\n"
+    )
+    amy, zoe = parse_clients(table)
+    assert zoe == ClientUsage("zoe", 7, 2, 1, 2, 100, 5000)
+    # A gateway without keys, and one from before it counted.
+    assert parse_clients("No such table\n") == []
+    assert parse_clients("0x1: key=x use=0 exp=1 gpc0_rate(60000)=0 conn_cur=0\n") == []
+    with pytest.raises(FleetError, match="counters of each client"):
+        parse_clients("0x1: key=x gpc0=many\n")
+    judged = judge_gateway("gw01", gateway={"valid": True, "clients": [asdict(amy), asdict(zoe)]})
+    text = "\n".join(line.text for line in render_health([], [judged], 120))
+    assert "clients since its last reload: amy 0, zoe 7 (2 refused, 1 failed)" in text
 
 
 # -- on a gateway ----------------------------------------------------------------------
