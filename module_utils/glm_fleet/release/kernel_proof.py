@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import FleetError
-from .proof.entries import Entry, entries_for, sizes
+from .proof.entries import Entry, entries_for, is_listed, sizes
 from .proof.environment import ProofEnvironment
 
 # Shared memory that one block can have, in bytes, by compute capability (CUDA's programming
@@ -69,6 +69,8 @@ def prove_kernels(
     return {
         "compiled": len(rows),
         "seconds": round(time.monotonic() - begun, 1),
+        # Of a version that the entries do not know only the pull request's kernels are proven.
+        "of_release": is_listed(version),
         "largest_shared_bytes": max((row["shared"] for row in rows), default=0),
         "kernels": summary(rows),
     }

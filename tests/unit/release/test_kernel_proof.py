@@ -17,7 +17,7 @@ from glm_fleet.core.runner import RunResult, run_program
 from glm_fleet.release import conformance, kernel_proof
 from glm_fleet.release.conformance import CASES
 from glm_fleet.release.kernel_proof import launched, prove_kernels, shared_limit, summary
-from glm_fleet.release.proof.entries import BACKENDS, Entry, entries_for, sizes
+from glm_fleet.release.proof.entries import BACKENDS, Entry, entries_for, is_listed, sizes
 from glm_fleet.release.proof.environment import (
     ProofEnvironment,
     can_prove,
@@ -139,6 +139,9 @@ def test_entries_are_of_a_range_of_releases() -> None:
     }
     assert names["0.25.1"] - names["0.24.0"] == {"fused_indexer_q_rope_quant"}
     assert entries_for("", "0.24.0") == []
+    assert is_listed("0.27.1")
+    assert not is_listed("0.28.0")
+    assert len(entries_for("TRITON_MLA_SPARSE", "0.32.0")) == 3
 
 
 def test_every_size_that_an_entry_names_is_known() -> None:

@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# From this version on the release's own kernels were rewritten, and are not listed here yet.
+UNLISTED = "0.28"
+
 # Shapes of GLM-5.2 on one of 8 GPUs; release_model_shapes can say otherwise.
 SHAPES = {
     "heads": 8,
@@ -131,6 +134,7 @@ _GLOBAL_INDICES = Entry(
         "BLOCK_SIZE": {"size": "block"},
         "NUM_TOPK_TOKENS": {"size": "topk"},
     },
+    releases=("0", UNLISTED),
 )
 _PREFILL_CHUNK = Entry(
     "indexer's metadata of a prefill",
@@ -148,6 +152,7 @@ _PREFILL_CHUNK = Entry(
         "compress_ratio": 1,
         "query_slice": {"slice": [0, 200]},
     },
+    releases=("0", UNLISTED),
 )
 _SLOTS = Entry(
     "slots of new tokens",
@@ -173,6 +178,7 @@ _SLOTS = Entry(
         "query_start_loc": _tensor("int32", "sequences_1"),
         "positions": _tensor("int64", "batched_tokens"),
     },
+    releases=("0", UNLISTED),
 )
 _TOP_K_TOP_P = Entry(
     "sampling by top-k and top-p",
@@ -183,6 +189,7 @@ _TOP_K_TOP_P = Entry(
         "k": _tensor("int32", "sequences"),
         "p": _tensor("float32", "sequences"),
     },
+    releases=("0", UNLISTED),
 )
 _FUSED_INDEXER_Q = Entry(
     "indexer's queries, rotated and quantised",
@@ -197,7 +204,7 @@ _FUSED_INDEXER_Q = Entry(
         "head_scale": 0.1,
         "is_neox": False,
     },
-    releases=("0.25", "0.28"),
+    releases=("0.25", UNLISTED),
     gate=("vllm/model_executor/models/deepseek_v2.py", "use_fused_indexer_q"),
 )
 
@@ -217,12 +224,18 @@ BACKENDS: dict[str, tuple[Entry, ...]] = {
 def entries_for(backend: str, version: str) -> list[Entry]:
     """Return the entries of a backend in one version of vLLM, such as ``0.24.0``."""
 
-    def key(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split(".") if part.isdigit())
-
     return [
         entry
         for entry in BACKENDS.get(backend, ())
-        if key(entry.releases[0]) <= key(version)
-        and (not entry.releases[1] or key(version) < key(entry.releases[1]))
+        if _key(entry.releases[0]) <= _key(version)
+        and (not entry.releases[1] or _key(version) < _key(entry.releases[1]))
     ]
+
+
+def is_listed(version: str) -> bool:
+    """Tell whether the entries hold the release's own kernels, or the pull request's alone."""
+    return _key(version) < _key(UNLISTED)
+
+
+def _key(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
