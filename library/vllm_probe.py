@@ -80,12 +80,17 @@ attestation:
       CUDA graphs may help) and C(journal).
   returned: with V(check) and V(attest)
   type: dict
+start:
+  description: Where the time of this start went, in seconds by phase; {} if it cannot be told.
+  returned: with V(attest)
+  type: dict
 watched:
   description: C(ready), C(failed) with the reason, C(phase), C(progress), C(invocation_id).
   returned: with V(watch)
   type: dict
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +102,7 @@ from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.serving import attestation, startup
 from ansible.module_utils.glm_fleet.serving import policy as serving_policy
 from ansible.module_utils.glm_fleet.serving.deployment import Deployments, Places
+from ansible.module_utils.glm_fleet.serving.phases import start_phases
 
 
 def _attest(
@@ -129,7 +135,15 @@ def _attest(
     if params["mode"] == "attest":
         # What a later failure goes back to.
         Deployments(Places()).note_passed(found["release_id"], found["model_id"])
-    return {"attestation": found}
+    return {"attestation": found, "start": _start(found) if params["mode"] == "attest" else {}}
+
+
+def _start(found: Mapping[str, Any]) -> dict[str, float]:
+    lines = systemd.journal(run_program, found["invocation_id"])
+    phases = start_phases(lines, found["started_at"])
+    if phases and found["canary"].get("first_answer_s"):
+        phases["first answer"] = found["canary"]["first_answer_s"]
+    return phases
 
 
 def main() -> None:

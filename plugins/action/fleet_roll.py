@@ -135,6 +135,11 @@ def _info(variables: Any) -> dict[str, Any]:
     return dict(info if info.get("wanted") or not staged else staged[0])
 
 
+def _pages(variables: Any) -> dict[str, Any]:
+    """Return what a node read into memory before it was drained; {} where it did not look."""
+    return dict(plain(variables.get("__serving_pages") or {}).get("pages") or {})
+
+
 def _end(names: list[str], hostvars: Any) -> dict[str, Any]:
     endings = []
     for name in names:
@@ -147,7 +152,7 @@ def _end(names: list[str], hostvars: Any) -> dict[str, Any]:
             continue
         endings.append(
             Ending(name, ended["state"], ended["good"], ended["runs"], ended["why"],
-                   ended["journal"])
+                   ended["journal"], ended.get("start") or {}, _pages(hostvars[name]))
         )  # fmt: skip
     good = all(each.good for each in endings)
     return {

@@ -138,7 +138,8 @@ def attempt(
 ) -> dict[str, Any]:
     """Judge one attempt to run a deployment, from what its two tasks returned.
 
-    Returns {id, runs, passed, lost, step_down, message, diagnosis, journal, seconds}.
+    Returns {id, runs, passed, lost, step_down, message, diagnosis, journal, seconds, start};
+    ``start`` is where the time of the start went, by phase.
     """
     found: dict[str, Any] = {
         "id": identifier,
@@ -150,6 +151,7 @@ def attempt(
         "diagnosis": "",
         "journal": [],
         "seconds": {**(activated.get("seconds") or {}), **(attested.get("seconds") or {})},
+        "start": attested.get("start") or {},
         "canary": (attested.get("attestation") or {}).get("canary") or {},
     }
     for result in (activated, attested):
@@ -207,7 +209,7 @@ def outcome(
     """Say how a turn ended.
 
     ``back`` is the attempt to go back, {} if there was none; ``drained`` and ``joined`` are
-    the results of the gateways. Returns {state, good, runs, why, journal, seconds}: ``good``
+    the results of the gateways. Returns {state, good, runs, why, journal, seconds, start}: ``good``
     says whether the roll may go on, ``runs`` is {release, model, cuda_graphs} on the node.
     """
     last = attempts[-1] if attempts else {}
@@ -273,5 +275,6 @@ def ended_words(
         "why": "; ".join(each for each in why if each),
         "journal": list((failed or last).get("journal") or []),
         "seconds": dict(last.get("seconds") or {}),
+        "start": dict(last.get("start") or {}),
         "canary": dict(last.get("canary") or {}),
     }

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.table import Line, render_table
+from ..serving.pages import pages_in_words
+from ..serving.phases import phases_in_words
 from .rollout import JOIN, RESTART, SERVES, UNTOUCHED, NodeState, Plan
 
 
@@ -79,10 +82,12 @@ class Ending:
     runs: Mapping[str, str]
     why: str
     journal: Sequence[str] = ()
+    start: Mapping[str, float] = field(default_factory=dict)
+    pages: Mapping[str, Any] = field(default_factory=dict)
 
 
 def render_end(endings: Sequence[Ending], width: int) -> list[Line]:
-    """Return the end table, then the journal of what failed."""
+    """Return the end table, where the time of each start went, and the journal of what failed."""
     rows = [
         (each.node, each.state, each.runs.get("release") or "-", each.runs.get("model") or "-",
          each.why)
@@ -90,6 +95,11 @@ def render_end(endings: Sequence[Ending], width: int) -> list[Line]:
     ]  # fmt: skip
     tones = [("good" if each.state == SERVES else "") if each.good else "bad" for each in endings]
     lines = render_table(("node", "outcome", "release", "model", "why"), rows, width, tones)
+    for each in endings:
+        if each.start:
+            ahead = pages_in_words(each.pages)
+            text = f"{each.node} started in {phases_in_words(each.start)}"
+            lines.append(Line(f"{text}. {ahead}" if ahead else text))
     for each in endings:
         if each.journal and not each.good:
             lines += [Line(""), Line(f"The journal of {each.node} said:")]

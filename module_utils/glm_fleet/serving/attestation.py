@@ -61,6 +61,7 @@ def run_canary(
         "time_to_first_token_s": round(measured.first_token_s, 4),
         "completion_tokens": measured.tokens,
         "text": measured.text,
+        "first_answer_s": round(first.total_s, 2),
     }
     return checks, figures
 

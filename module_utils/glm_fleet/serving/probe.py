@@ -81,6 +81,7 @@ class Canary(TypedDict, total=False):
     time_to_first_token_s: Amount
     completion_tokens: Count
     text: Words
+    first_answer_s: Amount
 
 
 class Graphs(TypedDict, total=False):

@@ -393,6 +393,19 @@ def test_the_end_table_names_every_node_and_shows_the_journal_of_failures() -> N
     ]
 
 
+def test_where_the_time_of_a_start_went_stands_below_the_table() -> None:
+    passed = {**PASSED, "start": {"imports": 29.0, "compile": 102.0, "server": 0.0}}
+    found = rollout.outcome([tried(passed)], {}, [], [], "")
+    read = {"read_bytes": 8 * 10**9, "bytes_per_second": 10**9}
+    ending = Ending("gpu01", found["state"], True, NEW, "", start=found["start"], pages=read)
+    lines = rollout_table.render_end([ending, *ENDINGS[1:]], 200)
+    told = [line.text for line in lines if " started in " in line.text]
+    assert told == [
+        "gpu01 started in 131 s: imports 29, compile 102. "
+        "8.0 GB were read before the drain; all of it takes this disk 8 s"
+    ]
+
+
 def test_the_end_in_one_sentence() -> None:
     assert rollout_table.end_sentence(ENDINGS) == (
         "The roll stopped at gpu02 (rolled back), gpu04 (drained); 1 nodes were not touched. "
