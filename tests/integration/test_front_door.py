@@ -13,24 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from glm_fleet.core.errors import FleetError
 from glm_fleet.gateway import clients
 from glm_fleet.gateway.clients import Key, add, digest, revoke, rotate
 from glm_fleet.gateway.haproxy import describe
 
-from tests.gateway import BEARER, KEY, NOW, Gateway, Node, eventually
+from tests.gateway import BEARER, KEY, NOW, ROLE, Gateway, Node, eventually
 
-# vLLM 0.23.0's own routes, but for those that the allow-list names (its OpenAPI and route table).
-VLLM_PATHS = """
-/abort_requests /classify /collective_rpc /decode /detokenize /docs /docs/oauth2-redirect /encode
-/generative_scoring /get_world_size /health /inference/v1/generate /init_weight_transfer_engine
-/invocations /is_paused /is_scaling_elastic_ep /is_sleeping /load /metrics /openapi.json /pause
-/ping /pooling /redoc /rerank /reset_encoder_cache /reset_mm_cache /reset_prefix_cache /resume
-/scale_elastic_ep /score /server_info /sleep /start_profile /stop_profile /tokenize
-/tokenizer_info /update_weights /v1/audio/transcriptions /v1/audio/translations
-/v1/chat/completions/batch /v1/chat/completions/render /v1/load_lora_adapter /v1/realtime
-/v1/rerank /v1/score /v1/unload_lora_adapter /v2/embed /v2/rerank /version /wake_up
-""".split()  # noqa: SIM905 - a list of fifty short lines is harder to read
+ROOT = ROLE.parents[1]
+
+# Every route of vLLM's application, which tests/release reads from its releases, and what the
+# framework below it adds.
+ROUTES = (ROOT / "tests/unit/fixtures/vllm-routes.txt").read_text().splitlines()
+FRAMEWORK = ["/openapi.json", "/redoc", "/docs/oauth2-redirect", "/static/x", "/metrics/"]
+ALLOWED = yaml.safe_load((ROLE / "defaults/main.yml").read_text())["gateway_paths"]
 
 # Other spellings of paths, allowed and not: each is what it is, byte by byte.
 SPELLINGS = """
@@ -69,8 +66,12 @@ def error_of(text: str) -> dict[str, Any]:
 
 
 def test_only_the_listed_paths_reach_a_node(gateway: Gateway, nodes: dict[str, Node]) -> None:
-    for path in VLLM_PATHS + SPELLINGS:
+    paths = {route.split(" ")[1].replace("{response_id}", "resp_1") for route in ROUTES}
+    assert set(ALLOWED) <= set(ROUTES)
+    for path in [*sorted(paths), *FRAMEWORK, *SPELLINGS]:
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
+            if f"{method} {path}" in ALLOWED:
+                continue
             for headers in ({}, BEARER):
                 line = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
                 sent = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
