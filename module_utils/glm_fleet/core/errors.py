@@ -38,7 +38,7 @@ class FleetError(Exception):
         if self.found:
             parts.append(f"Found: {self.found.rstrip('.')}.")
         if self.remedy:
-            parts.append(f"What to do: {self.remedy.rstrip('.')}.")
+            parts.append(f"{_REMEDY.strip()} {self.remedy.rstrip('.')}.")
         return " ".join(parts)
 
     def as_fail(self) -> dict[str, Any]:
@@ -50,6 +50,18 @@ class FleetError(Exception):
             "found": self.found,
             "remedy": self.remedy,
         }
+
+
+_REMEDY = " What to do: "
+
+
+def split_remedy(text: str, otherwise: str) -> tuple[str, str]:
+    """Divide the words of an error into what went wrong and what to do, without the last stop.
+
+    A report has a place for each: beside an error's own advice it must not give another.
+    """
+    cause, _, remedy = " ".join(text.split()).partition(_REMEDY)
+    return cause.rstrip("."), remedy.rstrip(".") or otherwise
 
 
 def disk_full(found: str) -> FleetError:

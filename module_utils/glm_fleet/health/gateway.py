@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.errors import split_remedy
 from ..gateway.answer import GatewayAnswer
 from .verdict import BROKEN, DEGRADED, Finding, GatewayHealth
 
@@ -43,9 +44,8 @@ def judge_gateway(
     up = sum(server["status"] == "UP" for server in servers)
     findings = []
     for error in gateway.get("errors", ()):
-        cause, _, step = str(error).partition(" What to do: ")
-        step = step.rstrip(".") or "on the gateway: journalctl -u haproxy"
-        findings.append(Finding("HAProxy", BROKEN, cause.rstrip("."), step))
+        cause, step = split_remedy(str(error), "on the gateway: journalctl -u haproxy")
+        findings.append(Finding("HAProxy", BROKEN, cause, step))
     if not gateway.get("valid") and not findings:
         findings.append(
             Finding("HAProxy", BROKEN, "HAProxy does not answer", "run playbooks/gateway.yml")

@@ -16,11 +16,15 @@ from typing import Any
 
 from ..artifact.retention import retirable
 from ..core.causes import why_no_answer
+from ..core.errors import split_remedy
 from ..core.format import human_bytes, parse_version
 from ..fleet.inventory import GATEWAYS, NODES
 from ..node.answer import Facts
 from .hardware import WARNING, DiskNeed, Expectations, Problem, hardware_problems
 from .records import read_records, wrong_problem
+
+# What fills up unnoticed: records of starts, states of HAProxy, journals.
+_SMALL_FOLDERS = ("/run", "/var/lib", "/var/log")
 
 
 def query(settings: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def query(settings: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any
             settings["artifact_root"],
             settings["release_root"],
             settings["gateway_disk_path"],
+            *_SMALL_FOLDERS,
         ],
         "ports": ports + [each["port"] for each in settings["ports"]],
         "users": [settings["user"]],
@@ -129,16 +134,10 @@ def evaluate(host: str, facts: Facts, expect: Expectations, *, gpu_node: bool) -
         problems += hardware_problems(host, facts, expect)
         problems += _left_over(host, facts, expect)
     for error in facts.get("errors", ()):
-        problems.append(
-            Problem(
-                host,
-                "facts",
-                "an answer",
-                str(error),
-                "look at this tool on the host",
-                WARNING,
-            )
-        )
+        cause, step = split_remedy(str(error), "look at this tool on the host")
+        known = why_no_answer(cause, host=host)
+        remedy = known.remedy if known else step
+        problems.append(Problem(host, "facts", "an answer", cause, remedy, WARNING))
     return problems
 
 

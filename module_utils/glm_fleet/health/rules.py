@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..core.causes import why_no_answer
+from ..core.errors import split_remedy
 from ..core.format import human_bytes
 from ..node.answer import Facts
 from ..serving.graphs import price_of
@@ -131,8 +132,8 @@ def service_findings(facts: Facts, name: str, restarts: int) -> Iterator[Finding
             cause = f"the service is starting: {phase}"
             yield finding(DEGRADED, cause, f"wait; follow it with {log} -f")
     elif facts.get("attestation_error") or not probe:
-        reason = facts.get("attestation_error") or "the attestation gave no result"
-        yield finding(BROKEN, str(reason), f"drain it, read {log}, then run site.yml")
+        reason = str(facts.get("attestation_error") or "the attestation gave no result")
+        yield finding(BROKEN, *split_remedy(reason, f"drain it, read {log}, then run site.yml"))
     else:
         yield from _running(probe, engine, log)
         if restarts:
@@ -219,7 +220,9 @@ def system_findings(facts: Facts, expect: Expectations, limits: Limits) -> Itera
         cause = f"memory is nearly used up: {human_bytes(left)} of {human_bytes(memory)} left"
         yield Finding("memory", DEGRADED, cause, "see what uses it: ps -e --sort=-rss")
     for error in facts.get("errors", ()):
-        yield Finding("facts", HEALTHY, f"not read: {error}", "look at this tool on the host")
+        cause, step = split_remedy(f"not read: {error}", "look at this tool on the host")
+        known = why_no_answer(cause)
+        yield Finding("facts", HEALTHY, cause, known.remedy if known else step)
 
 
 def artifact_findings(facts: Facts) -> Iterator[Finding]:
@@ -259,12 +262,8 @@ def artifact_findings(facts: Facts) -> Iterator[Finding]:
                 else "run site.yml: it fetches only these files again; have the disk looked at",
             )
     if facts.get("verified_error"):
-        yield Finding(
-            "artifact",
-            DEGRADED,
-            f"what is active cannot be verified: {facts['verified_error']}",
-            "look at the disk of the node",
-        )
+        reason = f"what is active cannot be verified: {facts['verified_error']}"
+        yield Finding("artifact", DEGRADED, *split_remedy(reason, "look at the disk of the node"))
 
 
 def link_target(facts: Facts, link: str) -> str:

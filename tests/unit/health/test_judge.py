@@ -371,6 +371,22 @@ def test_a_configuration_that_was_changed_by_hand_is_a_finding() -> None:
     )
 
 
+def test_an_error_that_brings_its_advice_gets_no_other() -> None:
+    records = fleet_records()
+    facts = records["gpu02"]["node"]
+    facts["attestation"] = {}
+    facts["attestation_error"] = "This node has no policy. Found: none. What to do: run site.yml."
+    facts["errors"] = ["journal: [Errno 28] No space left on device: '/var/log/x'"]
+    nodes, _ = judge(records)
+    (finding,) = [each for each in nodes[1].findings if each.check == "service"]
+    assert (finding.cause, finding.next_step) == (
+        "This node has no policy. Found: none",
+        "run site.yml",
+    )
+    (note,) = [each for each in nodes[1].findings if each.check == "facts"]
+    assert "df -h" in note.next_step
+
+
 def test_faulty_hardware_stands_before_what_it_causes() -> None:
     records = fleet_records()
     facts = records["gpu02"]["node"]
