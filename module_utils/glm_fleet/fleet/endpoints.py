@@ -72,7 +72,8 @@ def plan_endpoints(
     address, port and admin_state. A node that is in service keeps the endpoint that it has: its
     turn of the roll changes it, when it answers at the new one. Returns {endpoints, kept, renamed:
     {new name: old name}, leaving}: a server that is in service and that no node has any more is
-    renamed when a new node has its endpoint, and leaving when none has.
+    renamed when a new node has its endpoint, and leaving when none has and it takes requests:
+    one that was drained before may go without a word.
     """
     known = {
         str(each["name"]): join_endpoint(str(each["address"]), int(each["port"]))
@@ -80,6 +81,7 @@ def plan_endpoints(
         if each["admin_state"] != "maint"
     }
     all_names = {str(each["name"]) for each in servers}
+    ready = {str(each["name"]) for each in servers if each["admin_state"] == "ready"}
     kept = {name: known[name] for name in wanted if name in known and known[name] != wanted[name]}
     gone = [name for name in known if name not in wanted]
     renamed = {
@@ -93,5 +95,5 @@ def plan_endpoints(
         "endpoints": {**wanted, **kept},
         "kept": sorted(kept),
         "renamed": renamed,
-        "leaving": sorted(set(gone) - set(renamed.values())),
+        "leaving": sorted(ready & set(gone) - set(renamed.values())),
     }

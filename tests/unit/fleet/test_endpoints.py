@@ -134,6 +134,7 @@ def test_a_node_that_is_left_out_leaves_and_one_that_got_another_name_stays() ->
         server("gpu02", 8000, address="[2001:db8::2]"),
         server("gpu03", 8000, address="10.0.0.3"),
         server("gpu04", 8000, "maint", "10.0.0.4"),
+        server("gpu05", 8000, "drain", "10.0.0.5"),
     ]
     found = plan_endpoints(wanted, servers)
     assert found["renamed"] == {"node01": "gpu01"}
