@@ -8,6 +8,7 @@ and read by `decode`, `parse` or `read`. The types mean more than to a type chec
   can be written to a file. ``None`` is JSON's null, `Any` is any JSON of finite numbers.
 - ``Annotated`` narrows a type: by `Range` (numbers), `Size` (characters, items or entries),
   `Matching` (text). `Words` is what a program or a person said: what is no text in it becomes ?.
+  `Moment` is an ISO time with its zone.
 - ``dict[str, NoReturn]`` is {} alone.
 - A key that the type does not have is kept in a `TypedDict` and left out of a dataclass; with
   ``strict`` it is refused. A key may be missing where the type says so (a default, total=False).
@@ -26,6 +27,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import (
     Annotated,
@@ -83,9 +85,15 @@ class _Said:
     """Text of a program or a person: a broken character is no reason to refuse the rest."""
 
 
+@dataclass(frozen=True)
+class _Dated:
+    """An ISO time of these centuries with its zone."""
+
+
 Count = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0.0, 1e18)]
 Words = Annotated[str, _Said()]
+Moment = Annotated[str, _Dated()]
 
 
 class _WrongError(Exception):
@@ -284,11 +292,21 @@ def _narrowed(kind: Any, *marks: Any, strict: bool) -> _Reader:
                 raise _WrongError(f"a number from {mark.least:g} to {mark.most:g}", value)
             if isinstance(mark, Size) and len(found) > mark.most:
                 raise _WrongError(f"at most {mark.most} long", value)
+            if isinstance(mark, _Dated) and not _is_moment(found):
+                raise _WrongError("an ISO time with its zone", value)
             if isinstance(mark, Matching) and not re.fullmatch(mark.pattern, found):
                 raise _WrongError(mark.meaning, value)
         return found
 
     return narrow
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return moment.tzinfo is not None and 1970 <= moment.year < 3000
 
 
 def _one_of(choices: tuple[Any, ...]) -> _Reader:

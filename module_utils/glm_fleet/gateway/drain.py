@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core.errors import FleetError
 from .haproxy import Haproxy
 from .state_file import is_saved, save_states, state_lock
+from .statistics import row_of
 
 _MENDING_S = 30.0
 
@@ -112,7 +113,7 @@ class _Server:
             for server in self.haproxy.servers()
             if server.backend == self.backend
             and server.admin_state == "ready"
-            and statistics[self.backend, server.name].status == "UP"
+            and row_of(statistics, self.backend, server.name).status == "UP"
         }
         others = sorted(taking - {self.name})
         if self.name not in taking or len(others) >= min_ready:
@@ -127,7 +128,7 @@ class _Server:
 
     def not_up(self, before: str) -> FleetError | None:
         """Return why the gateway sends it nothing yet."""
-        server = self.haproxy.statistics()[self.backend, self.name]
+        server = row_of(self.haproxy.statistics(), self.backend, self.name)
         if server.settled:
             return None
         return FleetError(

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..core.errors import FleetError
+from ..core.format import parse_count
 from .statistics import (
     ClientUsage,
     ServerState,
@@ -26,6 +27,7 @@ from .statistics import (
     parse_old_workers,
     parse_servers_state,
     parse_statistics,
+    row_of,
     unexpected_answer,
 )
 
@@ -263,7 +265,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
         report.update(
             version=info.get("Version", ""),
             revision=haproxy.revision(),
-            uptime_s=int(info.get("Uptime_sec", "0")),
+            uptime_s=parse_count(info.get("Uptime_sec", "")) or 0,
             servers=[
                 {
                     "name": server.name,
@@ -271,7 +273,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
                     "address": server.endpoint.rpartition(":")[0],
                     "port": int(server.endpoint.rpartition(":")[2]),
                     "admin_state": server.admin_state,
-                    **_public(statistics[server.backend, server.name]),
+                    **_public(row_of(statistics, server.backend, server.name)),
                     "sessions_current": haproxy.sessions(server.backend, server.name),
                 }
                 for server in servers

@@ -91,7 +91,7 @@ def _states_to_keep(
 def _read(path: Path) -> list[ServerState] | None:
     """Return what the server-state file says; None if it is missing or damaged."""
     try:
-        return parse_servers_state(path.read_text())
+        return parse_servers_state(path.read_text(errors="replace"))
     except (FileNotFoundError, FleetError):
         return None
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..core.errors import FleetError
+from ..core.format import parse_count
 from ..core.net import join_endpoint
 
 STATE_FILE_VERSION = "1"
@@ -90,23 +92,13 @@ def parse_statistics(text: str) -> dict[tuple[str, str], Statistics]:
     if not text.startswith("# pxname,"):
         raise unexpected_answer("show stat", "a CSV table", text[:200])
     found = {}
-    for row in csv.DictReader(text[2:].splitlines()):
-        if row["svname"] in ("FRONTEND", "BACKEND"):
-            continue
-        # "* " marks a check in progress, "UP 1/3" a server on its way down or up.
-        check = row["check_status"].removeprefix("* ")
-        status = "DRAIN" if row["status"] == "NOLB" else row["status"].split(" ")[0]
-        if status == "UP" and row["weight"] == "0":
-            status = "DRAIN"
-        found[row["pxname"], row["svname"]] = Statistics(
-            status=status,
-            settled=row["status"] == status == "UP" and check in ("L4OK", "L6OK", "L7OK"),
-            check=" ".join(part for part in (check, row.get("last_chk", "")) if part),
-            sessions_current=int(row["scur"] or 0),
-            sessions_total=int(row["stot"] or 0),
-            weight=int(row["weight"] or 0),
-            last_change_s=int(row["lastchg"] or 0),
-        )
+    try:
+        for row in csv.DictReader(text[2:].splitlines(), restval=""):
+            if row["svname"] not in ("FRONTEND", "BACKEND"):
+                found[row["pxname"], row["svname"]] = _server(row)
+    except (csv.Error, KeyError, ValueError) as error:
+        words = f"{type(error).__name__}: {error}"[:200]
+        raise unexpected_answer("show stat", "a row of figures per server", words) from error
     return found
 
 
@@ -135,21 +127,53 @@ def parse_clients(text: str) -> list[ClientUsage]:
         if "key" not in row or "gpc0" not in row:
             continue
         try:
-            passed = int(row["gpc0"])
+            passed = _count(row["gpc0"])
             found.append(
                 ClientUsage(
                     name=row["key"],
                     requests=passed,
-                    refused=max(int(row["http_req_cnt"]) - passed, 0),
-                    failed=int(row["http_fail_cnt"]),
-                    at_once=int(row["conn_cur"]),
-                    bytes_in=int(row["bytes_in_cnt"]),
-                    bytes_out=int(row["bytes_out_cnt"]),
+                    refused=max(_count(row["http_req_cnt"]) - passed, 0),
+                    failed=_count(row["http_fail_cnt"]),
+                    at_once=_count(row["conn_cur"]),
+                    bytes_in=_count(row["bytes_in_cnt"]),
+                    bytes_out=_count(row["bytes_out_cnt"]),
                 )
             )
         except (KeyError, ValueError) as error:
             raise unexpected_answer("show table", "counters of each client", line) from error
     return sorted(found, key=lambda each: each.name)
+
+
+def row_of(statistics: Mapping[tuple[str, str], Statistics], backend: str, name: str) -> Statistics:
+    """Return the row of a server that ``show servers state`` lists; raises `FleetError`."""
+    if (backend, name) not in statistics:
+        known = ", ".join("/".join(each) for each in statistics)[:200]
+        raise unexpected_answer("show stat", f"a row of {backend}/{name}", known)
+    return statistics[backend, name]
+
+
+def _server(row: Mapping[str, str]) -> Statistics:
+    # "* " marks a check in progress, "UP 1/3" a server on its way down or up.
+    check = row["check_status"].removeprefix("* ")
+    status = "DRAIN" if row["status"] == "NOLB" else row["status"].split(" ")[0]
+    if status == "UP" and row["weight"] == "0":
+        status = "DRAIN"
+    return Statistics(
+        status=status,
+        settled=row["status"] == status == "UP" and check in ("L4OK", "L6OK", "L7OK"),
+        check=" ".join(part for part in (check, row.get("last_chk", "")) if part),
+        sessions_current=_count(row["scur"]),
+        sessions_total=_count(row["stot"]),
+        weight=_count(row["weight"]),
+        last_change_s=_count(row["lastchg"]),
+    )
+
+
+def _count(cell: str) -> int:
+    count = parse_count(cell or "0")
+    if count is None:
+        raise ValueError(f"{cell[:20]!r} is no count")
+    return count
 
 
 def parse_old_workers(text: str) -> list[int]:
@@ -160,7 +184,10 @@ def parse_old_workers(text: str) -> list[int]:
         if line.startswith("# "):
             old = line.strip() == "# old workers"
         elif old and line.split()[1:2] == ["worker"]:
-            pids.append(int(line.split()[0]))
+            pid = parse_count(line.split()[0])
+            if pid is None:
+                raise unexpected_answer("show proc", "a process id per worker", line[:200])
+            pids.append(pid)
     return pids
 
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from .rules import SITE_STEP
-from .verdict import DEGRADED, HEALTHY, Finding, Limits, NodeHealth
+from .verdict import DEGRADED, HEALTHY, Finding, Limits, NodeHealth, Verdict
 
 
 def compare_nodes(
@@ -69,7 +69,7 @@ def compare_nodes(
 
 def _traits(
     nodes: Sequence[NodeHealth],
-) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+) -> Iterator[tuple[str, Verdict, str, dict[str, str]]]:
     """What should be the same on every node: (name, verdict on the odd one, step, values)."""
     seen = [node for node in nodes if node.facts]
 

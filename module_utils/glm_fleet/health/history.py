@@ -10,12 +10,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
+from ..core.decode import Amount, Count, Moment, Range, Words, read
+from ..core.errors import FleetError
 from ..core.files import write_atomically
+from ..serving.probe import Sample
+from .verdict import Verdict
 
 SCHEMA = "glm-fleet/health/1"
 _RAW = ("facts", "probe")
+# Between two samples a figure can fall, too.
+Figure = Annotated[float, Range(-1e18, 1e18)]
 _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ\.json")
 # What is told when it differs, and how people call it.
 _NODE_FIELDS = {
@@ -28,16 +34,89 @@ _NODE_FIELDS = {
 _GATEWAY_FIELDS = {"verdict": "verdict", "version": "version", "up": "servers UP"}
 
 
+class FindingRow(TypedDict):
+    """One finding about a host."""
+
+    check: Words
+    verdict: Verdict
+    cause: Words
+
+
+class Baseline(TypedDict, total=False):
+    """What the next check compares with; {} of a host that never answered."""
+
+    time: Words
+    epoch_s: Amount | None
+    invocation_id: Words
+    n_restarts: Count
+    ecc: Mapping[str, Count]
+    gpus: Sequence[Words]
+    engine: Sample | Mapping[str, NoReturn]
+    slow: bool
+    sent: Mapping[str, Count]
+
+
+class EngineRow(TypedDict, total=False):
+    """The engine's figures, and since the check before, which may be None."""
+
+    state: Words
+    phase: Words
+    running: Amount | None
+    waiting: Amount | None
+    kv_cache_usage: Amount | None
+    since: Mapping[str, Figure | None]
+    restarts: Count
+
+
+class NodeRow(TypedDict):
+    """One node of a kept report."""
+
+    name: Words
+    verdict: Verdict
+    reasons: Sequence[Words]
+    next_step: Words
+    findings: Sequence[FindingRow]
+    gpus: Words
+    release: Words
+    model: Words
+    unit: Words
+    attestation: Words
+    tokens_per_second: Amount | None
+    gateway: Mapping[str, Words]
+    engine: EngineRow
+    baseline: Baseline
+
+
+class GatewayRow(TypedDict):
+    """One gateway of a kept report."""
+
+    name: Words
+    verdict: Verdict
+    reasons: Sequence[Words]
+    next_step: Words
+    findings: Sequence[FindingRow]
+    version: Words
+    up: Count
+    baseline: Baseline
+
+
+class Report(TypedDict):
+    """A report of the fleet's health: see docs/health.md."""
+
+    schema: Literal["glm-fleet/health/1"]
+    time: Moment
+    nodes: Sequence[NodeRow]
+    gateways: Sequence[GatewayRow]
+
+
 def load(folder: Path, most: int) -> list[dict[str, Any]]:
     """Return the last ``most`` kept reports, oldest first; what cannot be read is left out."""
     reports = []
     for path in _files(folder)[-most:] if most else []:
         try:
-            report = json.loads(path.read_text())
-        except (OSError, ValueError):
+            reports.append(dict(read(Report, path)))
+        except (FileNotFoundError, FleetError):
             continue
-        if isinstance(report, dict) and report.get("schema") == SCHEMA:
-            reports.append(report)
     return reports
 
 

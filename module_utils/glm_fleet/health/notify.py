@@ -17,16 +17,38 @@ import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TypedDict
 
+from ..core.decode import Words, read
 from ..core.errors import FleetError
 from ..core.files import write_atomically
+from .verdict import Verdict
 
 _TIMEOUT_S = 15.0
 # A webhook that is down for days must not fill the disk.
 _MOST_WAITING = 1000
 _LEVELS = {"healthy": 5, "degraded": 4, "broken": 3, "unknown": 3}
 Post = Callable[[Mapping[str, Any]], None]
+
+
+class _Row(TypedDict):
+    name: Words
+    verdict: Verdict
+    reasons: Sequence[Words]
+    next_step: Words
+
+
+class _Report(TypedDict):
+    time: Words
+    nodes: Sequence[_Row]
+    gateways: Sequence[_Row]
+
+
+class _State(TypedDict):
+    """The verdict of each host that was told last, and the events that wait for the webhook."""
+
+    told: Mapping[str, Words]
+    waiting: Sequence[Mapping[str, Any]]
 
 
 def find_events(report: Mapping[str, Any], told: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -109,15 +131,14 @@ def webhook(url: str) -> Post:
     return post
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> _State:
     try:
-        state = json.loads(path.read_text())
-        return {"told": dict(state["told"]), "waiting": list(state["waiting"])}
-    except (OSError, ValueError, LookupError, TypeError):
+        return read(_State, path)
+    except (FileNotFoundError, FleetError):
         return {"told": {}, "waiting": []}
 
 
-def _save(path: Path, state: Mapping[str, Any]) -> None:
+def _save(path: Path, state: _State) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(state, indent=1) + "\n", mode=0o600)
 
@@ -132,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     url = os.environ.get("GLM_FLEET_WEBHOOK", "")
     try:
-        report = json.loads(options.report.read_text())
-    except (OSError, ValueError) as error:
+        report = read(_Report, options.report)
+    except (FileNotFoundError, FleetError) as error:
         sys.stderr.write(f"<3>{options.report} cannot be read: {error}\n")
         return 1
     problems = notify(

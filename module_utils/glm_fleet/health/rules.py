@@ -13,7 +13,7 @@ from ..core.format import human_bytes
 from ..node.answer import Facts
 from ..serving.graphs import price_of
 from .hardware import ERROR, Expectations, Problem
-from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits
+from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits, Verdict
 
 _DEGRADING = ("throttling",)
 SITE_STEP = "run site.yml: it drains, restarts and attests the node"
@@ -115,7 +115,7 @@ def service_findings(facts: Facts, name: str, restarts: int) -> Iterator[Finding
     said = probe.get("diagnosis") or next(iter(reversed(probe.get("journal") or [])), "")
     died = f"{'; ' + said if said else ''}"
 
-    def finding(verdict: str, cause: str, step: str) -> Finding:
+    def finding(verdict: Verdict, cause: str, step: str) -> Finding:
         return Finding("service", verdict, cause, step)
 
     if unit.get("load_state") != "loaded":

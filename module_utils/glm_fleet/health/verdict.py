@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Final, Literal
 
 from ..core.errors import FleetError
 from ..node.answer import Facts
 from ..serving.probe import Probe
 from .hardware import Problem
 
-HEALTHY = "healthy"
-DEGRADED = "degraded"
-BROKEN = "broken"
-UNKNOWN = "unknown"
-VERDICTS = (HEALTHY, DEGRADED, BROKEN, UNKNOWN)
+Verdict = Literal["healthy", "degraded", "broken", "unknown"]
+HEALTHY: Final = "healthy"
+DEGRADED: Final = "degraded"
+BROKEN: Final = "broken"
+UNKNOWN: Final = "unknown"
+VERDICTS: tuple[Verdict, ...] = (HEALTHY, DEGRADED, BROKEN, UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Finding:
     """One thing about a host: a ``healthy`` one is a note, which fails nothing."""
 
     check: str
-    verdict: str
+    verdict: Verdict
     cause: str
     next_step: str = ""
 
@@ -63,7 +64,7 @@ class Judged:
     findings: Sequence[Finding]
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """Return the worst verdict of the findings."""
         return worst(self.findings)
 
@@ -135,7 +136,7 @@ class GatewayHealth(Judged):
         return {**asdict(self), **self._summed_up()}
 
 
-def worst(findings: Iterable[Finding]) -> str:
+def worst(findings: Iterable[Finding]) -> Verdict:
     """Return the worst verdict; healthy when there is none."""
     return max((each.verdict for each in findings), key=VERDICTS.index, default=HEALTHY)
 

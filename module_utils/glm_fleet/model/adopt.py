@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 from ..artifact.hashes import Damage
 from ..artifact.manifest import MANIFEST, FileEntry, Manifest, artifact_id, load_manifest
 from ..artifact.store import Store
+from ..core.decode import read
 from ..core.errors import FleetError, from_os_error
 from ..core.files import link_or_copy, sha256_file
 from ..core.progress import Meter
@@ -20,6 +21,10 @@ from .source import INDEX, KIND, SHA256, Source, describe, git_blob_id, is_commi
 
 # What the client leaves beside the files that it downloaded to a folder.
 CLIENT_RECORDS = Path(".cache/huggingface/download")
+
+
+class _Index(TypedDict):
+    weight_map: Mapping[str, str]
 
 
 def folder_manifest(folder: Path, source: Source, given: Path | None, meter: Meter) -> Manifest:
@@ -115,7 +120,7 @@ def _recorded_manifest(folder: Path, source: Source, meter: Meter) -> Manifest:
     base = folder / CLIENT_RECORDS
     for path in sorted(base.rglob("*.metadata")):
         name = path.relative_to(base).as_posix()[: -len(".metadata")]
-        lines = path.read_text().split()
+        lines = path.read_text(errors="replace").split()
         if source.selects(name) and len(lines) >= 2:
             records[name] = (lines[0], lines[1])
     commits = {commit for commit, _ in records.values()}
@@ -144,7 +149,7 @@ def _recorded_manifest(folder: Path, source: Source, meter: Meter) -> Manifest:
             wrong.append(Damage(name, "changed", "another git object id"))
     known = {file.path for file in files}
     index = folder / INDEX
-    shards = json.loads(index.read_text())["weight_map"].values() if INDEX in known else ()
+    shards = read(_Index, index)["weight_map"].values() if INDEX in known else ()
     wrong += [
         Damage(name, "missing", f"named by {INDEX}")
         for name in sorted(set(shards) - set(records))

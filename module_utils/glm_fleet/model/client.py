@@ -8,16 +8,19 @@ import importlib
 import re
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Protocol
 
+from ..core.decode import decode
 from ..core.errors import FleetError
+from ..core.format import parse_count
 from .partfile import BLOCK, Span
 from .source import HubFile, carries_token
 
 LONGEST_PAUSE_S = 30.0
 _TIMEOUT_S = 30.0
+_LISTING = "correct model_endpoint and model_mirrors; a proxy may answer in its place"
 # Storage hosts refuse signatures that are older or younger than some minutes.
 _SKEW_S = 240.0
 
@@ -100,16 +103,15 @@ class HubClient:
             )
         except (self._transport_error(), OSError) as error:
             raise self._explain(error, endpoint, repository, revision) from error
-        files = [
-            HubFile(
-                path=str(each.rfilename),
-                size=int(each.lfs.size if each.lfs else each.size or 0),
-                sha256=str(each.lfs.sha256) if each.lfs else "",
-                git_oid="" if each.lfs else str(each.blob_id),
-            )
-            for each in info.siblings or ()
-        ]
-        return str(info.sha), files
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # The client takes the hub's JSON as it comes.
+            raise FleetError(
+                f"The answer of {endpoint} cannot be used",
+                expected=f"the description of {repository}",
+                found=f"{type(error).__name__}: {error}"[:300],
+                remedy=_LISTING,
+            ) from error
+        return read_listing(info, f"The answer of {endpoint}")
 
     def download(
         self,
@@ -276,10 +278,36 @@ def clock_remark(response: Any, error: Exception) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class _Listing:
+    commit: str
+    files: Sequence[HubFile]
+
+
+def read_listing(info: Any, what: str) -> tuple[str, list[HubFile]]:
+    """Return commit and files of the client's description of a model; raises `FleetError`."""
+    listed = getattr(info, "siblings", None) or []
+    files = [_described(each) for each in listed] if isinstance(listed, list) else listed
+    said = {"commit": getattr(info, "sha", None), "files": files}
+    listing = decode(_Listing, said, what=what, remedy=_LISTING)
+    return listing.commit, list(listing.files)
+
+
+def _described(sibling: Any) -> dict[str, Any]:
+    lfs = getattr(sibling, "lfs", None)
+    size = getattr(lfs if lfs else sibling, "size", None)
+    return {
+        "path": getattr(sibling, "rfilename", None),
+        "size": 0 if size is None else size,
+        "sha256": getattr(lfs, "sha256", None) if lfs else "",
+        "git_oid": "" if lfs else getattr(sibling, "blob_id", None),
+    }
+
+
 def _asked_pause(headers: Mapping[str, str]) -> float:
     """Return how long a hub asks to wait, in seconds; 0 when it does not say."""
-    asked = headers.get("retry-after", "")
-    if asked.isdigit():
+    asked = parse_count(headers.get("retry-after", ""))
+    if asked is not None:
         return float(asked)
-    window = re.search(r"\bt=(\d+)", headers.get("ratelimit", ""))
+    window = re.search(r"\bt=([0-9]{1,9})", headers.get("ratelimit", ""))
     return float(window.group(1)) if window else 0.0

@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from ..core.decode import Count, read
+from ..core.errors import FleetError
 from ..core.files import write_atomically
 
 BLOCK = 1024 * 1024
@@ -38,7 +40,11 @@ class Part:
             path.unlink()
             there = 0
         # Without a record, what is there is a beginning, left by a run with one connection.
-        noted = _read_record(self._record) if there else None
+        try:
+            noted = _read_record(self._record) if there else None
+        except FleetError:
+            path.unlink()
+            there, noted = 0, None
         if noted is None:
             # A record that is left without its part belongs to a part that was removed.
             self._record.unlink(missing_ok=True)
@@ -118,7 +124,11 @@ class Part:
 
 
 def _read_record(path: Path) -> list[int] | None:
+    """Return how much is there of each segment, None where nothing was noted.
+
+    Raises `FleetError` where that cannot be told: then nothing of the file can be used.
+    """
     try:
-        return [int(each) for each in json.loads(path.read_text())]
+        return read(list[Count], path)
     except FileNotFoundError:
         return None

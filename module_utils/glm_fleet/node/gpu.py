@@ -10,7 +10,6 @@ None, and what went wrong stands in `GpuReport.error`.
 from __future__ import annotations
 
 import csv
-import io
 import re
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..core.errors import FleetError
+from ..core.format import parse_count
 from ..core.runner import Runner
 
 _TIMEOUT_S = 60.0
@@ -147,7 +147,7 @@ def read_gpus(run: Runner) -> GpuReport:
     capabilities, links = parse_query(query), parse_topology(topology)
     try:
         driver, cuda, gpus = parse_xml(xml, capabilities)
-    except ET.ParseError as error:
+    except (ET.ParseError, ValueError) as error:
         return GpuReport(error=f"nvidia-smi -q -x gave damaged XML: {error}")
     return GpuReport(driver, cuda, gpus, links, "; ".join(each for each in errors if each))
 
@@ -158,11 +158,16 @@ def parse_query(text: str) -> dict[str, tuple[int, str | None]]:
     A heading line and lines that are no such triple (error messages) are skipped.
     """
     found: dict[str, tuple[int, str | None]] = {}
-    for row in csv.reader(io.StringIO(text), skipinitialspace=True):
-        if len(row) == 3 and row[0].strip().isdigit():
-            capability = row[2].strip()
-            known = re.fullmatch(r"\d+\.\d+", capability) is not None
-            found[row[1].strip()] = (int(row[0]), capability if known else None)
+    # A line that is no CSV at all is as good as none.
+    for line in text.splitlines():
+        try:
+            row = [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True), [])]
+        except csv.Error:
+            continue
+        index = parse_count(row[0]) if len(row) == 3 else None
+        if index is not None:
+            known = re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", row[2]) is not None
+            found[row[1]] = (index, row[2] if known else None)
     return found
 
 
@@ -284,7 +289,7 @@ def _version(root: ET.Element, *paths: str) -> str | None:
 
 def _number(element: ET.Element, path: str) -> float | None:
     text = _text(element, path)
-    match = re.match(r"-?\d+(\.\d+)?", text) if text else None
+    match = re.match(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", text) if text else None
     return float(match.group()) if match else None
 
 
@@ -306,5 +311,5 @@ def _flag(element: ET.Element, path: str) -> bool | None:
 
 
 def _gpu_number(label: str) -> int | None:
-    match = re.fullmatch(r"GPU(\d+)", label)
+    match = re.fullmatch(r"GPU([0-9]{1,4})", label)
     return int(match.group(1)) if match else None

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from ..core.decode import parse
+from ..core.errors import FleetError
+from ..core.format import parse_count
 from ..core.runner import Runner
 from .query import TIMEOUT_S
 from .xid import parse_message
@@ -38,8 +40,14 @@ def parse_xids(journal: str) -> Iterator[dict[str, Any]]:
     for line in journal.splitlines():
         if "Xid" not in line and "NVRM" not in line:
             continue
-        entry = json.loads(line)
+        try:
+            entry = parse(dict[str, Any], line, what="A line of the kernel's log")
+        except FleetError:
+            # One that is damaged must not hide the others.
+            continue
+        # A message with bytes that are no text comes as a list of numbers.
         message = entry.get("MESSAGE")
         found = parse_message(message) if isinstance(message, str) else None
         if found:
-            yield {**found, "time_s": int(entry.get("__REALTIME_TIMESTAMP", 0)) / 1e6}
+            stamp = parse_count(str(entry.get("__REALTIME_TIMESTAMP", "")))
+            yield {**found, "time_s": (stamp or 0) / 1e6}

@@ -26,6 +26,7 @@ from typing import Callable
 
 from ..core.errors import FleetError
 from ..core.files import write_atomically
+from ..core.format import parse_count
 from ..core.procfs import Process, is_vllm, list_processes
 from ..core.runner import Runner, run_program
 from ..serving.record import RECORD, make_record
@@ -45,8 +46,9 @@ def memory_in_use(runner: Runner) -> dict[int, int]:
     used = {}
     for line in answer.stdout.splitlines():
         index, _, mib = line.partition(",")
-        if index.strip().isdigit() and mib.strip().isdigit():
-            used[int(index)] = int(mib)
+        number, amount = parse_count(index), parse_count(mib)
+        if number is not None and amount is not None:
+            used[number] = amount
     return used
 
 

@@ -101,7 +101,7 @@ SXIDS_ALWAYS_FATAL = frozenset({10003, 12020, 22003, 22011, *range(23001, 23018)
 
 _MESSAGE = re.compile(
     r"(?P<kind>S?Xid) \((?:PCI:)?(?P<device>[0-9A-Fa-f]+(?::[0-9A-Fa-f]+)+(?:\.[0-9A-Fa-f]+)?)"
-    r"(?: (?P<instance>GPU-I:\d+))?\): (?P<code>\d+)(?:, ?(?P<rest>.*))?"
+    r"(?: (?P<instance>GPU-I:\d+))?\): (?P<code>[0-9]{1,6})(?:, ?(?P<rest>.*))?"
 )
 _OFF_THE_BUS = re.compile(
     r"NVRM:? (?:The NVIDIA )?GPU (?:at )?(?:PCI:)?(?P<device>(?:[0-9A-Fa-f]{4,8}:)?[0-9A-Fa-f]{2}:"
