@@ -26,9 +26,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_background import BackgroundAction, Work
 from glm_fleet.artifact.manifest import Manifest, parse_manifest
+from glm_fleet.core.decode import parse
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.progress import Progress, Reporter, bar
-from glm_fleet.transfer.rendezvous import Meeting, Record
+from glm_fleet.transfer.rendezvous import AgentAnswer, Meeting, Record
 from glm_fleet.transfer.torrent import bundles, torrent_roots
 
 _display = Display()
@@ -105,20 +106,20 @@ class ActionModule(BackgroundAction):
             return {**result, "failed": bool(stopped.get("failed")), **_message(stopped)}
         return {**result, "failed": True, **record.failure}
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: Mapping[str, Any]) -> AgentAnswer:
         # Not a module: this happens every other second, and is one light process on the node.
         done = self._low_level_execute_command(
             self._command, in_data=json.dumps(request).encode(), sudoable=True
         )
+        line = (done.get("stdout", "").strip().splitlines() or [""])[-1]
         try:
-            answer: dict[str, Any] = json.loads(done.get("stdout", "").strip().splitlines()[-1])
-        except (ValueError, IndexError) as error:
+            return parse(AgentAnswer, line, what="The answer of the swarm's agent")
+        except FleetError as error:
+            said = (done.get("stderr") or "").strip()[-500:]
             raise AnsibleActionFail(
-                "The swarm's agent cannot be asked. Expected: its answer. Found: "
-                f"{(done.get('stderr') or done.get('stdout') or 'nothing').strip()[-500:]}. "
+                f"{error} It said: {said or line[:500] or 'nothing'}. "
                 "What to do: check Python and sudo on the host, then run again."
             ) from error
-        return answer
 
     def _push(
         self, run: str, meeting: Meeting, arguments: dict[str, Any], started: dict[str, Any]
@@ -151,7 +152,7 @@ class ActionModule(BackgroundAction):
             if text and done < total:
                 _display.display(text, newline=False)
 
-    def _keep(self, meeting: Meeting, answer: Mapping[str, Any]) -> None:
+    def _keep(self, meeting: Meeting, answer: AgentAnswer) -> None:
         for reason in meeting.keep(answer.get("torrents", {})):
             _display.warning(f"{self._host} offers a torrent that nobody is given. {reason}")
 

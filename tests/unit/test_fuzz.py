@@ -20,13 +20,17 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
+from glm_fleet.artifact.hashes import Proven
+from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id, load_manifest
+from glm_fleet.artifact.retention import protected_by
 from glm_fleet.artifact.store import Store
-from glm_fleet.core.decode import decode
+from glm_fleet.core.decode import decode, parse
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.http import Http
-from glm_fleet.core.progress import Meter
+from glm_fleet.core.progress import Meter, Progress, bar, from_json
 from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.core.systemd import unit_state
+from glm_fleet.fleet.lock import FleetLock
 from glm_fleet.gateway.haproxy import Haproxy, describe
 from glm_fleet.gateway.state_file import is_saved
 from glm_fleet.gateway.statistics import parse_old_workers
@@ -45,6 +49,7 @@ from glm_fleet.model.client import read_listing
 from glm_fleet.model.partfile import Part
 from glm_fleet.model.pins import pinned
 from glm_fleet.node.answer import decode_facts
+from glm_fleet.node.artifacts import read_artifacts
 from glm_fleet.node.gpu import read_gpus
 from glm_fleet.node.kernel import parse_xids
 from glm_fleet.node.prestart import memory_in_use
@@ -53,6 +58,8 @@ from glm_fleet.node.remote_call import answer_in
 from glm_fleet.node.watchdog import Flag, Watchdog
 from glm_fleet.node.watchdog import Settings as WatchSettings
 from glm_fleet.node.xid import faults
+from glm_fleet.release.environment import read_recipe
+from glm_fleet.release.installed import COMPLETE, find_damage, is_complete
 from glm_fleet.serving import engine
 from glm_fleet.serving.client import complete, served_model
 from glm_fleet.serving.deployment import UNIT, Deployments, Places
@@ -60,6 +67,7 @@ from glm_fleet.serving.evidence import read_evidence
 from glm_fleet.serving.policy import read_api_key, read_policy
 from glm_fleet.serving.probe import Sample
 from glm_fleet.serving.record import read_record
+from glm_fleet.transfer.rendezvous import AgentAnswer, Meeting, Record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_judge import TIME, fleet_records
@@ -154,6 +162,8 @@ def answers_of_a_fleet() -> dict[str, dict[str, Any]]:
         ]
         facts["verified"] = [{"kind": "model", "id": "glm-123", "damage": []}]
         facts["protected"] = ["glm-123"]
+        facts["environment"] = {"release": "r", "damage": ["a: missing"]}
+        facts["attestation"]["cuda_graphs"] = {"runs": "eager", "wanted": "full", "reason": "x"}
         facts["errors"] = ["units: no answer"]
         record["expect"] = [{"gpu_node": True, "expect": {**EXPECT, "gpu_count": 2}}]
     return records
@@ -510,6 +520,84 @@ def kept(text: str, folder: Path) -> object:
     return [history.sentence(each) for each in report["changes"]]
 
 
+def manifest_of(files: Sequence[FileEntry]) -> str:
+    """Return a manifest as it is written."""
+    return Manifest(
+        "model", artifact_id("glm", files), tuple(files), {"revision": COMMIT}
+    ).as_json()
+
+
+MANIFEST = manifest_of([FileEntry("a/b.bin", 7, "ab" * 32), FileEntry("c", 0, "cd" * 32)])
+
+
+def manifests(text: str, folder: Path) -> object:
+    """Look at artifacts on a node, of which one has this manifest."""
+    path = folder / "model" / "glm-1" / "manifest.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    errors: list[str] = []
+    found = read_artifacts(folder, ["revision"], errors)
+    json.dumps([found, errors], allow_nan=False)
+    plan = folder / ".staging" / "model" / "x.plan.json"
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_bytes(path.read_bytes())
+    store = Store(folder)
+    return [store.published("model"), store.plans("model"), load_manifest(path.parent)]
+
+
+def proven(text: str, folder: Path) -> object:
+    """Ask what was hashed, with this as the memory."""
+    (folder / "x.proven").write_bytes(text.encode(errors="surrogateescape"))
+    (folder / "a").write_text("a")
+    memory = Proven(folder / "x.proven")
+    return [memory.known(folder, "a"), memory.root(folder, "a"), memory.sha256(folder, "a")]
+
+
+def lock(name: str) -> Callable[[str, Path], object]:
+    """Return a reader of the fleet's lock and holds, of which this is one file."""
+
+    def through(text: str, folder: Path) -> object:
+        (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+        known = FleetLock(folder)
+        json.dumps([known.roll(), known.held()])
+        with contextlib.suppress(FleetError):
+            known.take({"run": "r2", "owner": "o"}, replace="", now="2026-11-27T10:00:00+00:00")
+        known.hold("gpu01", by="o", reason="r", now="2026-11-27T10:00:00+00:00")
+        return known.unhold("gpu01")
+
+    return through
+
+
+ROLL = json.dumps(
+    {"run": "r1", "operation": "upgrade", "owner": "o", "controller": "c", "pid": 7,
+     "pid_start": 8, "taken": "2026-11-27T09:00:00+00:00", "seen": "2026-11-27T09:00:00+00:00",
+     "state": "running", "targets": {"gpu01": "0"}, "backs": {}}
+)  # fmt: skip
+AGENT = json.dumps(
+    {"artifact": "x", "standing": "working", "failure": {}, "notes": ["a"], "received": 7,
+     "progress": {"what": "x", "done": 1, "total": 2, "rate": 0.5}, "torrents": {"0": "AAAA"},
+     "unknown": ["1"], "busy": True}
+)  # fmt: skip
+
+
+def agent(text: str, folder: Path) -> object:
+    """Take what the agent of a node answers to where the workers meet."""
+    answer = parse(AgentAnswer, text, what="The agent's answer")
+    meeting = Meeting(folder, "a", ["a", "b"], stall_timeout=7.0, check=lambda *_: None)
+    meeting.keep(answer.get("torrents", {}))
+    record = Record.of(answer)
+    meeting.say(record)
+    others = Meeting(folder, "b", ["a", "b"], stall_timeout=7.0, check=lambda *_: None).others()
+    shown = [bar(Progress(**each.progress)) for each in others.values() if each.progress]
+    return [shown, meeting.hopeless(record, others)]
+
+
+def met(text: str, folder: Path) -> object:
+    """Ask how the others are, of which one left this."""
+    (folder / "b.json").write_bytes(text.encode(errors="surrogateescape"))
+    return Meeting(folder, "a", ["a", "b"], stall_timeout=7.0, check=lambda *_: None).others()
+
+
 def as_kept(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report as it is kept."""
     with tempfile.TemporaryDirectory() as folder:
@@ -564,6 +652,32 @@ READERS = (
     Reader("part", "[25, 25, 0, 7]", part),
     Reader("pins", json.dumps({"a/b@main": COMMIT}), pins),
     Reader("told", TOLD, told),
+    Reader("manifest", MANIFEST, manifests),
+    Reader("proven", json.dumps({"a": [1, 2, 3, "ab" * 32, "cd" * 32]}), proven),
+    Reader(
+        "previous",
+        json.dumps({"release": "a", "model": "b"}),
+        in_file(lambda path: protected_by([], path)),
+    ),
+    Reader(
+        "recipe",
+        json.dumps({"python_version": "3.12", "attention_backend": "X"}),
+        in_file(lambda path: read_recipe(path.parent), "release.json"),
+    ),
+    Reader(
+        "environment",
+        json.dumps({"release": "r", "records": {"a": "ab" * 32}, "sealed_ns": 7}),
+        in_file(lambda path: [is_complete(path.parent, "r"), find_damage(path.parent)], COMPLETE),
+    ),
+    Reader("roll", ROLL, lock("roll.json")),
+    Reader("held", json.dumps({"gpu02": {"by": "o", "at": "t", "reason": "r"}}), lock("held.json")),
+    Reader(
+        "progress",
+        json.dumps({"what": "x", "done": 1, "total": 2, "rate": 1e-9}),
+        lambda text, _: bar(from_json(text) or Progress("", 0, 0, 0.0)),
+    ),
+    Reader("agent", AGENT, agent),
+    Reader("record of a host", json.dumps({"standing": "working", "notes": ["x"]}), met),
     Reader("kept report", json.dumps(KEPT), kept),
     Reader(
         "deployment",

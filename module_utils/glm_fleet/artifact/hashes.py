@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
+from ..core.decode import read
 from ..core.errors import FleetError
 from ..core.files import Advance, exclusive, sha256_file, write_atomically
 from .manifest import MANIFEST, FileEntry, Manifest, artifact_id
 from .merkle import hash_file
 
 _Hashes = TypeVar("_Hashes")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -152,12 +155,10 @@ class Proven:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            known = read(dict[str, list[Any]], self._path)
+        except (FileNotFoundError, FleetError):
             return {}
-        if not isinstance(known, dict):
-            return {}
-        return {name: each for name, each in known.items() if isinstance(each, list)}
+        return {name: each for name, each in known.items() if _is_proof(each)}
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -166,6 +167,17 @@ class Proven:
             self._known = self._load()
             yield
             write_atomically(self._path, json.dumps(self._known))
+
+
+def _is_proof(entry: list[Any]) -> bool:
+    """Tell whether it is size, change time, inode and one or two digests in hex."""
+    stamp, digests = entry[:3], entry[3:]
+    return (
+        len(stamp) == 3
+        and all(type(each) is int for each in stamp)
+        and len(digests) in (1, 2)
+        and all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in digests)
+    )
 
 
 def list_files(folder: Path) -> list[str]:

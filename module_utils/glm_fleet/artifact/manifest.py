@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..core.decode import decode, read
 from ..core.errors import FleetError
 from ..core.paths import relative_path
 
@@ -93,34 +94,26 @@ def artifact_id(slug: str, files: Iterable[FileEntry]) -> str:
     return f"{slug}-{digest.hexdigest()[:12]}"
 
 
-def parse_manifest(data: Mapping[str, Any]) -> Manifest:
+@dataclass(frozen=True)
+class _Head:
+    schema: str
+    kind: str
+
+
+def parse_manifest(data: Any) -> Manifest:
     """Read a manifest and refuse one that is damaged, of another schema, or leaves its folder."""
-    try:
-        files = tuple(
-            FileEntry(
-                str(each["path"]),
-                int(each["size"]),
-                str(each["sha256"]),
-                str(each.get("root", "")),
-            )
-            for each in data["files"]
-        )
-        manifest = Manifest(str(data["kind"]), str(data["id"]), files, dict(data["provenance"]))
-        schema = str(data["schema"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FleetError(
-            "The manifest of an artifact cannot be read",
-            expected="schema, kind, id, files (path, size, sha256) and provenance",
-            found=f"{type(error).__name__}: {error}",
-            remedy="remove the artifact and distribute it again",
-        ) from error
-    if schema != SCHEMA or manifest.kind not in KINDS:
+    what, remedy = "The manifest of an artifact", "remove the artifact and distribute it again"
+    # Another version may have written the rest in its own way: that is said first.
+    head = decode(_Head, data, what=what, remedy=remedy)
+    if head.schema != SCHEMA or head.kind not in KINDS:
         raise FleetError(
             "The manifest is of a kind this version does not know",
             expected=f"schema {SCHEMA}, kind {' or '.join(KINDS)}",
-            found=f"schema {schema}, kind {manifest.kind}",
+            found=f"schema {head.schema}, kind {head.kind}",
             remedy="use the version of glm-fleet that made it",
         )
+    manifest = decode(Manifest, data, what=what, remedy=remedy)
+    files = manifest.files
     _check_names(files)
     slug = manifest.id.rpartition("-")[0]
     if not _ID.fullmatch(manifest.id) or artifact_id(slug, files) != manifest.id:
@@ -151,12 +144,12 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Read ``manifest.json`` of a published artifact."""
     path = folder / name
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        data = read(dict[str, Any], path)
+    except (FileNotFoundError, FleetError) as error:
         raise FleetError(
             "The artifact has no readable manifest",
             expected=f"JSON in {path}",
-            found=str(error),
+            found=error.found if isinstance(error, FleetError) else str(error),
             remedy="remove the folder and distribute the artifact again",
         ) from error
     return parse_manifest(data)

@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ..core.decode import read
 from ..core.errors import FleetError
 from ..core.runner import Runner, as_user, run_program
-from .manifest import KINDS
 from .store import Store
 
 # Names the release and the model that a roll-back returns to: {"release": id, "model": id}.
 PREVIOUS = "/etc/glm-fleet/previous.json"
+
+
+class _Previous(TypedDict, total=False):
+    release: str | None
+    model: str | None
 
 
 def retirable(
@@ -128,16 +132,18 @@ def protected_by(links: Iterable[Path], previous: Path, running: Path | None = N
     """
     found = {link.readlink().name for link in links if link.is_symlink()}
     for path in (running, previous):
+        if path is None:
+            continue
         try:
-            known = json.loads(path.read_text()) if path else {}
-            found |= {str(known[key]) for key in KINDS if known.get(key)}
+            known = read(_Previous, path)
         except FileNotFoundError:
             continue
-        except (ValueError, AttributeError) as error:
+        except FleetError as error:
             raise FleetError(
                 "It cannot be told what a roll-back needs, so nothing is retired",
                 expected=f"JSON with release and model in {path}",
-                found=str(error),
+                found=error.found,
                 remedy="the next turn of this node writes that file anew",
             ) from error
+        found |= {each for each in (known.get("release"), known.get("model")) if each}
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, Callable
 from ..core.errors import FleetError
 from ..core.files import Advance, exclusive, sha256_file, write_atomically
 from .hashes import Damage, Proven, file_stamp, find_damage, find_exposed, hash_files, make_manifest
-from .manifest import MANIFEST, FileEntry, Manifest, load_manifest, parse_manifest
+from .manifest import MANIFEST, FileEntry, Manifest, load_manifest
 
 # What lies untouched in the staging folder for so long belongs to no run.
 _STALE_S = 86400
@@ -118,8 +117,8 @@ class Store:
         found = []
         for path in sorted((self.root / ".staging" / kind).glob("*.plan.json")):
             try:
-                found.append(parse_manifest(json.loads(path.read_text())))
-            except (OSError, ValueError, FleetError):
+                found.append(load_manifest(path.parent, path.name))
+            except FleetError:
                 continue
         return found
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .decode import Amount, Count, Words, parse
+from .errors import FleetError
 from .files import write_atomically
 from .format import duration, human_bytes
 
@@ -25,16 +27,18 @@ _SILENT_S = 3.0
 _WINDOW_S = 20.0
 _WRITE_EVERY_S = 1.0
 _BAR = 20
+# Bytes per second below which nobody can know when it ends.
+_SLOWEST = 1e-3
 
 
 @dataclass(frozen=True)
 class Progress:
     """What is being done, bytes done and in all (0: not known), and bytes per second."""
 
-    what: str
-    done: int
-    total: int
-    rate: float
+    what: Words
+    done: Count
+    total: Count
+    rate: Amount
 
     @property
     def share(self) -> float:
@@ -44,7 +48,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Seconds until the end at this rate; None when nobody can know."""
-        if not self.total or self.rate <= 0:
+        if not self.total or self.rate < _SLOWEST:
             return None
         return max(0, self.total - self.done) / self.rate
 
@@ -56,11 +60,8 @@ class Progress:
 def from_json(text: str) -> Progress | None:
     """Read a progress file; None when it is empty or from something else."""
     try:
-        data = json.loads(text)
-        return Progress(
-            str(data["what"]), int(data["done"]), int(data["total"]), float(data["rate"])
-        )
-    except (ValueError, KeyError, TypeError):
+        return parse(Progress, text, what="The progress")
+    except FleetError:
         return None
 
 

@@ -177,14 +177,15 @@ def _running(probe: Mapping[str, Any], engine: Mapping[str, Any], log: str) -> I
         )
         yield Finding("load", DEGRADED, cause, "send it fewer requests, or add a node")
     graphs = probe.get("cuda_graphs") or {}
-    if graphs.get("runs") != graphs.get("wanted"):
-        price = price_of(graphs["runs"])
-        cause = f"CUDA graphs stepped down from {graphs['wanted']} to {graphs['runs']}"
+    mode, asked = graphs.get("runs", ""), graphs.get("wanted", "")
+    if mode != asked:
+        price = price_of(mode)
+        cause = f"CUDA graphs stepped down from {asked} to {mode}"
         cause += f", {price}" if price else ""
         cause += f": {graphs['reason']}" if graphs.get("reason") else ""
         step = (
             "do away with the cause, then run site.yml with -e serve_retry=true; or accept it with "
-            f"serving_cuda_graphs: {graphs['runs']}, which restarts nothing"
+            f"serving_cuda_graphs: {mode}, which restarts nothing"
         )
         yield Finding("CUDA graphs", DEGRADED, cause, step)
     for check in probe.get("checks", ()):

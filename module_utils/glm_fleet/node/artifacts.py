@@ -3,15 +3,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..artifact.hashes import find_damage
 from ..artifact.manifest import load_manifest
 from ..artifact.retention import protected_by
+from ..core.decode import Count, read
 from ..core.errors import FleetError
+
+
+class _PublishedFile(TypedDict):
+    size: Count
+
+
+class _Published(TypedDict):
+    kind: str
+    id: str
+    files: Sequence[_PublishedFile]
+    provenance: Mapping[str, Any]
 
 
 def read_link(path: Path) -> dict[str, Any]:
@@ -40,20 +51,22 @@ def read_artifacts(root: Path, keys: Sequence[str], errors: list[str]) -> list[d
     found = []
     for path in sorted(root.glob("[!.]*/[!.]*/manifest.json")):
         try:
-            manifest = json.loads(path.read_text())
+            manifest = read(_Published, path)
             provenance = manifest["provenance"]
             found.append(
                 {
                     "kind": manifest["kind"],
                     "id": manifest["id"],
-                    "bytes": sum(int(each["size"]) for each in manifest["files"]),
+                    "bytes": sum(each["size"] for each in manifest["files"]),
                     "published_at": path.stat().st_mtime,
                     "damage": read_damage(path.parent),
                     "provenance": {key: provenance[key] for key in keys if key in provenance},
                 }
             )
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            errors.append(f"manifest {path}: {type(error).__name__}: {error}")
+        except FleetError as error:
+            errors.append(f"manifest {path}: expected {error.expected}, found {error.found}")
+        except OSError as error:
+            errors.append(f"manifest {path}: {error}")
     return found
 
 

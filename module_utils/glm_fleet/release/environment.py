@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any, TypedDict
 
 from ..artifact.store import Store
+from ..core.decode import parse, read
 from ..core.errors import FleetError
 from ..core.files import exclusive
 from ..core.runner import Runner, as_user
 from .installed import find_damage, is_complete, seal
+
+
+class _Recipe(TypedDict):
+    python_version: str
+    attention_backend: str
 
 
 def is_whole(environment: Path, release: str) -> bool:
@@ -40,9 +46,9 @@ def ensure(
 def read_recipe(artifact: Path) -> tuple[str, str]:
     """Return (Python version, attention backend) from ``release.json`` of the artifact."""
     try:
-        recipe = json.loads((artifact / "release.json").read_text())
-        return str(recipe["python_version"]), str(recipe["attention_backend"])
-    except (OSError, ValueError, KeyError) as error:
+        recipe = read(_Recipe, artifact / "release.json")
+        return recipe["python_version"], recipe["attention_backend"]
+    except (FileNotFoundError, FleetError) as error:
         raise FleetError(
             "The release artifact has no recipe",
             expected=f"python_version and attention_backend in {artifact / 'release.json'}",
@@ -178,6 +184,6 @@ def smoke_check(runner: Runner, home: Path, backend: str, user: str) -> dict[str
             found=answer.stderr.strip()[-1500:],
             remedy="compare the node's driver and libraries with what the release was built for",
         )
-    return {
-        str(key): str(value) for key, value in json.loads(answer.stdout.splitlines()[-1]).items()
-    }
+    said = answer.stdout.splitlines()[-1:] or [""]
+    found = parse(dict[str, Any], said[0], what="What the environment says of itself")
+    return {key: str(value) for key, value in found.items()}

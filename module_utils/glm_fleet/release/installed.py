@@ -17,10 +17,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..artifact.hashes import Damage
+from ..core.decode import Count, read
+from ..core.errors import FleetError
 from ..core.files import sha256_file, write_atomically
+from ..core.format import parse_count
 
 # A folder without this file was not finished: it is removed and built again.
 COMPLETE = "glm-fleet-release.json"
@@ -40,13 +43,20 @@ class Installed:
     sha256: str
 
 
-def read_note(environment: Path) -> dict[str, Any]:
+class Note(TypedDict, total=False):
+    """What a build leaves: release, digests of lists of files by package, and when it ended."""
+
+    release: str
+    records: Mapping[str, str]
+    sealed_ns: Count
+
+
+def read_note(environment: Path) -> Note:
     """Return the note of the build, {} without one."""
     try:
-        note = json.loads((environment / COMPLETE).read_text())
-    except (OSError, ValueError):
+        return read(Note, environment / COMPLETE)
+    except (FileNotFoundError, FleetError):
         return {}
-    return note if isinstance(note, dict) else {}
 
 
 def is_complete(environment: Path, release: str) -> bool:
@@ -71,7 +81,7 @@ def find_damage(environment: Path, *, deep: bool = False) -> list[Damage]:
     python = environment / "bin/python"
     if python.is_symlink() and not python.exists():
         found.append(Damage("bin/python", "dangling", str(python.readlink())))
-    sealed_ns = int(note.get("sealed_ns") or 0)
+    sealed_ns = note.get("sealed_ns", 0)
     touched: list[Installed] = []
     for file in _installed(environment):
         try:
@@ -114,8 +124,8 @@ def _existing(environment: Path) -> Iterator[Installed]:
     return (file for file in _installed(environment) if (environment / file.path).exists())
 
 
-def _damaged_lists(environment: Path, note: Mapping[str, Any]) -> Iterator[Damage]:
-    wanted: Mapping[str, str] = note.get("records") or {}
+def _damaged_lists(environment: Path, note: Note) -> Iterator[Damage]:
+    wanted = note.get("records", {})
     known = record_digests(environment) if wanted else {}
     for name, digest in wanted.items():
         if name not in known:
@@ -137,8 +147,7 @@ def _installed(environment: Path) -> Iterator[Installed]:
                 continue
             path = os.path.relpath(os.path.normpath(site / row[0]), environment)
             if not path.startswith(".."):
-                size = int(row[2]) if row[2].isdigit() else None
-                yield Installed(path, size, _hex(row[1]))
+                yield Installed(path, parse_count(row[2]), _hex(row[1]))
 
 
 def _hex(text: str) -> str:
@@ -165,9 +174,6 @@ def _changed(environment: Path, files: list[Installed]) -> Iterator[Damage]:
 
 def _found_before(environment: Path) -> list[Damage]:
     try:
-        known = json.loads((environment / _FOUND).read_text())
-        return [
-            Damage(str(each["path"]), str(each["reason"]), str(each["found"])) for each in known
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read(list[Damage], environment / _FOUND)
+    except (FileNotFoundError, FleetError):
         return []

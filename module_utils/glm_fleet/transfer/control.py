@@ -16,9 +16,10 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..artifact.store import Store
+from ..core.decode import Words, parse, read
 from ..core.errors import FleetError
 from .agent import Agent
 from .session import Job
@@ -56,15 +57,15 @@ def ask(request: Mapping[str, Any], folder: Path = RUN_FOLDER) -> dict[str, Any]
             connection.connect(str(folder / "socket"))
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as stream:
-                answer: dict[str, Any] = json.loads(stream.readline())
-        except (OSError, ValueError) as error:
+                line = stream.readline()
+            return parse(dict[str, Any], line, what="The answer of the swarm's agent")
+        except OSError as error:
             raise FleetError(
                 "The swarm's agent on this node does not answer",
                 expected=f"an answer on {folder / 'socket'}",
                 found=str(error),
                 remedy=f"read journalctl -u {UNIT} on the node, then run again",
             ) from error
-    return answer
 
 
 def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str]:
@@ -100,11 +101,18 @@ def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str
     ]
 
 
+class _Failure(TypedDict):
+    message: Words
+    expected: Words
+    found: Words
+    remedy: Words
+
+
 def failure_of(folder: Path) -> FleetError | None:
     """Return what an agent died of, if it said so."""
     try:
-        said = json.loads((folder / "failure.json").read_text())
-    except (OSError, ValueError):
+        said = read(_Failure, folder / "failure.json")
+    except (FileNotFoundError, FleetError):
         return None
     return FleetError(
         said["message"], expected=said["expected"], found=said["found"], remedy=said["remedy"]

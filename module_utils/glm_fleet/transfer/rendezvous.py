@@ -9,17 +9,38 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
+from ..core.decode import Count, Size, Words, read
 from ..core.errors import FleetError
 from ..core.files import write_atomically
+from ..core.progress import Progress
+
+# How a host is: "gone" is one that nobody waits for.
+Standing = Literal["working", "published", "failed", "gone"]
+
+
+class _AnswerOptional(TypedDict, total=False):
+    progress: Progress | Mapping[str, NoReturn]
+    received: Count
+    notes: Annotated[Sequence[Words], Size(10_000)]
+    failure: Mapping[str, Any]
+    torrents: Mapping[str, str]
+    unknown: Sequence[str]
+    busy: bool
+
+
+class AgentAnswer(_AnswerOptional):
+    """What the agent of a node answers: see `Agent.answer`."""
+
+    standing: Standing
 
 
 @dataclass(frozen=True)
 class Record:
     """How one host is, as the others need to know it."""
 
-    standing: str = "working"
+    standing: Standing = "working"
     progress: Mapping[str, Any] = field(default_factory=dict)
     unknown: Sequence[str] = ()
     busy: bool = False
@@ -30,14 +51,15 @@ class Record:
     failure: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> Record:
-        """Read what an agent answered."""
+    def of(cls, answer: AgentAnswer) -> Record:
+        """Take what the others need from what an agent answered."""
+        progress = answer.get("progress")
         return cls(
-            standing=str(answer["standing"]),
-            progress=answer.get("progress", {}),
+            standing=answer["standing"],
+            progress=vars(progress) if isinstance(progress, Progress) else {},
             unknown=answer.get("unknown", ()),
-            busy=bool(answer.get("busy")),
-            received=int(answer.get("received", 0)),
+            busy=answer.get("busy", False),
+            received=answer.get("received", 0),
             notes=answer.get("notes", ()),
             failure=answer.get("failure", {}),
         )
@@ -127,10 +149,9 @@ class Meeting:
         found = {}
         for host in self._others:
             try:
-                said = json.loads((self._folder / f"{host}.json").read_text())
-            except (OSError, ValueError):
-                said = {"busy": True}
-            found[host] = Record(**said)
+                found[host] = read(Record, self._folder / f"{host}.json")
+            except (FileNotFoundError, FleetError):
+                found[host] = Record(busy=True)
         return found
 
     def hopeless(self, record: Record, others: Mapping[str, Record]) -> FleetError | None:
