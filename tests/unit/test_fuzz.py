@@ -50,6 +50,7 @@ from glm_fleet.model.partfile import Part
 from glm_fleet.model.pins import pinned
 from glm_fleet.node.answer import decode_facts
 from glm_fleet.node.artifacts import read_artifacts
+from glm_fleet.node.gateway import read_certificates
 from glm_fleet.node.gpu import read_gpus
 from glm_fleet.node.kernel import parse_xids
 from glm_fleet.node.prestart import memory_in_use
@@ -415,6 +416,11 @@ KERNEL = "\n".join(
         "nvidia-nvswitch3: SXid (PCI:0000:0a:00.0): 20034, Fatal, Link 31 LTSSM Fault Up",
     )
 )
+CLIENTS = """\
+# table: glm_clients, type: string, size:100000, used:1
+0x5: key=a exp=0 gpc0=7 conn_cur=1 http_req_cnt=9 http_fail_cnt=0 bytes_in_cnt=5 bytes_out_cnt=6
+"""
+CERTIFICATE = "Filename: /etc/x.pem\nStatus: Used\nNot After: Nov 27 10:00:00 2027 GMT\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LISTING = json.dumps(
     {
@@ -437,7 +443,7 @@ def haproxy_of(**answers: str) -> Haproxy:
         "state": SERVERS,
         **answers,
     }
-    return Haproxy(lambda command: known[command.split()[-1]])
+    return Haproxy(lambda command: known.get(command.split()[-1], ""))
 
 
 def gpus_of(**answers: str) -> object:
@@ -628,6 +634,14 @@ READERS = (
     Reader("state file", SERVERS, in_file(lambda path: is_saved(path, []))),
     Reader(
         "info", "Name: HAProxy\nUptime_sec: 7\n", lambda text, _: describe(haproxy_of(info=text))
+    ),
+    Reader("clients", CLIENTS, lambda text, _: describe(haproxy_of(glm_clients=text))),
+    Reader(
+        "certificate",
+        CERTIFICATE,
+        lambda text, _: read_certificates(
+            Haproxy(lambda command: "/etc/x.pem\n" if command == "show ssl cert" else text)
+        ),
     ),
     Reader("old workers", WORKERS, lambda text, _: parse_old_workers(text)),
     Reader(

@@ -81,3 +81,4 @@ class GatewayAnswer(TypedDict, total=False):
     client: ClientAnswer
     clients: Annotated[Sequence[Usage], Size(100_000)]
     held: Mapping[str, Hold]
+    held_error: Words

@@ -69,6 +69,10 @@ def judge_gateway(
                 "file anew",
             )
         )
+    if gateway.get("held_error"):
+        cause, _, step = gateway["held_error"].partition(" What to do: ")
+        cause = f"it cannot be told which nodes are held: {cause.rstrip('.')}"
+        findings.append(Finding("holds", BROKEN, cause, step.rstrip(".")))
     findings += _certificate_findings(gateway, now)
     if not up and gateway.get("valid"):
         step = "mend the nodes, then run site.yml: it attests and joins them"

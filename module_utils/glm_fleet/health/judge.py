@@ -135,7 +135,9 @@ def _unknown(host: str, record: HostRecord) -> Finding:
     """Say why nothing is known of a host."""
     if record.message == LEFT:
         return _unread({})
-    return wrong_finding(record.wrong) if record.wrong else no_answer(host, record.message)
+    if record.wrong:
+        return wrong_finding(record.wrong)
+    return no_answer(host, record.message or "; ".join(record.facts.get("errors", ())))
 
 
 def judge_node(

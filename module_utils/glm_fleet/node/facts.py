@@ -82,7 +82,7 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         if query.attest:
             facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
         if query.gateway_url:
-            facts["gateway"] = read_gateway(query, host.run)
+            facts["gateway"] = attempt("gateway", {}, read_gateway, query, host.run)
         facts.update({name: each.result() for name, each in slow.items()})
     # Tools answer in any order; the report should not change with it.
     facts["errors"] = sorted(errors)

@@ -24,7 +24,10 @@ def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
     found["config_edited"] = was_edited(Path(query.gateway_config))
     found["config_error"] = check_config(query.gateway_config, run)
     found["client"] = ask_as_client(query.gateway_url, ClientStore().own_key)
-    found["held"] = FleetLock().held()
+    try:
+        found["held"] = FleetLock().held()
+    except FleetError as error:
+        found["held_error"] = str(error)
     return found
 
 
@@ -41,7 +44,7 @@ def was_edited(path: Path) -> bool:
     from ..gateway.haproxy import is_edited
 
     try:
-        return is_edited(path.read_text())
+        return is_edited(path.read_text(errors="replace"))
     except OSError:
         return False
 

@@ -487,6 +487,10 @@ def test_gateways() -> None:
     for server in drained["servers"]:
         server["status"] = "DRAIN"
     assert judge_gateway("gw01", gateway=drained).reasons == ["no server is UP"]
+    lost = "The file held.json cannot be used. Found: 1. What to do: remove it."
+    held = judge_gateway("gw01", gateway={**answer, "held_error": lost})
+    assert (held.verdict, held.next_step) == ("broken", "remove it")
+    assert "which nodes are held: The file held.json" in held.reasons[0]
     bad = judge_gateway("gw01", gateway={**answer, "config_error": "[ALERT] line 3"})
     assert bad.verdict == "degraded"
     assert "line 3" in bad.reasons[0]
