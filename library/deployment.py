@@ -135,6 +135,11 @@ back:
   description: Id of what a failure goes back to, empty if nothing was attested before.
   returned: with V(info)
   type: str
+starts:
+  description: How long the last starts took until their first answer, in seconds, newest last.
+  returned: with V(info)
+  type: list
+  elements: float
 skipped_rungs:
   description: Deployments that are known to fail here, as C(cuda_graphs) and C(reason).
   returned: with V(info)
@@ -266,6 +271,7 @@ def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) ->
         "skipped_rungs": skipped,
         "differences": words,
         "back": deployments.before(wanted.id) if wanted else "",
+        "starts": deployments.starts(),
     }
 
 

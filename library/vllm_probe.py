@@ -132,10 +132,15 @@ def _attest(
                 **{key: found[key] for key in ("diagnosis", "step_down", "journal")},
             },
         )
-    if params["mode"] == "attest":
-        # What a later failure goes back to.
-        Deployments(Places()).note_passed(found["release_id"], found["model_id"])
-    return {"attestation": found, "start": _start(found) if params["mode"] == "attest" else {}}
+    if params["mode"] != "attest":
+        return {"attestation": found}
+    deployments = Deployments(Places())
+    # What a later failure goes back to.
+    deployments.note_passed(found["release_id"], found["model_id"])
+    phases = _start(found)
+    if phases:
+        deployments.note_start(sum(phases.values()))
+    return {"attestation": found, "start": phases}
 
 
 def _start(found: Mapping[str, Any]) -> dict[str, float]:

@@ -92,6 +92,7 @@ def _plan(arguments: Mapping[str, Any], hostvars: Any) -> dict[str, Any]:
                     for each in info.get("skipped_rungs") or []
                 ],
                 moved.get(name, ""),
+                tuple(float(each) for each in info.get("starts") or ()),
             )
         )
     plan = plan_roll(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from ..core.errors import FleetError
@@ -30,7 +31,8 @@ class NodeState:
     ``changes`` says in words what a restart would change, ``ready`` whether every gateway
     sends it requests, ``held`` why an operator keeps it out of service, if one does. ``moved``
     says how the endpoint changes at which the gateways reach it, if it does.
-    ``wanted`` and ``current`` are {release, model, cuda_graphs}.
+    ``wanted`` and ``current`` are {release, model, cuda_graphs}. ``starts`` are the seconds that
+    its last starts took.
     """
 
     name: str
@@ -41,6 +43,18 @@ class NodeState:
     held: str = ""
     notes: Sequence[str] = ()
     moved: str = ""
+    starts: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long a roll takes without its drains, in seconds; 0.0 where nobody recorded a start.
+
+    ``fewest`` is how many nodes take requests at the worst moment.
+    """
+
+    seconds: float
+    fewest: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,25 @@ def plan_roll(
         for each in group
     ]
     return Plan(turns, [len(group) for group in groups])
+
+
+def foresee(nodes: Sequence[NodeState], plan: Plan) -> Forecast:
+    """Say how long a roll takes, from the starts that the nodes recorded, and what is left to
+    serve meanwhile. A batch takes as long as its slowest node; a node that recorded none is
+    taken for a middling one."""
+    by_name = {each.name: each for each in nodes}
+    own = {each.name: median(each.starts) for each in nodes if each.starts}
+    usual = median(own.values()) if own else 0.0
+    ready = {each.name for each in nodes if each.ready}
+    seconds, fewest = 0.0, len(ready)
+    for number in range(1, len(plan.batches) + 1):
+        batch = [turn for turn in plan.turns if turn.batch == number]
+        starting = [own.get(turn.node, usual) for turn in batch if turn.kind == RESTART]
+        seconds += max(starting, default=0.0)
+        names = {turn.node for turn in batch}
+        fewest = min(fewest, len(ready - names))
+        ready |= {name for name in names if not by_name[name].held}
+    return Forecast(seconds, fewest)
 
 
 def attempt(

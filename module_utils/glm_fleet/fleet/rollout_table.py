@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.format import duration
 from ..core.table import Line, render_table
 from ..serving.pages import pages_in_words
 from ..serving.phases import phases_in_words
-from .rollout import JOIN, RESTART, SERVES, UNTOUCHED, NodeState, Plan
+from .rollout import JOIN, RESTART, SERVES, UNTOUCHED, NodeState, Plan, foresee
 
 
 def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line]:
@@ -51,9 +52,22 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line
             f"Roll: {len(restarts)} of {len(nodes)} nodes are restarted, "
             f"{len(plan.turns) - len(restarts)} only joined."
         ),
+        *_forecast(nodes, plan),
         *lines,
         *render_table(("batch", "node", "what", "why"), rows, width, tones),
     ]
+
+
+def _forecast(nodes: Sequence[NodeState], plan: Plan) -> list[Line]:
+    """Say how long it takes and what is left to serve, where a start was recorded."""
+    found = foresee(nodes, plan)
+    if not found.seconds:
+        return []
+    text = (
+        f"By the starts that were recorded here it takes {duration(found.seconds)} and the drains; "
+        f"at least {found.fewest} of {len(nodes)} nodes take requests meanwhile."
+    )
+    return [Line(text)]
 
 
 def _outage(nodes: Sequence[NodeState], plan: Plan) -> list[Line]:

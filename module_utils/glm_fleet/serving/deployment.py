@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
-from ..core.decode import Words, read
+from ..core.decode import Range, Words, read
 from ..core.errors import FleetError
 from ..core.files import exclusive, write_atomically
 
@@ -39,6 +39,11 @@ REFUSED = "refused.json"
 ATTESTED = "attested"
 # What `artifact.protected_by` reads.
 PREVIOUS = "previous.json"
+# How long the last starts took, in seconds.
+STARTS = "starts.json"
+_STARTS = 8
+_Seconds = Annotated[float, Range(0.0, 1e6)]
+
 _KEEP = 4
 _ID = re.compile(r"[0-9a-f]{12}")
 
@@ -231,6 +236,19 @@ class Deployments:
         current = self.find(self.current())
         if current and (current.release, current.model) == (release, model):
             self.note_attested(current.id)
+
+    def note_start(self, seconds: float) -> None:
+        """Remember how long a start took until its first answer, for the plan of the next roll."""
+        with exclusive(self._root / ".lock"):
+            known = [*self.starts(), round(seconds, 1)][-_STARTS:]
+            write_atomically(self._root / STARTS, json.dumps(known))
+
+    def starts(self) -> list[float]:
+        """Return the seconds of the last starts, newest last; [] where none were recorded."""
+        try:
+            return list(read(list[_Seconds], self._root / STARTS))
+        except (FileNotFoundError, FleetError):
+            return []
 
     def note_previous(self) -> None:
         """Write down which release and model a roll-back would need, so that they are kept."""

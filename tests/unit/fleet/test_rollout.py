@@ -463,6 +463,42 @@ def test_the_plan_remembers_where_every_node_goes_and_came_from() -> None:
     assert found["backs"] == {"gpu01": OLD["id"], "gpu02": OLD["id"]}
 
 
+def fleet_of_100() -> list[NodeState]:
+    """All serve, and all are restarted; every third node starts slowly, one has no record."""
+    return [
+        NodeState(
+            f"gpu{number:03}", ["release r1 -> r2"], True, NEW, OLD,
+            starts=() if number == 7 else (700.0, 900.0 if number % 3 == 0 else 420.0, 420.0),
+        )
+        for number in range(100)
+    ]  # fmt: skip
+
+
+def test_a_roll_of_100_nodes_is_foreseen_from_recorded_starts() -> None:
+    nodes = fleet_of_100()
+    plan = plan_roll(nodes, batch="10%", min_ready=90, ready=100)
+    found = rollout.foresee(nodes, plan)
+    # The roll itself, step by step: a batch ends with its slowest node.
+    clock, serving, fewest = 0.0, {each.name for each in nodes}, 100
+    for number in range(1, len(plan.batches) + 1):
+        batch = [turn.node for turn in plan.turns if turn.batch == number]
+        fewest = min(fewest, len(serving - set(batch)))
+        clock += max(700.0 if int(name[3:]) % 3 == 0 else 420.0 for name in batch)
+    assert len(plan.batches) == 11
+    assert (found.seconds, found.fewest) == (clock, fewest) == (7700.0, 90)
+    text = " ".join(line.text for line in rollout_table.render_plan(nodes, plan, 120))
+    assert "it takes 2:08:20 and the drains; at least 90 of 100 nodes" in text
+
+
+def test_without_a_recorded_start_nothing_is_foretold() -> None:
+    nodes = [NodeState("gpu01", ["release r1 -> r2"], False, NEW, OLD)]
+    plan = plan_roll(nodes, batch=1, min_ready=0, ready=0)
+    assert rollout.foresee(nodes, plan) == rollout.Forecast(0.0, 0)
+    assert "recorded" not in " ".join(
+        each.text for each in rollout_table.render_plan(nodes, plan, 120)
+    )
+
+
 def test_a_remark_stands_below_the_plan() -> None:
     hosts, answer = {"gpu01": info("the service does not run")}, gateway(gpu01="ready DOWN")
     plain = planned(hosts, answer)["lines"]

@@ -529,6 +529,18 @@ def test_a_damaged_environment_is_a_difference_and_is_built_again_in_the_turn(
     assert not module._active(given(id=one().id), node, False)["changed"]
 
 
+def test_the_last_starts_are_remembered(node: Deployments, module: ModuleType) -> None:
+    node.stage(one())
+    assert module._info(given(rungs=[one().id]), node, False)["starts"] == []
+    for seconds in range(10):
+        node.note_start(400.04 + seconds)
+    assert module._info(given(rungs=[one().id]), node, False)["starts"] == [
+        402.0, 403.0, 404.0, 405.0, 406.0, 407.0, 408.0, 409.0,
+    ]  # fmt: skip
+    (node.places.deployments / "starts.json").write_text('["soon"]')
+    assert node.starts() == []
+
+
 def test_check_mode_activates_nothing(node: Deployments, module: ModuleType) -> None:
     node.stage(one())
     assert module._active(given(id=one().id), node, True)["changed"]
