@@ -239,6 +239,7 @@ def artifact_findings(facts: Facts) -> Iterator[Finding]:
             f"{artifact['kind']} {artifact['id']} is damaged: {', '.join(names[:3])}{more}",
             "run site.yml: it fetches only these files again; until then a restart may fail",
         )
+    yield from _link_findings(facts)
     environment = facts.get("environment") or {}
     broken = environment.get("damage") or ()
     if broken:
@@ -265,6 +266,26 @@ def artifact_findings(facts: Facts) -> Iterator[Finding]:
     if facts.get("verified_error"):
         reason = f"what is active cannot be verified: {facts['verified_error']}"
         yield Finding("artifact", DEGRADED, *split_remedy(reason, "look at the disk of the node"))
+
+
+def _link_findings(facts: Facts) -> Iterator[Finding]:
+    """Say so where the next start would not find its release or its model."""
+    step = "run site.yml: it leads to what runs again, without a restart"
+    for name in ("current", "model"):
+        link = facts.get("links", {}).get(name)
+        # A node on which nothing is deployed has no links.
+        if not link or facts.get("unit", {}).get("load_state") != "loaded":
+            continue
+        where, target, exists = link.get("path", name), link.get("target"), link.get("exists", True)
+        if target and exists:
+            continue
+        if target:
+            cause = f"the link {where} leads to {target}, which is not there"
+        elif exists:
+            cause = f"{where} is no link to what runs, but something else"
+        else:
+            cause = f"the link {where} is missing"
+        yield Finding("link", DEGRADED, f"{cause}: the next start fails", step)
 
 
 def link_target(facts: Facts, link: str) -> str:

@@ -371,6 +371,35 @@ def test_a_configuration_that_was_changed_by_hand_is_a_finding() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        ({"path": "/m", "target": "/gone/m1", "exists": False}, "the link /m leads to /gone/m1"),
+        ({"path": "/m", "target": None, "exists": True}, "/m is no link to what runs"),
+        ({"path": "/m", "target": None, "exists": False}, "the link /m is missing"),
+    ],
+)
+def test_a_link_that_the_next_start_would_stumble_over_is_a_finding(
+    link: dict[str, Any], words: str
+) -> None:
+    records = fleet_records()
+    records["gpu02"]["node"]["links"]["model"] = link
+    nodes, _ = judge(records)
+    (finding,) = [each for each in nodes[1].findings if each.check == "link"]
+    assert finding.cause.startswith(words)
+    assert "site.yml" in finding.next_step
+
+
+def test_an_environment_that_is_damaged_is_a_finding() -> None:
+    records = fleet_records()
+    damage = ["lib/vllm/envs.py: missing (no such file)"]
+    records["gpu02"]["node"]["environment"] = {"release": "r1", "damage": damage}
+    nodes, _ = judge(records)
+    assert nodes[1].verdict == "degraded"
+    assert nodes[1].reasons == [f"the environment of r1 is damaged: {damage[0]}"]
+    assert nodes[0].verdict == "healthy"
+
+
 def test_an_error_that_brings_its_advice_gets_no_other() -> None:
     records = fleet_records()
     facts = records["gpu02"]["node"]
