@@ -116,7 +116,7 @@ _SSH = (
 
 _SUDO = (
     _Sentence(
-        r"you must have a tty to run sudo|no tty present|sudo: .*terminal is required to",
+        r"you must have a tty to run sudo",
         "sudo there wants a terminal (requiretty)",
         "add `Defaults:{user} !requiretty` there with visudo",
     ),
@@ -128,6 +128,7 @@ _SUDO = (
     ),
     _Sentence(
         r"[Mm]issing (?:sudo|become|su|doas) password|a password is required"
+        r"|no tty present and no askpass|terminal is required to read the password"
         r"|password is required to run sudo|[Tt]imeout .*waiting for privilege escalation",
         "sudo there asks {user} for a password, and none is given",
         "allow it without one, such as by `{user} ALL=(ALL) NOPASSWD: ALL` in /etc/sudoers.d, or "

@@ -317,7 +317,8 @@ def look_script(target: Target) -> str:
         ("sudo", f'if [ "$(id -u)" = 0 ]; then :; else {sudo} true; fi', ""),
         ("python", python, " </dev/null"),
     )
-    return "; ".join(
+    # Its words are read: not in the language of whoever logs in.
+    return "LC_ALL=C; export LC_ALL; " + "; ".join(
         f"out=$({{ {command}; }} 2>&1{source}); status=$?; "
         # On a line of its own, whatever was printed before it without an end.
         f"echo; echo \"{_MARK} {name} $status $(echo \"$out\" | tr '\\n' ' ')\""

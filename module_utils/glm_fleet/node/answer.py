@@ -174,7 +174,7 @@ class _XidOptional(TypedDict, total=False):
 class XidFacts(_XidOptional):
     """A line of the kernel about a GPU (Xid), an NVSwitch (SXid) or a driver that was loaded."""
 
-    kind: Literal["Xid", "SXid", "loaded"]
+    kind: Literal["Xid", "SXid", "reset", "loaded"]
     code: Count
     time_s: Amount
     message: Words

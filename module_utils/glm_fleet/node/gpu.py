@@ -166,8 +166,9 @@ def parse_query(text: str) -> dict[str, tuple[int, str | None]]:
             continue
         index = parse_count(row[0]) if len(row) == 3 else None
         if index is not None:
-            known = re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", row[2]) is not None
-            found[row[1]] = (index, row[2] if known else None)
+            # A note may stand beside it.
+            known = re.match(r"[0-9]{1,3}\.[0-9]{1,3}(?=\s|$)", row[2])
+            found[row[1]] = (index, known.group() if known else None)
     return found
 
 

@@ -38,7 +38,7 @@ def read_xids(window_s: int, run: Runner) -> list[dict[str, Any]]:
 def parse_xids(journal: str) -> Iterator[dict[str, Any]]:
     """Pick the driver's lines out of the journal's JSON lines."""
     for line in journal.splitlines():
-        if "Xid" not in line and "NVRM" not in line:
+        if not any(word in line for word in ("Xid", "NVRM", "nvidia ")):
             continue
         try:
             entry = parse(dict[str, Any], line, what="A line of the kernel's log")

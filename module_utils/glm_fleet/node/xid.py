@@ -107,6 +107,8 @@ _OFF_THE_BUS = re.compile(
     r"NVRM:? (?:The NVIDIA )?GPU (?:at )?(?:PCI:)?(?P<device>(?:[0-9A-Fa-f]{4,8}:)?[0-9A-Fa-f]{2}:"
     r"[0-9A-Fa-f]{2})(?:\.[0-9])?: (?P<rest>GPU has fallen off the bus.*)"
 )
+# The kernel's words for a device that was reset.
+_WAS_RESET = re.compile(r"\bnvidia (?P<device>[0-9A-Fa-f:.]+): reset done")
 _DRIVER_LOADED = re.compile(r"NVRM: loading NVIDIA UNIX")
 _RECOVERY = re.compile(
     r"recovery action changed from \S+ \((?P<before>[^)]*)\) to \S+ \((?P<now>[^)]*)\)"
@@ -116,8 +118,13 @@ _RECOVERY = re.compile(
 def parse_message(text: str) -> dict[str, Any] | None:
     """Take a kernel message apart: {kind, code, device, instance, message}; None for another.
 
-    ``kind`` is Xid, SXid, or ``loaded`` for a driver that was loaded, without a device.
+    ``kind`` is Xid, SXid, ``reset`` for a device that was reset, or ``loaded`` for a driver that
+    was loaded, without a device.
     """
+    reset = _WAS_RESET.search(text)
+    if reset:
+        known = {"kind": "reset", "code": 0, "instance": "", "message": text}
+        return {**known, "device": reset["device"]}
     if _DRIVER_LOADED.search(text):
         return {"kind": "loaded", "code": 0, "device": "", "instance": "", "message": text}
     match = _MESSAGE.search(text)
@@ -269,7 +276,7 @@ def faults(
     groups: dict[tuple[str, int, bool], list[Event]] = {}
     for place, event in enumerate(told):
         later = told[place + 1 :]
-        if event.kind == "loaded" or (event.kind == "Xid" and event.code in ignore):
+        if event.kind in ("loaded", "reset") or (event.kind == "Xid" and event.code in ignore):
             continue
         if event.code == 154 and (event.action == NOTHING or _is_outdated(event, later)):
             continue
@@ -308,7 +315,11 @@ def _is_over(event: Event, later: Iterable[Event], recovery: Mapping[str, str]) 
     for each in later:
         if each.kind == "loaded":
             return event.action == RESET
-        if each.code == 154 and each.action == NOTHING and same_device(each.device, event.device):
+        if not same_device(each.device, event.device):
+            continue
+        if each.kind == "reset" and event.action == RESET:
+            return True
+        if each.code == 154 and each.action == NOTHING:
             return True
     if event.action == REBOOT or event.kind == "SXid":
         return False

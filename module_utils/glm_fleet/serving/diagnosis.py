@@ -22,6 +22,7 @@ _PROCESS = re.compile(r"^\((?P<name>[A-Za-z]\w*)(?: rank=(?P<rank>\d+))? pid=(?P
 _LEVEL = re.compile(
     r"^(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\](?: |$)"
 )
+_BY_TORCH = re.compile(r"^\[rank(?P<rank>\d+)\]: ?")
 _RANKS = re.compile(r"_TP(\d+)|\[rank(\d+)\]|^\S+:\d+:\d+ \[(\d+)\] ")
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s?)?(?:[\w.]*\.)?[A-Z]\w*(?:Error|Exception)(?:: |$)")
 # A start begins with a word of systemd or of the server.
@@ -142,6 +143,9 @@ def _parse(raw: str) -> _Line:
         )
     level = _LEVEL.match(rest)
     text = rest[level.end() :] if level else rest
+    by_torch = _BY_TORCH.match(text)
+    if by_torch:
+        rank, text = by_torch["rank"], text[by_torch.end() :]
     found = _RANKS.search(process[0]) or _RANKS.search(text)
     if not rank and found:
         rank = next(each for each in found.groups() if each)

@@ -98,6 +98,17 @@ Host key verification failed."""
             "`Defaults:ops !requiretty`",
         ),
         (
+            "sudo: a terminal is required to read the password; either use the -S option to read "
+            "from standard input or configure an askpass helper\nsudo: a password is required",
+            "asks ops for a password, and none is given",
+            "NOPASSWD",
+        ),
+        (
+            "sudo: no tty present and no askpass program specified",
+            "asks ops for a password, and none is given",
+            "NOPASSWD",
+        ),
+        (
             "ops is not in the sudoers file.  This incident will be reported.",
             "ops may not use sudo there",
             "/etc/sudoers.d",

@@ -140,6 +140,8 @@ def test_a_reset_ends_what_asked_for_one() -> None:
     other = over.replace("47:00", "48:00")
     assert [each.over for each in faults(log(timeout, other))] == [False], "another GPU"
     assert only(timeout, LOADED).over, "the driver was loaded anew"
+    assert only(timeout, "nvidia 0000:47:00.0: reset done").over
+    assert not only(timeout, "nvidia 0000:48:00.0: reset done").over
     assert only(timeout, recovery={"00000000:47:00.0": "None"}).over
     assert not only(timeout, recovery={"00000000:47:00.0": "Reset"}).over
     assert not only(timeout, recovery={"00000000:48:00.0": "None"}).over

@@ -157,6 +157,17 @@ def test_code_of_a_traceback_is_not_what_was_said() -> None:
     assert not set(frames) & set(relevant_lines([*frames, MISSING.format(1), FRAME]))
 
 
+def test_what_torch_prints_for_a_rank_is_read_like_the_rest() -> None:
+    lines = [
+        '[rank5]:   File "/opt/x.py", line 3, in f',
+        "[rank5]:     raise RuntimeError('CUDA out of memory')",
+        "[rank5]: torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+    ]
+    text = diagnose([*lines, FRAME])
+    assert text.startswith("torch.AcceleratorError: CUDA error: uncorrectable ECC error")
+    assert "(rank 5)" in text
+
+
 def test_an_unknown_crash_is_told_by_its_first_error() -> None:
     unknown = "(EngineCore pid=316) ERROR 12-10 11:33:24 [core.py:1] pkg.OddError: teapot"
     text = diagnose([unknown, NCCL.format(1), FRAME])
