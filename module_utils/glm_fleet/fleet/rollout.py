@@ -103,6 +103,8 @@ def plan_roll(
 ) -> Plan:
     """Put the nodes in order: those that cost nothing first, one canary, then batch by batch.
 
+    Nodes that are down and get what ran there before are mended together: one that cannot be mended
+    keeps no other from it, and they try nothing new.
     A node that takes no requests anyway is the best canary, unless it is held: that one may be
     broken, and comes last. ``ready`` counts the nodes of the whole fleet that take requests
     now, also those outside this run. Raises `FleetError` when nodes that serve could only be
@@ -117,12 +119,14 @@ def plan_roll(
         )
     joining = [each for each in nodes if not each.changes and not each.ready and not each.held]
     moving = [each for each in nodes if not each.changes and each.ready and each.moved]
-    idle = [each for each in nodes if each.changes and not each.ready and not each.held]
+    down = [each for each in nodes if each.changes and not each.ready and not each.held]
+    mending = [each for each in down if _gets_the_same(each)]
+    idle = [each for each in down if not _gets_the_same(each)]
     held = [each for each in nodes if each.changes and not each.ready and each.held]
     serving = [each for each in nodes if each.changes and each.ready] + moving
     for group in (idle, serving):
         group.sort(key=lambda each: each.name != canary)
-    later = ready + len(joining) + len(idle)
+    later = ready + len(joining) + len(down)
     room = later - least
     if serving and room < 1:
         raise FleetError(
@@ -132,7 +136,7 @@ def plan_roll(
             remedy="mend or add nodes, or allow an outage with a lower serve_min_ready",
         )
     size = max(1, min(size, room))
-    groups = [joining, idle[:1], idle[1:]]
+    groups = [joining, mending, idle[:1], idle[1:]]
     if serving and not idle:
         groups.append(serving[:1])
         serving = serving[1:]
@@ -145,6 +149,11 @@ def plan_roll(
         for each in group
     ]
     return Plan(turns, [len(group) for group in groups])
+
+
+def _gets_the_same(node: NodeState) -> bool:
+    wanted = node.wanted.get("id")
+    return bool(wanted) and wanted == node.current.get("id")
 
 
 def foresee(nodes: Sequence[NodeState], plan: Plan) -> Forecast:

@@ -565,6 +565,14 @@ def test_an_outage_is_called_one() -> None:
     assert not says(changed, alone), "gpu02 is mended first"
 
 
+def test_nodes_that_are_down_are_mended_together_before_anything_new_is_tried() -> None:
+    dead = info("the service does not run", current=NEW)
+    hosts = {"gpu01": dead, "gpu02": dead, "gpu03": info("release r1 -> r2"), "gpu04": info()}
+    answers = gateway(gpu01="ready DOWN", gpu02="ready DOWN", gpu03="ready UP", gpu04="ready UP")
+    found = planned(hosts, answers)
+    assert (found["turns"], found["batches"]) == (["gpu01", "gpu02", "gpu03"], [2, 1])
+
+
 def test_a_bare_fleet_is_a_first_start_of_every_node() -> None:
     skipped = {"__serving_info": {"skipped": True}, "__serving_staged": {"skipped": True}}
     found = planned({"gpu01": skipped, "gpu02": skipped})
