@@ -86,13 +86,15 @@ class Node:
 
             def note(self) -> None:
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                length = int(headers.get("content-length", 0))
-                body = len(self.rfile.read(length))
+                sent = self.rfile.read(int(headers.get("content-length", 0)))
+                body = len(sent)
                 if headers.get("transfer-encoding") == "chunked":
                     while size := int(self.rfile.readline(), 16):
                         body += len(self.rfile.read(size + 2)) - 2
                     self.rfile.readline()
                 node.seen.append(Request(self.requestline, headers, body))
+                if self.command == "POST":
+                    node.took(sent)
 
             def chunk(self, data: bytes) -> None:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
@@ -106,6 +108,9 @@ class Node:
         self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.port: int = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def took(self, body: bytes) -> None:
+        """Hook for a body that was not chunked, before the answer."""
 
     def start_agent(self, port: int) -> None:
         node = self

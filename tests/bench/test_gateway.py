@@ -8,11 +8,13 @@ does meets both.
 from __future__ import annotations
 
 import json
+import random
 import socket
 import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -261,4 +263,74 @@ def test_one_hot_conversation(tmp_path: Path, record: Record) -> None:
         goal=1.25,
         unit="x mean",
         context=f"requests at once on three nodes: {', '.join(map(str, sorted(running)))}",
+    )
+
+
+class CachingNode(Node):
+    """A node that remembers which beginnings of conversations it has read, as a prefix cache does.
+
+    A request takes some time, so that several are under way at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[str] = set()
+        self.read = self.found = 0
+        self.lock = threading.Lock()
+
+    def took(self, body: bytes) -> None:
+        """Count the characters of a prompt, and those of its longest beginning that is known."""
+        texts = [f"{each['role']}:{each['content']}" for each in json.loads(body)["messages"]]
+        beginnings = ["\n".join(texts[:end]) for end in range(1, len(texts) + 1)]
+        with self.lock:
+            self.read += len(beginnings[-1])
+            self.found += max((len(each) for each in beginnings if each in self.known), default=0)
+            self.known.update(beginnings)
+        time.sleep(random.uniform(0.02, 0.08))  # noqa: S311 - no secret
+
+
+def talk(port: int, number: int, turns: int = 8) -> None:
+    """One conversation: each turn sends everything before it again."""
+    dice = random.Random(number)  # noqa: S311 - no secret
+    messages = [{"role": "system", "content": "You are a helpful assistant. " * 40}]
+    for turn in range(turns):
+        question = f"conversation {number} turn {turn} " + "word " * dice.randint(20, 200)
+        messages.append({"role": "user", "content": question})
+        body = json.dumps({"model": "glm-5.2", "messages": messages}).encode()
+        head = HEAD.replace(b"Length: %d" % len(BODY), b"Length: %d" % len(body))
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + body)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+        messages.append({"role": "assistant", "content": "answer " * dice.randint(20, 200)})
+        time.sleep(dice.uniform(0.0, 0.1))
+
+
+def share_found(folder: Path, count: int, **variables: object) -> float:
+    """The share of prompts that nodes had in their cache, over 48 conversations, 16 at once."""
+    nodes = [CachingNode() for _ in range(count)]
+    door = ready(gateway_to(folder, [node.port for node in nodes], **variables))
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda number: talk(door.port, number), range(48)))
+    finally:
+        door.stop()
+        for node in nodes:
+            node.close()
+    return sum(node.found for node in nodes) / sum(node.read for node in nodes)
+
+
+def test_conversations_find_their_beginning(tmp_path: Path, record: Record) -> None:
+    alone = share_found(tmp_path / "alone", 1)
+    ours = share_found(tmp_path / "ours", 3)
+    fewest = share_found(tmp_path / "fewest", 3, gateway_affinity_load=0)
+    record(
+        "gateway-prefix-found",
+        ours / alone,
+        goal=0.9,
+        better="higher",
+        unit="x one node alone",
+        context=f"characters that were read before, 48 conversations of 8 turns, 16 at once: "
+        f"{alone:.3f} on one node, {ours:.3f} on three, {fewest:.3f} with leastconn; nodes that "
+        "remember as a prefix cache does, not vLLM's own counters",
     )
