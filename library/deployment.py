@@ -156,7 +156,6 @@ seconds:
 """
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -182,6 +181,7 @@ from ansible.module_utils.glm_fleet.serving.deployment import (
     Places,
     make,
 )
+from ansible.module_utils.glm_fleet.serving.policy import parse_policy
 from ansible.module_utils.glm_fleet.serving.record import read_running
 from ansible.module_utils.glm_fleet.serving.startup import unproven
 
@@ -228,9 +228,9 @@ def _differences(
     words = compare(running, wanted, before)
     if words:
         return words
-    policy = json.loads(wanted.policy)
-    http = local_http(wanted.port, address=str(policy.get("address") or "127.0.0.1"), timeout_s=5.0)
-    if unproven(run_program, http, running, policy.get("required") or []):
+    policy = parse_policy(wanted.policy)
+    http = local_http(policy["port"], address=policy["address"], timeout_s=5.0)
+    if unproven(run_program, http, running, policy["required"]):
         return ["its journal and the record of its attestation are gone: nothing proves it"]
     return _environment_damage(deployments, wanted)
 

@@ -31,6 +31,8 @@ from glm_fleet.core.progress import Meter, Progress, bar, from_json
 from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.core.systemd import unit_state
 from glm_fleet.fleet.lock import FleetLock
+from glm_fleet.gateway.clients import Clients, converge
+from glm_fleet.gateway.clients import parse as parse_clients
 from glm_fleet.gateway.haproxy import Haproxy, describe
 from glm_fleet.gateway.state_file import is_saved
 from glm_fleet.gateway.statistics import parse_old_workers
@@ -416,6 +418,11 @@ KERNEL = "\n".join(
         "nvidia-nvswitch3: SXid (PCI:0000:0a:00.0): 20034, Fatal, Link 31 LTSSM Fault Up",
     )
 )
+LISTED = converge(
+    Clients(),
+    [{"name": "alice", "sha256": ["ab" * 32], "priority": 5, "paths": ["GET /v1/models"]}],
+    "2026-11-27T10:00:00+00:00",
+).text()
 CLIENTS = """\
 # table: glm_clients, type: string, size:100000, used:1
 0x5: key=a exp=0 gpc0=7 conn_cur=1 http_req_cnt=9 http_fail_cnt=0 bytes_in_cnt=5 bytes_out_cnt=6
@@ -635,6 +642,7 @@ READERS = (
     Reader(
         "info", "Name: HAProxy\nUptime_sec: 7\n", lambda text, _: describe(haproxy_of(info=text))
     ),
+    Reader("list of clients", LISTED, lambda text, _: parse_clients(text).text()),
     Reader("clients", CLIENTS, lambda text, _: describe(haproxy_of(glm_clients=text))),
     Reader(
         "certificate",

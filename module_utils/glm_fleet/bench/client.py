@@ -226,8 +226,12 @@ class _Request(asyncio.Protocol):
     def _read_event(self, payload: bytes, now: float) -> None:
         try:
             event = json.loads(payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.give_up(f"an event is not JSON: {payload[:100]!r}")
+            return
+        # Looked at by hand: a full check of each event would be part of what is measured.
+        if not isinstance(event, dict):
+            self.give_up(f"an event is no object: {payload[:100]!r}")
             return
         if "error" in event:
             self.give_up(str(event["error"])[:300])
@@ -235,8 +239,9 @@ class _Request(asyncio.Protocol):
         if event.get("choices"):
             self.stream.arrivals.append(now)
         usage = event.get("usage")
-        if usage:
-            self.stream.tokens = int(usage.get("completion_tokens") or 0)
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if isinstance(tokens, int):
+            self.stream.tokens = tokens
 
 
 async def _wave(

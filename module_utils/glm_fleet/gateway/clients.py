@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import count
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from ..core import decode
 from ..core.errors import FleetError
 
 SCHEMA = 1
@@ -53,7 +54,8 @@ class Client:
     ``priority`` runs from -100 to 100: of requests that wait, the highest goes first.
     """
 
-    name: str
+    # The list of clients has it as the key.
+    name: str = ""
     keys: tuple[Key, ...] = ()
     requests_a_minute: int = 0
     requests_at_once: int = 0
@@ -106,6 +108,13 @@ class Clients:
         return replace(self, clients={**self.clients, client.name: client})
 
 
+class _Written(TypedDict):
+    schema: Literal[1]
+    serial: decode.Count
+    clients: Mapping[str, Client]
+    revoked: Sequence[str]
+
+
 def digest(key: str) -> str:
     """Return the SHA-256 of a key in hex; raises `FleetError` for an empty one."""
     if not key.strip():
@@ -139,24 +148,17 @@ def without_secrets(
 def parse(text: str) -> Clients:
     """Read what `Clients.text` wrote; raises `FleetError` for anything else."""
     try:
-        return _read(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = decode.parse(_Written, text, what="The list of clients", strict=True)
+    except FleetError as error:
         raise FleetError(
             "The list of clients is damaged",
-            expected=f"JSON with clients and revoked keys, schema {SCHEMA}",
-            found=f"{type(error).__name__}: {error}",
+            expected=f"JSON with clients and revoked keys, schema {SCHEMA}: {error.expected}",
+            found=error.found,
             remedy="run playbooks/gateway.yml, which takes it from another copy if there is one",
         ) from error
-
-
-def _read(whole: Mapping[str, Any]) -> Clients:
-    if whole["schema"] != SCHEMA:
-        raise ValueError(f"schema {whole['schema']}")
-    known = Clients(revoked=frozenset(map(str, whole["revoked"])), serial=int(whole["serial"]))
-    for name, each in whole["clients"].items():
-        keys = tuple(Key(**key) for key in each["keys"])
-        paths = tuple(each["paths"])
-        known = known._with(Client(**{**each, "name": name, "keys": keys, "paths": paths}))
+    known = Clients(revoked=frozenset(whole["revoked"]), serial=whole["serial"])
+    for name, client in whole["clients"].items():
+        known = known._with(replace(client, name=name))
     return known
 
 

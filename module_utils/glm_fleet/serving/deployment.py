@@ -30,6 +30,7 @@ from typing import Annotated, TypedDict
 from ..core.decode import Range, Words, read
 from ..core.errors import FleetError
 from ..core.files import exclusive, write_atomically
+from .policy import parse_policy
 
 UNIT = "glm-serving.service"
 ENVIRONMENT = "serving.env"
@@ -94,8 +95,8 @@ class Deployment:
     def port(self) -> int:
         """Return the port on which its server listens; 0 where its policy does not say."""
         try:
-            return int(json.loads(self.policy)["port"])
-        except (ValueError, KeyError, TypeError):
+            return parse_policy(self.policy)["port"]
+        except FleetError:
             return 0
 
     def summary(self) -> Summary:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from ..core.decode import Matching, Range, read
+from ..core.decode import Matching, Range, parse
 from ..core.errors import FleetError
 
 
@@ -78,7 +78,20 @@ def _no_key(environment_file: Path) -> FleetError:
 def read_policy(path: Path) -> Policy:
     """Return what the attestation of this node expects; raises `FleetError`."""
     try:
-        written = read(_Written, path)
+        return parse_policy(path.read_text())
+    except (OSError, UnicodeDecodeError, FleetError) as error:
+        raise FleetError(
+            "This node has no attestation policy",
+            expected=f"port, served_model_name, required and forbidden as JSON in {path}",
+            found=f"{type(error).__name__}: {error}",
+            remedy="run site.yml: the node is not set up to serve",
+        ) from error
+
+
+def parse_policy(text: str) -> Policy:
+    """Return what the text of a policy says; raises `FleetError`."""
+    written = parse(_Written, text, what="The policy of an attestation")
+    try:
         for pattern in (*written["required"], *written["forbidden"]):
             re.compile(pattern)
         return {
@@ -89,10 +102,9 @@ def read_policy(path: Path) -> Policy:
             "forbidden": written["forbidden"],
             "cuda_graphs": written.get("cuda_graphs") or {},
         }
-    except (FileNotFoundError, FleetError, re.error, RecursionError, OverflowError) as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise FleetError(
-            "This node has no attestation policy",
-            expected=f"port, served_model_name, required and forbidden as JSON in {path}",
-            found=f"{type(error).__name__}: {error}",
-            remedy="run site.yml: the node is not set up to serve",
+            "A pattern of an attestation cannot be read",
+            expected="regular expressions in serving_journal_required and _forbidden",
+            found=f"{pattern[:80]!a}: {error}",
         ) from error

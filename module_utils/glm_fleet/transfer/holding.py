@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..artifact.manifest import MANIFEST, FileEntry
 from ..artifact.store import Store
+from ..core.decode import parse
 from ..core.errors import FleetError
 from ..core.runner import Runner
 from .session import Job, Travel
@@ -166,7 +167,8 @@ class Holding:
         }
         before = {entry.path: stamp_of(self.view / entry.path) for entry in bundle.entries}
         command = [sys.executable, "-B", "-m", "glm_fleet.transfer.torrent"]
-        damaged: list[str] = json.loads(self._run(command, input_text=json.dumps(wanted)).stdout)
+        answer = self._run(command, input_text=json.dumps(wanted)).stdout
+        damaged = parse(list[str], answer, what=f"What was said of the torrent {bundle.name}")
         if damaged:
             self._drop(damaged)
             return damaged

@@ -544,3 +544,20 @@ def test_limits_are_numbers_with_known_names() -> None:
     for wrong in ({"slow": 1}, {"slow_ratio": "fast"}):
         with pytest.raises(FleetError, match="limits of the health check"):
             Limits.from_dict(wrong)
+
+
+def test_an_answer_that_cannot_be_used_is_one_unknown_row() -> None:
+    records = fleet_records()
+    right, _ = judge(records)
+    records["gpu02"]["node"]["gpu"]["gpus"][3]["index"] = "3"
+    records["gw01"].update(node={}, wrong=FleetError("It is wrong", found="x").as_fail())
+
+    (first, wrong, third), (gateway,) = judge(records)
+
+    assert (wrong.verdict, wrong.facts) == ("unknown", {})
+    assert wrong.reasons == [
+        "its answer cannot be used: expected gpu.gpus[3].index to be a whole number, found '3'"
+    ]
+    assert "look at what gives this value" in wrong.next_step
+    assert (first.findings, third.findings) == (right[0].findings, right[2].findings)
+    assert (gateway.verdict, first.gateway) == ("unknown", {"gw01": "?"})

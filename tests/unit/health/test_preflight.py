@@ -11,7 +11,7 @@ import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.format import parse_version as version
 from glm_fleet.health.hardware import ERROR, WARNING, Expectations, Problem
-from glm_fleet.health.preflight import evaluate, unreachable
+from glm_fleet.health.preflight import evaluate, judge_hosts, unreachable
 from glm_fleet.health.records import sure_skew
 from glm_fleet.node.xid import parse_message
 
@@ -447,3 +447,18 @@ def test_the_time_under_way_is_no_fault_of_the_clock(
 ) -> None:
     clock = {"epoch_s": epoch, "skew_s": epoch - sent}
     assert sure_skew(clock, answered) == off
+
+
+def test_an_answer_that_cannot_be_used_is_a_problem_of_its_host() -> None:
+    expect = [{"gpu_node": True, "expect": EXPECT}]
+    records = {
+        name: {"message": "", "groups": ["gpu_nodes"], "node": make_facts(), "expect": expect}
+        for name in ("gpu01", "gpu02")
+    }
+    records["gpu02"]["node"]["memory_total_bytes"] = float("inf")
+
+    (problem,) = judge_hosts(records)
+
+    assert (problem.host, problem.check, problem.severity) == ("gpu02", "facts", ERROR)
+    assert problem.expected == "memory_total_bytes to be a whole number or null"
+    assert problem.found == "inf"

@@ -753,7 +753,7 @@ def test_a_small_file_ends_at_its_size(store: Store) -> None:
                 sent.append(1)
                 arguments[-1](b"x" * 1024)
 
-    with pytest.raises(FleetError, match="more than its 3 bytes"):
+    with pytest.raises(FleetError, match=r"more than its [34] bytes"):
         fetcher(store, Endless()).plan()
     # The first block of each of the two that could be on their way.
     assert len(sent) <= 2

@@ -42,7 +42,7 @@ def one(
     parts = {
         "unit": unit(f"--graphs {graphs}"),
         "environment": f"A=1\nVLLM_API_KEY={SECRET}\n",
-        "policy": '{"port": 8000}\n',
+        "policy": '{"port": 8000, "served_model_name": "m", "required": [], "forbidden": []}\n',
         **changed,
     }
     return make(release=release, model=model, cuda_graphs=graphs, **parts)
