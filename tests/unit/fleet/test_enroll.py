@@ -15,13 +15,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible.inventory.manager import InventoryManager
+from ansible.parsing.dataloader import DataLoader
+from ansible.vars.manager import VariableManager
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
 from glm_fleet.fleet.enroll import _MARK as MARK
-from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
+from glm_fleet.fleet.enroll import (
+    Enrolment,
+    Row,
+    interpreters,
+    read_target,
+    render_enrolment,
+    sentence,
+)
 from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -506,6 +517,38 @@ def test_jump_hosts_are_passed_by_ssh_s_own_command(jump: str, tmp_path: Path) -
     wanted = words("/usr/bin/ssh", "ssh", *arguments, "10.0.2.9", "true")
     found = words("/bin/sh", "sh", "-c", ours)
     assert [each for each in found if each not in ("-o", "BatchMode=yes")] == wanted
+
+
+def target_of(inventory: Path, host: str) -> Target:
+    """Return how the plugin would reach a host of an inventory file."""
+    loader = DataLoader()
+    hosts = InventoryManager(loader=loader, sources=[str(inventory)])
+    manager = VariableManager(loader=loader, inventory=hosts)
+    action = object.__new__(plugin.ActionModule)
+    action._play_context = SimpleNamespace(become_pass="")
+    found: Target = action._target(host, manager.get_vars(host=hosts.get_host(host)))
+    return found
+
+
+def test_the_jump_hosts_of_a_real_inventory_are_passed() -> None:
+    inventory = CASES / "08-jump-hosts/hosts.yml"
+    node = target_of(inventory, "gpu01")
+    assert (node.address, node.user) == ("10.0.2.9", "ops")
+    assert node.proxy == "ssh -o BatchMode=yes -l ops -W '[10.0.2.9]:22' 203.0.113.10"
+    gateway = target_of(inventory, "gw01")
+    assert gateway.proxy == (
+        "ssh -o BatchMode=yes -l ops -J ops@jump1:2201 -W '[10.0.2.5]:22' jump2"
+    )
+
+
+def test_the_interpreters_of_a_real_inventory_are_tried_as_they_are() -> None:
+    inventory = CASES / "10-interpreter-forms/hosts.ini"
+    assert interpreters(target_of(inventory, "gpu01").interpreter) == [["/usr/bin/env", "python3"]]
+    assert interpreters(target_of(inventory, "gpu02").interpreter)[-1] == ["python3"]
+    assert len(interpreters(target_of(inventory, "gpu02").interpreter)) > 5
+    assert target_of(inventory, "gw01").interpreter
+    legacy = CASES / "11-legacy-host-variable/hosts.ini"
+    assert target_of(legacy, "gpu02").address == "10.20.0.12"
 
 
 def test_a_way_that_ends_at_once_says_why(target: Target) -> None:
