@@ -96,6 +96,10 @@ options:
       Empty where there is no gateway.
     type: str
     default: ""
+  certificate:
+    description: PEM file of a gateway with certificate and key. Not looked at if empty.
+    type: str
+    default: ""
   gateway_config:
     description: HAProxy's configuration, which HAProxy itself is asked to check.
     type: path

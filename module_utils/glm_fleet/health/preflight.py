@@ -20,9 +20,10 @@ from ..core.errors import split_remedy
 from ..core.format import human_bytes, parse_version
 from ..fleet.inventory import GATEWAYS, NODES
 from ..node.answer import Facts
-from .hardware import WARNING, DiskNeed, Expectations, Problem, hardware_problems
+from .hardware import ERROR, WARNING, DiskNeed, Expectations, Problem, hardware_problems
 from .records import read_records, wrong_problem
 
+_EXPIRES_SOON_S = 21 * 86400.0
 # What fills up unnoticed: records of starts, states of HAProxy, journals.
 _SMALL_FOLDERS = ("/run", "/var/lib", "/var/log")
 
@@ -52,6 +53,7 @@ def query(settings: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any
         "artifact_root": settings["artifact_root"] if node else "",
         "provenance_keys": [*_model_provenance(settings), *settings["release_provenance"]],
         "xid_window_s": settings["xid_window_s"],
+        "certificate": settings["gateway_tls_certificate"] if GATEWAYS in groups else "",
     }
 
 
@@ -74,6 +76,28 @@ def expectations(settings: Mapping[str, Any], groups: Collection[str]) -> list[d
         expect["disk"] = [{"what": "gateway", **disk}]
         found.append({"gpu_node": False, "expect": expect})
     return found
+
+
+def _certificate(host: str, facts: Facts) -> Iterable[Problem]:
+    found = facts.get("certificate")
+    if not found:
+        return
+    wrong, severity = found["error"], ERROR
+    left = found["expires_s"] - float((facts.get("clock") or {}).get("epoch_s") or 0.0)
+    if not wrong and found["expires_s"]:
+        if left <= 0:
+            wrong = f"it expired {-left / 86400:.0f} days ago"
+        elif left < _EXPIRES_SOON_S:
+            wrong, severity = f"it expires in {left / 86400:.0f} days", WARNING
+    if wrong:
+        yield Problem(
+            host,
+            "certificate",
+            "certificate, chain and key in one PEM file, good for three weeks or more",
+            f"{found['path']}: {wrong}",
+            "put the right file there, or correct gateway_tls_certificate",
+            severity,
+        )
 
 
 def _model_provenance(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -129,6 +153,8 @@ def evaluate(host: str, facts: Facts, expect: Expectations, *, gpu_node: bool) -
     """Return every problem of one host; ``gpu_node`` is false for a gateway."""
     problems = [*_system(host, facts, expect), *_disk(host, facts, expect)]
     problems += _port(host, facts, expect)
+    if not gpu_node:
+        problems += _certificate(host, facts)
     if gpu_node:
         problems += _user(host, facts, expect)
         problems += hardware_problems(host, facts, expect)

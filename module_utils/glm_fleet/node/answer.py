@@ -196,6 +196,14 @@ class VerifiedArtifact(TypedDict):
     damage: Sequence[FileDamage]
 
 
+class CertificateOnDisk(TypedDict):
+    """The PEM file of a gateway; ``error`` is '' when HAProxy can use it, times since 1970."""
+
+    path: Words
+    error: Words
+    expires_s: Seconds
+
+
 class EnvironmentFacts(TypedDict, total=False):
     """What the next start of a node runs from; ``damage`` names the files that are not right."""
 
@@ -224,6 +232,7 @@ class Facts(TypedDict, total=False):
     protected: Sequence[Words] | None
     environments: Sequence[Words]
     environment: EnvironmentFacts
+    certificate: CertificateOnDisk
     staging_bytes: Mapping[str, Count]
     gpu: GpuFactsReport
     fabric_manager: FabricFacts

@@ -21,6 +21,7 @@ from ..core.runner import run_program
 from ..core.systemd import read_units
 from ..release.installed import COMPLETE, find_damage
 from .artifacts import protected_ids, read_artifacts, read_link, read_staging
+from .certificate import read_certificate
 from .gateway import read_gateway
 from .kernel import read_xids
 from .processes import read_listeners, unit_of, vllm_processes
@@ -81,6 +82,8 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
             facts["staging_bytes"] = attempt("staging", {}, read_staging, root / ".staging")
         if query.attest:
             facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
+        if query.certificate:
+            facts["certificate"] = read_certificate(Path(query.certificate))
         if query.gateway_url:
             facts["gateway"] = attempt("gateway", {}, read_gateway, query, host.run)
         facts.update({name: each.result() for name, each in slow.items()})

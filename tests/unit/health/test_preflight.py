@@ -410,6 +410,28 @@ def test_a_gateway_needs_no_gpus() -> None:
     assert [each.severity for each in check(facts, gpu_node=False)] == [WARNING]
 
 
+@pytest.mark.parametrize(
+    ("certificate", "words", "severity"),
+    [
+        ({"error": "there is no such file", "expires_s": 0.0}, "no such file", ERROR),
+        ({"error": "", "expires_s": 1e9 - 86400}, "it expired 1 days ago", ERROR),
+        ({"error": "", "expires_s": 1e9 + 5 * 86400}, "it expires in 5 days", WARNING),
+    ],
+)
+def test_a_certificate_that_cannot_serve_is_found_before_anything_is_touched(
+    certificate: dict[str, Any], words: str, severity: str
+) -> None:
+    facts = make_facts()
+    facts["clock"]["epoch_s"] = 1e9
+    facts["certificate"] = {"path": "/etc/x.pem", **certificate}
+    assert check(facts) == [], "only a gateway is asked"
+    (problem,) = check(facts, gpu_node=False)
+    assert (problem.check, problem.severity) == ("certificate", severity)
+    assert words in problem.found
+    facts["certificate"]["expires_s"], facts["certificate"]["error"] = 2e9, ""
+    assert check(facts, gpu_node=False) == []
+
+
 def test_unreachable_is_a_problem_like_any_other() -> None:
     problem = unreachable("gpu02", "Connection\n refused")
     assert (problem.check, problem.severity) == ("connection", ERROR)
