@@ -34,7 +34,7 @@ PLAYBOOK = """
         mode: "0644"
       loop: [glm-serving.service, glm-serving.conf, glm-prestart@.service]
       vars:
-        __serving_release: vllm-0.23.0-pr38476-0123456789ab
+        __serving_made_release: {{id: vllm-0.23.0-pr38476-0123456789ab}}
 """
 
 

@@ -27,7 +27,7 @@ PLAYBOOK = """
         mode: "0644"
       loop: [glm-serving.service, serving.env]
       vars:
-        __serving_release: vllm-0.23.0-pr38476-0123456789ab
+        __serving_made_release: {{id: vllm-0.23.0-pr38476-0123456789ab}}
 """
 
 
@@ -59,7 +59,7 @@ def test_the_unit_serves_with_the_command_line_of_the_defaults(rendered: Path) -
         "--port 8000 --served-model-name glm-5.2 --tensor-parallel-size 8 "
         "--attention-backend TRITON_MLA_SPARSE --dtype bfloat16 --kv-cache-dtype bfloat16 "
         "--max-model-len 32768 --gpu-memory-utilization 0.9 --shutdown-timeout 600 "
-        '--compilation-config "{\\"cudagraph_mode\\":\\"PIECEWISE\\"}"'
+        '--compilation-config "{\\"cudagraph_mode\\":\\"FULL_AND_PIECEWISE\\"}"'
     ) in joined
     for line in (
         "User=glm",

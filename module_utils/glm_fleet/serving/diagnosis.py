@@ -36,6 +36,8 @@ _MADE_PROGRESS = re.compile(
     r"|Graph capturing finished|init engine .* took|Application startup complete"
 )
 _ANY_START_IS_UP = re.compile(r"Application startup complete|Starting vLLM server on")
+# A request in the words of the web server, which some releases log without the process.
+_ACCESS = re.compile(r'^[A-Z]+: +\S+ - "')
 _SAID = 240
 
 
@@ -192,7 +194,8 @@ def _candidates(start: Sequence[_Line]) -> Iterator[tuple[int, _Line, Signature]
         if line.is_frame or line.level in ("DEBUG", "INFO", "WARNING"):
             continue
         # Once it is up, the API server repeats words of clients; the engine has words of its own.
-        if 0 <= up < place and line.process[0].startswith("APIServer"):
+        ours = line.process[0].startswith("APIServer") or _ACCESS.search(line.text)
+        if 0 <= up < place and ours:
             continue
         # An import that failed and was done without is no crash: the same process went on.
         if place < up or place < progress.get(line.process, -1):

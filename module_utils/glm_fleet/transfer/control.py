@@ -68,6 +68,25 @@ def ask(request: Mapping[str, Any], folder: Path = RUN_FOLDER) -> dict[str, Any]
             ) from error
 
 
+# What the agent needs nothing of.
+_FENCES = (
+    "PrivateDevices",
+    "PrivateTmp",
+    "NoNewPrivileges",
+    "ProtectKernelTunables",
+    "ProtectKernelModules",
+    "ProtectKernelLogs",
+    "ProtectControlGroups",
+    "ProtectClock",
+    "ProtectHostname",
+    "RestrictNamespaces",
+    "RestrictRealtime",
+    "RestrictSUIDSGID",
+    "LockPersonality",
+    "MemoryDenyWriteExecute",
+)
+
+
 def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str]:
     """Return the command that starts the agent as a unit of its own, fenced in."""
     properties = {
@@ -79,12 +98,18 @@ def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str
         "TimeoutStopSec": "20",
         "ProtectSystem": "strict",
         "ReadWritePaths": f"{root} {job_file.parent}",
-        "PrivateDevices": "yes",
-        "PrivateTmp": "yes",
-        "NoNewPrivileges": "yes",
         "CapabilityBoundingSet": "CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER",
         "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+        "ProtectProc": "invisible",
+        "ProcSubset": "pid",
+        "SystemCallArchitectures": "native",
+        "SystemCallErrorNumber": "EPERM",
+        **dict.fromkeys(_FENCES, "yes"),
     }
+    if root.parts[1:2] not in (("home",), ("root",)):
+        properties["ProtectHome"] = "yes"
+    # Two lists: what a service needs, without what only root may do, but for giving files to root.
+    calls = ("@system-service", "~@privileged @resources", "@chown setpriority sched_setaffinity")
     return [
         "systemd-run",
         "--quiet",
@@ -92,6 +117,7 @@ def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str
         f"--unit={UNIT}",
         f"--setenv=PYTHONPATH={path}",
         *(f"--property={name}={value}" for name, value in properties.items()),
+        *(f"--property=SystemCallFilter={each}" for each in calls),
         python,
         "-B",
         "-m",

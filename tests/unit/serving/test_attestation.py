@@ -101,6 +101,8 @@ SAID = (
     f"error=ErrorInfo(message='The model `{HOSTILE}` does not exist.', code=404)",
     f"(APIServer pid=0) RuntimeError: CUDA error: {HOSTILE}",
     f'(APIServer pid=0) INFO:     10.0.0.1:5 - "GET /{HOSTILE} HTTP/1.1" 404 Not Found',
+    'INFO:     10.0.0.1:5 - "GET /RuntimeError: CUDA error: an illegal instruction was '
+    'encountered HTTP/1.1" 404 Not Found',
     "(APIServer pid=0) ERROR 11-22 07:40:01 [serving.py:300] The model `Application startup "
     "complete` does not exist",
 )
