@@ -144,8 +144,9 @@ def answers_of_a_fleet() -> dict[str, dict[str, Any]]:
     """Return what was gathered of three nodes with two real GPUs each, and of their gateway."""
 
     def nvidia_smi(argv: Sequence[str], **_: Any) -> RunResult:
-        name = {"-q": "q.xml", "topo": "topo.txt"}.get(argv[1], "query.csv")
-        return RunResult(0, (NVIDIA_SMI / f"h200-x2-{name}").read_text(), "")
+        name = {"-q": "q.xml", "topo": "topo.txt"}.get(argv[1])
+        text = (NVIDIA_SMI / f"h200-x2-{name}").read_text() if name else QUERY
+        return RunResult(0, text, "")
 
     records = fleet_records()
     for name in ("gpu", "fabric_manager", "xids"):
@@ -401,6 +402,7 @@ SERVERS = (
     "1\n# be_id be_name srv_id srv_name srv_addr srv_admin_state srv_fqdn srv_port\n"
     "3 glm_nodes 1 gpu01 192.0.2.11 0 - 8000\n3 glm_nodes 2 gpu02 2001:db8::1 8 - 8000\n"
 )
+QUERY = "".join(f"{n}, GPU-00000000-0000-0000-0000-00000000000{n + 1}, 9.0\n" for n in (0, 1))
 INFO = "Name: HAProxy\nVersion: 2.6.12\nUptime_sec: 7\n"
 WORKERS = """\
 #<PID>          <type>          <relative PID>  <reloads>       <uptime>
@@ -457,7 +459,7 @@ def gpus_of(**answers: str) -> object:
     """Read GPUs whose nvidia-smi answers one question otherwise: xml, query, topo."""
     known = {
         "xml": (NVIDIA_SMI / "h200-x2-q.xml").read_text(),
-        "query": (NVIDIA_SMI / "h200-x2-query.csv").read_text(),
+        "query": QUERY,
         "topo": (NVIDIA_SMI / "h200-x2-topo.txt").read_text(),
         **answers,
     }
@@ -659,7 +661,7 @@ READERS = (
     ),
     Reader(
         "nvidia-smi --query-gpu",
-        (NVIDIA_SMI / "h200-x2-query.csv").read_text(),
+        QUERY,
         lambda text, _: gpus_of(query=text),
     ),
     Reader(

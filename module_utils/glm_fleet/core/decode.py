@@ -289,7 +289,8 @@ def _narrowed(kind: Any, *marks: Any, strict: bool) -> _Reader:
         found: Any = read_it(value)
         for mark in marks:
             if isinstance(mark, Range) and not mark.least <= found <= mark.most:
-                raise _WrongError(f"a number from {mark.least:g} to {mark.most:g}", value)
+                end = "or more" if mark.most == _LARGEST else f"to {mark.most:g}"
+                raise _WrongError(f"a number of {mark.least:g} {end}", value)
             if isinstance(mark, Size) and len(found) > mark.most:
                 raise _WrongError(f"at most {mark.most} long", value)
             if isinstance(mark, _Dated) and not _is_moment(found):
@@ -311,9 +312,10 @@ def _is_moment(text: str) -> bool:
 
 def _one_of(choices: tuple[Any, ...]) -> _Reader:
     def choose(value: Any) -> Any:
-        # In Python 1 is True, in JSON it is not.
+        # In Python 1 is True, in JSON it is not. Ansible's text is of a class of its own.
         for each in choices:
-            if type(each) is type(value) and each == value:
+            alike = isinstance(value, bool) == isinstance(each, bool)
+            if alike and isinstance(value, type(each)) and each == value:
                 return each
         raise _WrongError(f"one of {', '.join(map(repr, choices))}", value)
 
