@@ -91,7 +91,7 @@ def test_a_question_that_a_restart_cuts_off_is_asked_again(tmp_path: Path) -> No
     listener = Listener(tmp_path / "s", b"", b"\n")
     listener.thread.start()
     ask = unix_transport(str(tmp_path / "s"), patience=10)
-    Haproxy(ask).set_state("b", "n1", "drain")
+    assert ask("set server b/n1 state drain") == "\n"
     assert listener.asked == [b"set server b/n1 state drain\n"] * 2
 
 

@@ -115,6 +115,33 @@ def test_a_drained_node_takes_only_its_own_conversations_along(gateway: Gateway)
     assert all(now == then for now, then in zip(during, before) if then != "gpu02")
     assert "gpu02" not in during
     gateway.set("gpu02", "ready")
+    # What went elsewhere stays where its latest turns are; what is new comes back.
+    assert [node_for(gateway, body) for body in bodies] == during
+    assert "gpu02" in {node_for(gateway, next(turns(f"new {n}"))) for n in range(20)}
+
+
+def test_no_conversation_keeps_a_drained_node_busy(gateway: Gateway) -> None:
+    """What is remembered of a conversation is no reason to ask a node that is to be empty."""
+    body = next(turns("the same"))
+    name = node_for(gateway, body)
+    for state in ("drain", "maint"):
+        gateway.set(name, state)
+        assert name not in {node_for(gateway, body) for _ in range(5)}
+        gateway.set(name, "ready")
+
+
+def test_a_conversation_outlives_its_node(gateway: Gateway, nodes: dict[str, Node]) -> None:
+    """Before the health check knows: the connection fails, and another node is asked."""
+    body = next(turns("the same"))
+    name = node_for(gateway, body)
+    nodes[name].close()
+    assert {node_for(gateway, body) for _ in range(3)} <= set(gateway.endpoints) - {name}
+
+
+def test_conversations_outlive_a_reload(gateway: Gateway) -> None:
+    bodies = [next(turns(f"question {number}")) for number in range(20)]
+    before = [node_for(gateway, body) for body in bodies]
+    gateway.reload("second")
     assert [node_for(gateway, body) for body in bodies] == before
 
 

@@ -34,6 +34,10 @@ from .statistics import (
 BACKEND = "glm_nodes"
 # The table that counts what clients do.
 CLIENTS = "glm_clients"
+# The table that remembers where conversations had to go; its numbers are a place in a line of
+# `show servers state`.
+CONVERSATIONS = "glm_conversations"
+_SERVER_ID = 2
 SOCKET = "/run/haproxy/admin.sock"
 MASTER_SOCKET = "/run/haproxy-master.sock"
 STATES = ("ready", "drain", "maint")
@@ -214,6 +218,11 @@ class Haproxy:
         self._set(f"set server {backend}/{name} state {state}")
         if state == "ready":
             self._set(f"set server {backend}/{name} weight 100%")
+            return
+        # A conversation that is remembered on a node goes there even while it is drained. From here
+        # on none is remembered there anew. A HAProxy without that table says so.
+        number = self.server(backend, name).line.split(" ")[_SERVER_ID]
+        self._ask(f"clear table {CONVERSATIONS} data.server_id eq {number}")
 
     def set_endpoint(self, backend: str, name: str, endpoint: str) -> None:
         """Send a server's requests and checks to another endpoint, ``address:port``.
