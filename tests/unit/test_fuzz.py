@@ -52,10 +52,12 @@ from glm_fleet.model.partfile import Part
 from glm_fleet.model.pins import pinned
 from glm_fleet.node.answer import decode_facts
 from glm_fleet.node.artifacts import read_artifacts
+from glm_fleet.node.facts import read_node
 from glm_fleet.node.gateway import read_certificates
 from glm_fleet.node.gpu import read_gpus
 from glm_fleet.node.kernel import parse_xids
 from glm_fleet.node.prestart import memory_in_use
+from glm_fleet.node.query import Host, NodeQuery
 from glm_fleet.node.readiness import answer as readiness_answer
 from glm_fleet.node.remote_call import answer_in
 from glm_fleet.node.watchdog import Flag, Watchdog
@@ -479,6 +481,16 @@ def kernel_log(text: str, _: Path) -> object:
     return faults(facts["xids"])
 
 
+def node(text: str, folder: Path) -> object:
+    """Read a whole host of which every tool and every file of the system says this."""
+    for name in ("meminfo", "uptime", "os-release"):
+        (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    host = Host(program(text), proc=folder, os_release=folder / "os-release")
+    facts = read_node(NodeQuery(paths=["/"], controller_epoch=7.0), host)
+    json.dumps(facts, allow_nan=False)
+    return decode_facts("gpu01", facts)
+
+
 def listing(text: str, _: Path) -> object:
     """Read what the hub's client makes of an answer."""
     try:
@@ -671,6 +683,7 @@ READERS = (
     ),
     Reader("memory in use", "0, 7\n1, 81000\n", lambda text, _: memory_in_use(program(text))),
     Reader("kernel log", KERNEL, kernel_log),
+    Reader("tools", f"{UNITS}\nMemTotal: 7 kB\nID=debian\n7.5 8.5\n", node),
     Reader("hub", LISTING, listing),
     Reader("index", INDEX, adopted),
     Reader("part", "[25, 25, 0, 7]", part),

@@ -63,7 +63,8 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         slow = {}
         if query.gpus:
             # Under way while the rest is read.
-            slow["gpu"] = pool.submit(_read_gpu, host)
+            unread = {"gpus": [], "error": "what nvidia-smi says cannot be read"}
+            slow["gpu"] = pool.submit(attempt, "gpu", unread, _read_gpu, host)
             slow["xids"] = pool.submit(attempt, "xids", [], read_xids, query.xid_window_s, host.run)
         facts = _read_system(query, host, attempt)
         facts["clock"] = clock
@@ -180,6 +181,6 @@ def read_attestation(
             canary_timeout_s=query.canary_timeout_s,
             proc=host.proc,
         )
-    except FleetError as error:
+    except (FleetError, OSError, ValueError, LookupError) as error:
         return {}, str(error)
     return found, ""
