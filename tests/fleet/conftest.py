@@ -45,14 +45,22 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-# One fleet for all: it comes to life in the first file, and the last one takes it down.
-ORDER = ("test_site", "test_inside", "test_upgrade", "test_endpoints", "test_mending",
-         "test_health", "test_model", "test_swarm", "test_enroll", "test_lab")  # fmt: skip
+# One fleet for all: it comes to life in the first file, and the last ones take it down.
+FIRST = ("test_site", "test_inside", "test_upgrade", "test_endpoints", "test_mending",
+         "test_health", "test_model", "test_swarm")  # fmt: skip
+LAST = ("test_before", "test_lab")
+
+
+def place(stem: str) -> tuple[int, str]:
+    """Return where a file stands in the order; one that is not named stands between the two."""
+    if stem in FIRST:
+        return FIRST.index(stem), stem
+    return len(FIRST) + (1 + LAST.index(stem) if stem in LAST else 0), stem
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files in their order, and the tests of a file as they stand."""
-    items.sort(key=lambda item: ORDER.index(item.path.stem))
+    items.sort(key=lambda item: place(item.path.stem))
 
 
 # Processes that outlived a controller, each pinned so that its number stands for nobody else.
@@ -111,9 +119,13 @@ class Run:
 
 
 class Fleet:
-    """The lab fleet, driven as an operator does and asked as a client does."""
+    """The lab fleet, driven as an operator does and asked as a client does.
 
-    def __init__(self) -> None:
+    ``root`` is the checkout whose playbooks are run, with its own copy of the inventory.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
         hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]
         self.addresses = {
             name: values["ansible_host"]
@@ -132,14 +144,14 @@ class Fleet:
         command = [
             str(ROOT / ".venv/bin/ansible-playbook"),
             "-i",
-            str(INVENTORY),
+            str(self.root / "inventory/lab"),
             playbook,
             *arguments,
         ]
         environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "COLUMNS": "200"}
         return subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=self.root,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
