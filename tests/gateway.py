@@ -30,6 +30,8 @@ from glm_fleet.gateway.haproxy import (
 )
 from glm_fleet.gateway.state_file import save_states
 
+from tests.defaults import defaults
+
 ROLE = Path(__file__).resolve().parents[1] / "roles" / "gateway"
 NOW = "2026-11-27T12:00:00+00:00"
 KEY = "the key of the tests"
@@ -182,7 +184,7 @@ class Gateway:
             self.store.apply(self.ask, self.ask_master)
 
     def write(self, revision: str) -> Path:
-        variables = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+        variables = defaults("gateway")
         variables |= yaml.safe_load((ROLE / "vars/main.yml").read_text())
         variables |= {
             "ansible_managed": "Ansible managed",

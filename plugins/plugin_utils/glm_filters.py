@@ -43,7 +43,7 @@ def lacking(
     return [
         host
         for host in hosts
-        if wanted - set(hostvars[host].get("__artifact_plan", {}).get("published", []))
+        if wanted - set(hostvars[host].get("artifact_plan", {}).get("published", []))
     ]
 
 
@@ -121,7 +121,7 @@ def protected_on(hostvars: HostVars, hosts: Sequence[str]) -> list[str]:
         {
             str(each)
             for host in hosts
-            for each in hostvars[host].get("__artifact_retired", {}).get("protected", [])
+            for each in hostvars[host].get("artifact_retired", {}).get("protected", [])
         }
     )
 
@@ -130,7 +130,7 @@ def drivers(hostvars: HostVars, hosts: Sequence[str]) -> dict[str, str]:
     """Give the NVIDIA driver of every host that preflight looked at in this run."""
     found = {}
     for host in hosts:
-        node = hostvars[host].get("__preflight_read", {}).get("record", {}).get("node", {})
+        node = hostvars[host].get("preflight_read", {}).get("record", {}).get("node", {})
         driver = node.get("gpu", {}).get("driver_version")
         if driver:
             found[host] = str(driver)

@@ -25,7 +25,11 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "connection": "local",
             "gather_facts": False,
             "vars": {"role_path": str(role), "health_schedule_user": "root"},
-            "vars_files": [str(role / "defaults/main.yml"), str(role / "vars/main.yml")],
+            "vars_files": [
+                str(role / "../common/defaults/main.yml"),
+                str(role / "defaults/main.yml"),
+                str(role / "vars/main.yml"),
+            ],
             "tasks": [
                 {
                     "ansible.builtin.template": {

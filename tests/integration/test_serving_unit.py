@@ -17,6 +17,7 @@ PLAYBOOK = """
   connection: local
   gather_facts: false
   vars_files:
+    - {root}/roles/common/defaults/main.yml
     - {root}/roles/artifact/defaults/main.yml
     - {root}/roles/serving/defaults/main.yml
     - {root}/roles/serving/vars/main.yml

@@ -33,9 +33,9 @@ class Filters:
 filters = Filters()
 
 HOSTVARS = {
-    "gpu01": {"__artifact_plan": {"published": []}, "ansible_host": "192.0.2.11"},
-    "gpu02": {"__artifact_plan": {"published": ["m-1"]}, "artifact_address": "198.51.100.2"},
-    "gpu03": {"__artifact_plan": {"published": ["m-1", "r-1"]}},
+    "gpu01": {"artifact_plan": {"published": []}, "ansible_host": "192.0.2.11"},
+    "gpu02": {"artifact_plan": {"published": ["m-1"]}, "artifact_address": "198.51.100.2"},
+    "gpu03": {"artifact_plan": {"published": ["m-1", "r-1"]}},
     "controller": {
         "release_artifact": {"id": "r-1", "manifest": {"kind": "release"}},
         "ansible_connection": "local",
@@ -114,8 +114,8 @@ def test_every_filter_that_is_registered_is_there() -> None:
 
 def test_what_one_node_protects_stays_for_all() -> None:
     hostvars = {
-        "gpu01": {"__artifact_retired": {"protected": ["b", "a"]}},
-        "gpu02": {"__artifact_retired": {"protected": ["a"]}},
+        "gpu01": {"artifact_retired": {"protected": ["b", "a"]}},
+        "gpu02": {"artifact_retired": {"protected": ["a"]}},
         "gpu03": {},
     }
     assert filters.protected_on(hostvars, ["gpu01", "gpu02", "gpu03"]) == ["a", "b"]

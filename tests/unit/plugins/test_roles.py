@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ def load(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
-def options(role: str, entry_point: str = "main") -> dict[str, dict[str, Any]]:
-    """Return the documented variables of a role."""
+def options(role: str) -> dict[str, dict[str, Any]]:
+    """Return the documented variables of a role; `common` has no entry point that is called."""
     specs = load(ROOT / "roles" / role / "meta/argument_specs.yml")["argument_specs"]
+    entry_point = "defaults" if role == "common" else "main"
     found: dict[str, dict[str, Any]] = specs[entry_point].get("options", {})
     return found
 
@@ -45,6 +48,47 @@ def test_documented_defaults_are_the_defaults(role: str) -> None:
         # A documented default may put an expression into words.
         if "default" in option and "{{" not in str(defaults[name]):
             assert option["default"] == defaults[name], name
+
+
+def texts(role: str) -> Iterator[tuple[Path, str]]:
+    """Return the files of a role in which variables are read."""
+    for path in sorted((ROOT / "roles" / role).rglob("*")):
+        if path.suffix in (".yml", ".j2") and path.parent.name != "meta":
+            yield path, path.read_text()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_reads_no_private_fact_of_another(role: str) -> None:
+    others = "|".join(each for each in ROLES if each != role)
+    for path, text in texts(role):
+        found = re.findall(rf"\b__(?:{others})_\w+", text)
+        assert not found, f"{path.relative_to(ROOT)} reads {', '.join(sorted(set(found)))}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_default_has_one_source(role: str) -> None:
+    """A variable of another role is one of `common`, whose default is not written again."""
+    own, common = options(role), options("common")
+    for path, text in texts(role):
+        where = path.relative_to(ROOT)
+        for name in re.findall(r"\b(\w+) \| default\((?:'[^']+'|\"[^\"]+\"|[\d.]+)", text):
+            assert name not in common, f"{where} has a default for {name}, as roles/common has"
+        for name in {name for each in ROLES for name in options(each)} - set(own) - set(common):
+            assert not re.search(rf"(?<![\w.]){name}\b(?!:)", re.sub("(?m)#.*$", "", text)), (
+                f"{where} reads {name} of another role: put its default into roles/common"
+            )
+
+
+def test_whoever_reads_a_common_variable_depends_on_common() -> None:
+    def known(role: str) -> set[str]:
+        needed = load(ROOT / "roles" / role / "meta/main.yml").get("dependencies", [])
+        return {role}.union(*(known(each["role"]) for each in needed))
+
+    for role in ROLES:
+        for path, text in texts(role):
+            for name in options("common"):
+                if re.search(rf"(?<![\w.]){name}\b", text):
+                    assert "common" in known(role), f"{path.relative_to(ROOT)} reads {name}"
 
 
 def test_the_example_sets_only_variables_of_the_roles() -> None:

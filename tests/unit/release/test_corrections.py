@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import run_program
 from glm_fleet.release.compiler import Compiler, Patched
@@ -26,10 +25,11 @@ from glm_fleet.release.merge import Resolver
 from test_compiler import EXPECT, KERNELS, PULL_FILES, Upstream, repository, upstream
 
 from lab import standin
+from tests.defaults import defaults
 
 __all__ = ["upstream"]
 ROLE = Path(__file__).resolve().parents[3] / "roles/release"
-DEFAULTS = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+DEFAULTS = defaults("release")
 HEAD = DEFAULTS["release_pull_requests"][0]["head"]
 KERNEL = PULL_FILES[KERNELS]
 MENDED = KERNEL.replace("return k\n", "return k.clone()\n") + "\n\n# No more.\n"

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from glm_fleet.core import http as core_http
 from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.serving import attestation, client, diagnosis, metrics, startup
 from glm_fleet.serving import evidence as serving_evidence
 
+from tests.defaults import defaults
+
 ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / "tests/unit/fixtures/vllm-logs"
-DEFAULTS = yaml.safe_load((ROOT / "roles/serving/defaults/main.yml").read_text())
+DEFAULTS = defaults("serving")
 
 
 def journal_of(name: str) -> list[str]:

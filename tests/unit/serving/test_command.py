@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from glm_fleet.core import procfs
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult
@@ -23,19 +22,21 @@ from glm_fleet.serving.command import (
     unit_words,
 )
 
+from tests.defaults import defaults
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def settings(**changed: Any) -> dict[str, Any]:
     """The defaults of the role, as its internal variables hand them over."""
-    defaults = yaml.safe_load((ROOT / "roles/serving/defaults/main.yml").read_text())
+    found = defaults("serving")
     given = {
         key.removeprefix("serving_"): value
-        for key, value in defaults.items()
+        for key, value in found.items()
         if key.startswith("serving_")
     }
     given["model_path"] = given["model_link"]
-    given["shutdown_timeout"] = defaults["serve_drain_timeout"]
+    given["shutdown_timeout"] = found["serve_drain_timeout"]
     return {**given, **changed}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from glm_fleet.core.errors import FleetError
 from glm_fleet.serving.command import serve_command
 from glm_fleet.serving.graphs import (
@@ -21,14 +20,15 @@ from glm_fleet.serving.graphs import (
     rungs,
 )
 
+from tests.defaults import defaults
+
 ROOT = Path(__file__).resolve().parents[3]
 PULL = {"number": 38476, "head": "3740c02bb1223d37823593664ae3eafa397b9937"}
 
 
 def command(graphs: str) -> list[str]:
     """The command line of a node with the role's defaults and a mode of CUDA graphs."""
-    defaults = yaml.safe_load((ROOT / "roles/serving/defaults/main.yml").read_text())
-    settings = {name.removeprefix("serving_"): value for name, value in defaults.items()}
+    settings = {name.removeprefix("serving_"): value for name, value in defaults("serving").items()}
     return serve_command(
         {**settings, "model_path": "/m", "shutdown_timeout": 600, "cuda_graphs": graphs}
     )
