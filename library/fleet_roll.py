@@ -10,7 +10,7 @@ version_added: "0.1.0"
 short_description: Plans a roll over the nodes, and reports how it ended
 description:
   - Runs on the controller, once for all nodes, and touches none of them.
-  - Reads what M(deployment) found on each node, and the fact C(__serving_outcome) of each turn.
+  - Reads what M(deployment) found on each node, and what M(fleet_turn) made of each turn.
 author: glm-fleet contributors (@glm-fleet)
 options:
   state:

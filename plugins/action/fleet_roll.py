@@ -14,7 +14,8 @@ from glm_action import ControllerAction
 from glm_fleet.core.net import join_endpoint
 from glm_fleet.core.table import Line
 from glm_fleet.fleet.endpoints import reached_at
-from glm_fleet.fleet.rollout import UNTOUCHED, NodeState, plan_roll
+from glm_fleet.fleet.outcome import UNTOUCHED
+from glm_fleet.fleet.rollout import NodeState, plan_roll
 from glm_fleet.fleet.rollout_table import Ending, end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
 
@@ -136,15 +137,10 @@ def _info(variables: Any) -> dict[str, Any]:
     return dict(info if info.get("wanted") or not staged else staged[0])
 
 
-def _pages(variables: Any) -> dict[str, Any]:
-    """Return what a node read into memory before it was drained; {} where it did not look."""
-    return dict(plain(variables.get("__serving_pages") or {}).get("pages") or {})
-
-
 def _end(names: list[str], hostvars: Any) -> dict[str, Any]:
     endings = []
     for name in names:
-        ended = plain(hostvars[name].get("__serving_outcome") or {})
+        ended = plain(hostvars[name].get("__serving_turn") or {}).get("outcome")
         if not ended:
             record = (_info(hostvars[name]).get("running") or {}).get("record") or {}
             same = not _info(hostvars[name]).get("differences")
@@ -153,7 +149,7 @@ def _end(names: list[str], hostvars: Any) -> dict[str, Any]:
             continue
         endings.append(
             Ending(name, ended["state"], ended["good"], ended["runs"], ended["why"],
-                   ended["journal"], ended.get("start") or {}, _pages(hostvars[name]))
+                   ended["journal"], ended["start"], ended["pages"])
         )  # fmt: skip
     good = all(each.good for each in endings)
     return {

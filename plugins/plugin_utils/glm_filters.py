@@ -203,38 +203,13 @@ def graph_remark(wanted: str, release: Mapping[str, Any]) -> str:
     return graphs.remark(wanted, graph_mode(wanted, release), faults)
 
 
-def attempt(
-    identifier: str, activated: Mapping[str, Any], attested: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Judge one attempt to run a deployment."""
-    return rollout.attempt(identifier, activated, attested)
-
-
-def next_rung(ladder: Sequence[str], attempts: Sequence[Mapping[str, Any]]) -> str:
-    """Give the deployment to try next, '' when trying is over."""
-    return rollout.next_rung(ladder, attempts)
-
-
-def turn_outcome(
-    attempts: Sequence[Mapping[str, Any]],
-    back: Mapping[str, Any],
-    drained: Mapping[str, Any],
-    joined: Mapping[str, Any],
-    held: str,
-) -> dict[str, Any]:
-    """Say how a turn ended, from its attempts and the loops over the gateways."""
-    return rollout.outcome(
-        attempts, back, drained.get("results") or [], joined.get("results") or [], held
-    )
-
-
 def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str]) -> list[str]:
     """Name the nodes whose turn did not get through."""
     return [
         host
         for host in batch
         if host not in alive
-        or not (hostvars[host].get("__serving_outcome") or {"good": True})["good"]
+        or not hostvars[host].get("__serving_turn", {}).get("outcome", {"good": True})["good"]
     ]
 
 

@@ -168,7 +168,7 @@ def test_back_without_any_upstream_and_only_one_run_at_a_time(fleet: Fleet) -> N
             second: Run | None = None
             for line in process.stdout:
                 output += line
-                if "Stop, switch and start" in line and second is None:
+                if ": switches to deployment" in line and second is None:
                     second = fleet.playbook("playbooks/rollback.yml")
             process.wait()
             run = Run(process.returncode, output)
@@ -220,8 +220,7 @@ def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> Non
         fleet.shell(fleet.gateway, "systemctl restart haproxy")
 
     with under_load(fleet, "everything breaks") as load:
-        # A task is named when its first result is there: what comes before it tells that it began.
-        drain, start, rejoin = "Begin the turn", f"  {first}: ", "Attempt | Note what came of it"
+        drain, start, rejoin = (f"  {first}: {each}" for each in ("drains", "is attested", "joins"))
         for marker, pause in ((drain, 1.0), (start, 0.0), (rejoin, 1.0)):
             # The start goes on without a controller. The next one attests it.
             seen = fleet.kill_playbook_at(marker, "site.yml", *FLAGS, pause=pause)
@@ -229,7 +228,7 @@ def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> Non
             assert marker in seen
         assert "is taken over: its process is gone" in seen
 
-        run = run_and(fleet, f"  {second}: ", lambda: lab("power", second, "no-ssh").rc)
+        run = run_and(fleet, f"  {second}: is attested", lambda: lab("power", second, "no-ssh").rc)
         lab("power", second, "ssh")
         assert run.rc != 0
         row(run, second, "unreachable")
@@ -259,7 +258,9 @@ def test_a_node_that_loses_its_power_in_its_turn_stays_out(fleet: Fleet) -> None
     flags = ["-e", "serving_max_model_len=2560", "-e", "serve_batch=1"]
     first, second, third = fleet.nodes
     with under_load(fleet, "a node loses its power in its turn") as load:
-        run = run_and(fleet, f"  {first}: ", lambda: lab("power", first, "off").rc, flags)
+        run = run_and(
+            fleet, f"  {first}: is attested", lambda: lab("power", first, "off").rc, flags
+        )
         assert run.rc != 0
         row(run, first, "unreachable")
         row(run, second, "untouched")

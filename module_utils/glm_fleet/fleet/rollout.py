@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rolling: in which order nodes are taken out, how a turn went, and what runs in the end."""
+"""Rolling: in which order nodes are taken out, and what a roll-back goes back to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,10 @@ from statistics import median
 from typing import Any
 
 from ..core.errors import FleetError
-from ..serving.graphs import price_of
 
 RESTART = "restart"
 JOIN = "join"
 ROLL_BACK = "rollback"
-# How a turn ended.
-SERVES = "serves"
-HELD = "held"
-ROLLED_BACK = "rolled back"
-DRAINED = "drained"
-LOST = "unreachable"
-UNTOUCHED = "untouched"
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Planned:
     """One node's part in the roll: RESTART or JOIN, and in which batch, from 1."""
 
     node: str
@@ -70,7 +62,7 @@ class Turn:
 class Plan:
     """The order of the roll; ``batches`` are sizes, as Ansible's ``serial`` takes them."""
 
-    turns: Sequence[Turn]
+    turns: Sequence[Planned]
     batches: Sequence[int]
 
 
@@ -144,7 +136,7 @@ def plan_roll(
     groups.append(held)
     groups = [group for group in groups if group]
     turns = [
-        Turn(each.name, RESTART if each.changes else JOIN, number)
+        Planned(each.name, RESTART if each.changes else JOIN, number)
         for number, group in enumerate(groups, 1)
         for each in group
     ]
@@ -175,55 +167,6 @@ def foresee(nodes: Sequence[NodeState], plan: Plan) -> Forecast:
     return Forecast(seconds, fewest)
 
 
-def attempt(
-    identifier: str, activated: Mapping[str, Any], attested: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Judge one attempt to run a deployment, from what its two tasks returned.
-
-    Returns {id, runs, passed, lost, step_down, message, diagnosis, journal, seconds, start};
-    ``start`` is where the time of the start went, by phase.
-    """
-    found: dict[str, Any] = {
-        "id": identifier,
-        "runs": activated.get("deployment") or {},
-        "passed": False,
-        "lost": False,
-        "step_down": False,
-        "message": "",
-        "diagnosis": "",
-        "journal": [],
-        "seconds": {**(activated.get("seconds") or {}), **(attested.get("seconds") or {})},
-        "start": attested.get("start") or {},
-        "canary": (attested.get("attestation") or {}).get("canary") or {},
-    }
-    for result in (activated, attested):
-        if result.get("unreachable") or result.get("failed"):
-            found["lost"] = bool(result.get("unreachable"))
-            found["message"] = " ".join(str(result.get("msg", "")).split())
-            found["step_down"] = bool(result.get("step_down"))
-            found["diagnosis"] = str(result.get("diagnosis") or "")
-            found["journal"] = list(result.get("journal") or [])
-            return found
-    found["passed"] = bool((attested.get("attestation") or {}).get("passed"))
-    if not found["passed"]:
-        found["message"] = "the turn was cut off before the attestation"
-    return found
-
-
-def next_rung(ladder: Sequence[str], attempts: Sequence[Mapping[str, Any]]) -> str:
-    """Return the deployment to try next, '' when trying is over.
-
-    After a failure only a crash that a lower mode of CUDA graphs avoids is a reason to try
-    the next one.
-    """
-    if not attempts:
-        return ladder[0] if ladder else ""
-    last = attempts[-1]
-    if last["passed"] or last["lost"] or not last["step_down"] or len(attempts) >= len(ladder):
-        return ""
-    return ladder[len(attempts)]
-
-
 def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
     """Return what `deployment` is asked to go back to on a node.
 
@@ -239,84 +182,3 @@ def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:
     if roll.get("state") in ("running", "stopped"):
         return str((roll.get("targets") or {}).get(node) or "before")
     return "before"
-
-
-def outcome(
-    attempts: Sequence[Mapping[str, Any]],
-    back: Mapping[str, Any],
-    drained: Sequence[Mapping[str, Any]],
-    joined: Sequence[Mapping[str, Any]],
-    held: str,
-) -> dict[str, Any]:
-    """Say how a turn ended.
-
-    ``back`` is the attempt to go back, {} if there was none; ``drained`` and ``joined`` are
-    the results of the gateways. Returns {state, good, runs, why, journal, seconds, start}: ``good``
-    says whether the roll may go on, ``runs`` is {release, model, cuda_graphs} on the node.
-    """
-    last = attempts[-1] if attempts else {}
-    why: list[str] = []
-    busy = sum(int(each.get("sessions") or 0) for each in drained)
-    if busy:
-        why.append(f"{busy} requests were still running when it was stopped")
-    if refused := _refusals(drained):
-        return ended_words(UNTOUCHED, False, last, refused)
-    if not last:
-        return ended_words(UNTOUCHED, False, last, ["its turn did not begin"])
-    not_joined = _refusals(joined)
-    if last["passed"]:
-        for failed in attempts[:-1]:
-            graphs = last["runs"].get("cuda_graphs", "a lower mode")
-            price = price_of(graphs)
-            cost = f" ({price})" if price else ""
-            reason = failed["diagnosis"] or failed["message"]
-            why.append(f"stepped down to {graphs}{cost}: {reason}")
-        if not_joined:
-            return ended_words(DRAINED, False, last, [*why, *not_joined])
-        if held:
-            return ended_words(HELD, True, last, [*why, f"held: {held}"])
-        return ended_words(SERVES, True, last, why)
-    reason = last["diagnosis"] or last["message"]
-    if last["lost"]:
-        return ended_words(LOST, False, last, [f"no answer: {reason}", "it stays drained"])
-    if back and back.get("passed"):
-        if not_joined:
-            return ended_words(DRAINED, False, back, [reason, "rolled back", *not_joined], last)
-        if held:
-            return ended_words(ROLLED_BACK, False, back, [reason, f"held: {held}"], last)
-        return ended_words(ROLLED_BACK, False, back, [reason], last)
-    if back and back.get("lost"):
-        return ended_words(LOST, False, back, [reason, "then no answer; it stays drained"], last)
-    if back:
-        again = back["diagnosis"] or back["message"]
-        return ended_words(DRAINED, False, back, [reason, f"going back failed too: {again}"], last)
-    nothing = "nothing was attested here before that it could go back to; it stays drained"
-    return ended_words(DRAINED, False, last, [reason, nothing])
-
-
-def _refusals(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say which gateways refused, and in which words."""
-    return [
-        f"{each.get('item', 'gateway')}: {' '.join(str(each.get('msg', '')).split())}"
-        for each in results
-        if each.get("failed") or each.get("unreachable")
-    ]
-
-
-def ended_words(
-    state: str,
-    good: bool,
-    last: Mapping[str, Any],
-    why: Sequence[str],
-    failed: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    return {
-        "state": state,
-        "good": good,
-        "runs": dict(last.get("runs") or {}) if last.get("passed") else {},
-        "why": "; ".join(each for each in why if each),
-        "journal": list((failed or last).get("journal") or []),
-        "seconds": dict(last.get("seconds") or {}),
-        "start": dict(last.get("start") or {}),
-        "canary": dict(last.get("canary") or {}),
-    }

@@ -11,7 +11,8 @@ from ..core.format import duration
 from ..core.table import Line, render_table
 from ..serving.pages import pages_in_words
 from ..serving.phases import phases_in_words
-from .rollout import JOIN, RESTART, SERVES, UNTOUCHED, NodeState, Plan, foresee
+from .outcome import SERVES, UNTOUCHED, State
+from .rollout import JOIN, RESTART, NodeState, Plan, foresee
 
 
 def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line]:
@@ -91,7 +92,7 @@ class Ending:
     """A row of the end table: what a node runs, how its turn ended, and why."""
 
     node: str
-    state: str
+    state: State
     good: bool
     runs: Mapping[str, str]
     why: str

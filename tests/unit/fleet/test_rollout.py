@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from glm_fleet.core.errors import FleetError
-from glm_fleet.fleet import rollout, rollout_table
+from glm_fleet.fleet import outcome, rollout, rollout_table
 from glm_fleet.fleet.rollout import JOIN, RESTART, NodeState, Plan, plan_roll
 from glm_fleet.fleet.rollout_table import Ending
 
@@ -152,197 +153,8 @@ def test_a_plan_without_turns_is_one_sentence() -> None:
     assert line.text == "Roll: nothing to do, 1 of 1 run what they should."
 
 
-# -- a turn ----------------------------------------------------------------------------
-
 NEW = {"id": "b" * 12, "release": "r2", "model": "m", "cuda_graphs": "piecewise"}
 OLD = {"id": "a" * 12, "release": "r1", "model": "m", "cuda_graphs": "piecewise"}
-ACTIVATED = {"deployment": NEW, "seconds": {"stop_s": 2.0}, "changed": True}
-PASSED = {"attestation": {"passed": True, "canary": {"tokens_per_second": 50.0}}}
-CRASHED = {
-    "failed": True,
-    "msg": "The node did not come up.\n  Found: the service died",
-    "diagnosis": "an illegal instruction: graphs",
-    "step_down": True,
-    "journal": ["ERROR illegal instruction"],
-}
-GONE = {"unreachable": True, "msg": "Failed to connect"}
-
-
-def tried(
-    attested: dict[str, Any], *, deployment: dict[str, str] | None = None, **changed: Any
-) -> dict[str, Any]:
-    used = deployment or NEW
-    made = rollout.attempt(used["id"], {**ACTIVATED, "deployment": used}, attested)
-    return {**made, **changed}
-
-
-def test_an_attempt_passes_only_with_its_attestation() -> None:
-    found = tried(PASSED)
-    assert found["passed"]
-    assert found["runs"] == NEW
-    assert found["seconds"] == {"stop_s": 2.0}
-    assert found["canary"] == {"tokens_per_second": 50.0}
-    for nothing in ({}, {"skipped": True}, {"attestation": {"passed": False}}):
-        cut = tried(nothing)
-        assert not cut["passed"]
-        assert "cut off" in cut["message"]
-
-
-def test_a_failed_attempt_carries_its_diagnosis_in_one_line() -> None:
-    found = tried(CRASHED)
-    assert not found["passed"]
-    assert not found["lost"]
-    assert found["step_down"]
-    assert found["message"] == "The node did not come up. Found: the service died"
-    assert found["diagnosis"] == CRASHED["diagnosis"]
-    assert found["journal"] == CRASHED["journal"]
-
-
-def test_an_activation_that_failed_counts_before_any_attestation() -> None:
-    found = rollout.attempt("x", {"failed": True, "msg": "model m is gone"}, PASSED)
-    assert (found["passed"], found["message"], found["runs"]) == (False, "model m is gone", {})
-
-
-@pytest.mark.parametrize(("activated", "attested"), [(GONE, {"skipped": True}), (ACTIVATED, GONE)])
-def test_a_node_that_stops_answering_is_lost(
-    activated: dict[str, Any], attested: dict[str, Any]
-) -> None:
-    found = rollout.attempt("x", activated, attested)
-    assert found["lost"]
-    assert not found["passed"]
-
-
-LADDER = ["full", "piecewise", "eager"]
-
-
-@pytest.mark.parametrize(
-    ("attempts", "rung"),
-    [
-        ([], "full"),
-        ([tried(CRASHED)], "piecewise"),
-        ([tried(CRASHED), tried(CRASHED)], "eager"),
-        ([tried(CRASHED)] * 3, ""),
-        ([tried(PASSED)], ""),
-        ([tried(CRASHED, step_down=False)], ""),
-        ([tried(CRASHED), tried(PASSED)], ""),
-        ([tried({**GONE, "step_down": True})], ""),
-    ],
-)
-def test_only_a_crash_of_cuda_graphs_steps_down(attempts: list[dict[str, Any]], rung: str) -> None:
-    assert rollout.next_rung(LADDER, attempts) == rung
-
-
-def test_there_is_nothing_to_try_on_an_empty_ladder() -> None:
-    assert rollout.next_rung([], []) == ""
-
-
-def ended(
-    attempts: list[dict[str, Any]],
-    back: dict[str, Any] | None = None,
-    *,
-    drained: list[dict[str, Any]] | None = None,
-    joined: list[dict[str, Any]] | None = None,
-    held: str = "",
-) -> tuple[str, bool, str, str]:
-    """Return state, whether the roll goes on, the release that runs, and why."""
-    found = rollout.outcome(attempts, back or {}, drained or [], joined or [], held)
-    return found["state"], found["good"], found["runs"].get("release", ""), found["why"]
-
-
-def test_a_turn_that_gets_through() -> None:
-    assert ended([tried(PASSED)], drained=[{"sessions": 0}], joined=[{"changed": True}]) == (
-        rollout.SERVES,
-        True,
-        "r2",
-        "",
-    )
-
-
-def test_requests_that_were_cut_are_counted_over_all_gateways() -> None:
-    drained = [{"sessions": 2}, {"sessions": 1}, {"skipped": True}]
-    _, good, _, why = ended([tried(PASSED)], drained=drained)
-    assert good
-    assert why == "3 requests were still running when it was stopped"
-
-
-def test_a_step_down_is_told() -> None:
-    state, good, _, why = ended([tried(CRASHED), tried(PASSED)])
-    assert (state, good) == (rollout.SERVES, True)
-    assert why == (
-        "stepped down to piecewise (about a fifth of the speed in one stream and 0.6 of it in 32): "
-        "an illegal instruction: graphs"
-    )
-
-
-def test_a_held_node_that_passed_stays_held() -> None:
-    assert ended([tried(PASSED)], held="fans") == (rollout.HELD, True, "r2", "held: fans")
-
-
-def test_a_roll_back_serves_the_old_release_and_stops_the_roll() -> None:
-    back = tried(PASSED, deployment=OLD)
-    found = rollout.outcome([tried(CRASHED)], back, [], [], "")
-    assert (found["state"], found["good"]) == (rollout.ROLLED_BACK, False)
-    assert found["runs"] == OLD
-    assert found["why"] == CRASHED["diagnosis"]
-    # Of the start that failed, not of the one that went well.
-    assert found["journal"] == CRASHED["journal"]
-    assert "held: fans" in ended([tried(CRASHED)], back, held="fans")[3]
-
-
-def test_a_roll_back_that_fails_leaves_the_node_drained() -> None:
-    back = tried({"failed": True, "msg": "no memory"}, deployment=OLD)
-    state, good, runs, why = ended([tried(CRASHED)], back)
-    assert (state, good, runs) == (rollout.DRAINED, False, "")
-    assert why == "an illegal instruction: graphs; going back failed too: no memory"
-
-
-def test_nothing_to_go_back_to_leaves_the_node_drained() -> None:
-    state, good, runs, why = ended([tried(CRASHED)])
-    assert (state, good, runs) == (rollout.DRAINED, False, "")
-    assert "nothing was attested here before" in why
-
-
-def test_a_node_that_is_lost_stays_drained_and_is_named() -> None:
-    assert ended([tried(GONE)]) == (
-        rollout.LOST,
-        False,
-        "",
-        "no answer: Failed to connect; it stays drained",
-    )
-    state, good, _, why = ended([tried(CRASHED)], tried(GONE, deployment=OLD))
-    assert (state, good) == (rollout.LOST, False)
-    assert why == "an illegal instruction: graphs; then no answer; it stays drained"
-
-
-REFUSED = {"failed": True, "msg": "gpu01 cannot be taken\nout", "item": "gw02"}
-
-
-@pytest.mark.parametrize("refusal", [REFUSED, {**REFUSED, "failed": False, "unreachable": True}])
-def test_a_drain_that_is_refused_leaves_the_node_untouched(refusal: dict[str, Any]) -> None:
-    state, good, _, why = ended([], drained=[{"sessions": 0, "item": "gw01"}, refusal])
-    assert (state, good) == (rollout.UNTOUCHED, False)
-    assert why == "gw02: gpu01 cannot be taken out"
-
-
-def test_a_turn_that_never_began_does_not_count_as_done() -> None:
-    assert ended([]) == (rollout.UNTOUCHED, False, "", "its turn did not begin")
-
-
-def test_a_gateway_that_does_not_take_the_node_back_hides_nothing() -> None:
-    refusal = {"failed": True, "msg": "not ready", "item": "gw01"}
-    assert ended([tried(PASSED)], joined=[refusal]) == (
-        rollout.DRAINED,
-        False,
-        "r2",
-        "gw01: not ready",
-    )
-    back = tried(PASSED, deployment=OLD)
-    assert ended([tried(CRASHED)], back, joined=[refusal]) == (
-        rollout.DRAINED,
-        False,
-        "r1",
-        "an illegal instruction: graphs; rolled back; gw01: not ready",
-    )
 
 
 # -- going back on purpose, and the end ------------------------------------------------
@@ -374,10 +186,10 @@ def test_a_roll_back_knows_where_the_last_roll_began(
 
 
 ENDINGS = [
-    Ending("gpu01", rollout.SERVES, True, NEW, ""),
-    Ending("gpu02", rollout.ROLLED_BACK, False, OLD, "it crashed", ["ERROR it crashed"]),
-    Ending("gpu03", rollout.UNTOUCHED, True, OLD, "its turn did not come"),
-    Ending("gpu04", rollout.DRAINED, False, {}, "dead"),
+    Ending("gpu01", outcome.SERVES, True, NEW, ""),
+    Ending("gpu02", outcome.ROLLED_BACK, False, OLD, "it crashed", ["ERROR it crashed"]),
+    Ending("gpu03", outcome.UNTOUCHED, True, OLD, "its turn did not come"),
+    Ending("gpu04", outcome.DRAINED, False, {}, "dead"),
 ]
 
 
@@ -394,10 +206,9 @@ def test_the_end_table_names_every_node_and_shows_the_journal_of_failures() -> N
 
 
 def test_where_the_time_of_a_start_went_stands_below_the_table() -> None:
-    passed = {**PASSED, "start": {"imports": 29.0, "compile": 102.0, "server": 0.0}}
-    found = rollout.outcome([tried(passed)], {}, [], [], "")
+    start = {"imports": 29.0, "compile": 102.0, "server": 0.0}
     read = {"read_bytes": 8 * 10**9, "bytes_per_second": 10**9}
-    ending = Ending("gpu01", found["state"], True, NEW, "", start=found["start"], pages=read)
+    ending = Ending("gpu01", outcome.SERVES, True, NEW, "", start=start, pages=read)
     lines = rollout_table.render_end([ending, *ENDINGS[1:]], 200)
     told = [line.text for line in lines if " started in " in line.text]
     assert told == [
@@ -591,9 +402,9 @@ def test_check_mode_plans_with_what_it_would_stage() -> None:
 
 
 def test_the_end_names_who_had_a_turn_and_who_had_none() -> None:
-    turn = rollout.outcome([tried(CRASHED)], tried(PASSED, deployment=OLD), [], [], "")
+    ended = outcome.Outcome(outcome.ROLLED_BACK, False, "it crashed", OLD, ["ERROR it crashed"])
     hosts = {
-        "gpu01": {**info("x"), "__serving_outcome": turn},
+        "gpu01": {**info("x"), "__serving_turn": {"outcome": asdict(ended)}},
         "gpu02": info("x", running={"record": OLD}),
         "gpu03": info(running={"record": NEW}),
     }

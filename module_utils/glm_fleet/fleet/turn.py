@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One node's turn, step by step: what comes next.
+
+A turn that switches a node to what it should run::
+
+    read ahead --> drain ----> switch ----> attest ----> join
+                     | refused    | failed     | failed
+                     v            v            v
+                   let back     switch to the next rung of the ladder, if that may help
+                                keep out ----> go back ----> attest ----> join
+
+A node that does not have to be restarted begins at the switch, which then changes nothing, unless
+its endpoint moves: then it is drained too. Reading the weights ahead, while the node still serves,
+may fail without harm. A node that is held does not join. A turn that takes a
+node out of service (``leave``) or lets it back (``return``)::
+
+    drain ----> hold ----> empty            attest ----> unhold ----> join
+      | refused   | refused
+      v           v
+    let back    let back
+
+`next_step` names the next step, somebody does it and `record` notes what the hosts answered.
+Steps at a gateway are done at every gateway, the others on the node, or for ``hold`` and
+``unhold`` where the fleet's lock lies. Nothing here does anything, so that every order of
+successes and failures can be tested. `outcome` says how a turn ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Purpose = Literal["switch", "leave", "return"]
+Action = Literal[
+    "read ahead", "drain", "hold", "empty", "switch", "attest", "unhold", "join", "keep out",
+    "go back", "let back",
+]  # fmt: skip
+AT_GATEWAYS: tuple[Action, ...] = ("drain", "empty", "join", "keep out", "let back")
+AT_LOCK: tuple[Action, ...] = ("hold", "unhold")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a turn is for, as it is known before its first step.
+
+    ``ladder`` holds ids of deployments, the wanted one first, then what to step down to, and
+    ``back`` the id of what a failure goes back to, '' if there is nothing. ``read_ahead`` says
+    whether the node reads the weights of its next start into memory before it is drained,
+    ``restart`` whether it has to be restarted, ``moved`` whether the gateways will reach it
+    somewhere else, ``held`` why it is or will be held out of service.
+    """
+
+    purpose: Purpose
+    ladder: Sequence[str] = ()
+    back: str = ""
+    read_ahead: bool = False
+    restart: bool = False
+    moved: bool = False
+    held: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do now; ``deployment`` is the id to switch or to go back to."""
+
+    action: Action
+    deployment: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one host answered to a step.
+
+    ``ok`` is false for a failure and for a ``lost`` host. ``before`` is the state that a server
+    had at a gateway, ``sessions`` counts requests that still ran there. ``runs`` is the
+    deployment that was switched to, {id, port, release, model, cuda_graphs}. ``passed`` says that
+    the attestation passed, ``start`` where the time of the start went, in seconds by phase,
+    ``pages`` what was read ahead, ``step_down`` that a lower mode of CUDA graphs may help.
+    """
+
+    host: str
+    ok: bool = True
+    lost: bool = False
+    message: str = ""
+    before: str = ""
+    sessions: int = 0
+    runs: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    start: Mapping[str, float] = field(default_factory=dict)
+    pages: Mapping[str, Any] = field(default_factory=dict)
+    canary: Mapping[str, Any] = field(default_factory=dict)
+    passed: bool = False
+    diagnosis: str = ""
+    step_down: bool = False
+    journal: Sequence[str] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, by its known cause where there is one."""
+        return self.diagnosis or self.message
+
+
+def read_answer(host: str, result: Mapping[str, Any]) -> Answer:
+    """Take what a turn needs from the result of a module on a host, whatever shape that has."""
+
+    def mapping(value: Any) -> Mapping[str, Any]:
+        return value if isinstance(value, Mapping) else {}
+
+    def numbers(value: Any) -> dict[str, float]:
+        return {
+            str(key): float(each)
+            for key, each in mapping(value).items()
+            if isinstance(each, (int, float))
+        }
+
+    attestation = mapping(result.get("attestation"))
+    sessions, journal = result.get("sessions"), result.get("journal")
+    lost = bool(result.get("unreachable"))
+    ok = not (lost or result.get("failed"))
+    return Answer(
+        host,
+        ok=ok,
+        lost=lost,
+        message=" ".join(str(result.get("msg") or "").split()),
+        before=str(result.get("before") or ""),
+        sessions=sessions if isinstance(sessions, int) else 0,
+        runs={str(key): str(value) for key, value in mapping(result.get("deployment")).items()},
+        seconds=numbers(result.get("seconds")),
+        start=numbers(result.get("start")),
+        pages=dict(mapping(result.get("pages"))),
+        canary=dict(mapping(attestation.get("canary"))),
+        passed=ok and attestation.get("passed") is True,
+        diagnosis=str(result.get("diagnosis") or ""),
+        step_down=result.get("step_down") is True,
+        journal=[str(line) for line in journal] if isinstance(journal, list) else [],
+    )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A deployment that was switched to, and the attestation of its start if it came to that."""
+
+    deployment: str
+    switched: Answer
+    attested: Answer | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the node runs it and was attested."""
+        return self.switched.ok and self.attested is not None and self.attested.passed
+
+    @property
+    def last(self) -> Answer:
+        """The answer by which it is judged."""
+        return self.attested if self.switched.ok and self.attested else self.switched
+
+    @property
+    def reason(self) -> str:
+        """Why it did not pass."""
+        return self.last.reason or "the turn was cut off before the attestation"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn as far as it has come: its order, and every step with what the hosts answered."""
+
+    order: Order
+    done: tuple[tuple[Step, tuple[Answer, ...]], ...] = ()
+
+    def answers(self, action: Action) -> Sequence[Answer]:
+        """Return what the hosts answered to the last step of this kind; () if there was none."""
+        found = [answers for step, answers in self.done if step.action == action]
+        return found[-1] if found else ()
+
+    def attempts(self, action: Action) -> list[Attempt]:
+        """Return what was tried to ``switch`` to, or to ``go back`` to, in order."""
+        made: list[tuple[Action, Attempt]] = []
+        for step, answers in self.done:
+            if step.action in ("switch", "go back"):
+                made.append((step.action, Attempt(step.deployment, answers[0])))
+            elif step.action == "attest" and made:
+                made[-1] = (made[-1][0], replace(made[-1][1], attested=answers[0]))
+        return [attempt for kind, attempt in made if kind == action]
+
+    @property
+    def runs(self) -> Mapping[str, str]:
+        """Return the deployment that was switched to last, {} if none was."""
+        made = [*self.attempts("switch"), *self.attempts("go back")]
+        return made[-1].switched.runs if made else {}
+
+
+def record(turn: Turn, step: Step, answers: Sequence[Answer]) -> Turn:
+    """Return the turn with one more step that was done."""
+    return replace(turn, done=(*turn.done, (step, tuple(answers))))
+
+
+def next_step(turn: Turn) -> Step | None:
+    """Return what to do next, None when the turn is over."""
+    if not turn.done:
+        return _begin(turn.order)
+    step, answers = turn.done[-1]
+    return _AFTER[step.action](turn, all(each.ok for each in answers))
+
+
+def _begin(order: Order) -> Step | None:
+    if order.purpose == "return":
+        return Step("attest")
+    return Step("read ahead") if order.read_ahead else _take_out(Turn(order))
+
+
+def _take_out(turn: Turn) -> Step | None:
+    order = turn.order
+    out = order.purpose == "leave" or order.restart or order.moved
+    return Step("drain") if out else _switch(turn)
+
+
+def _after_read_ahead(turn: Turn, _ok: bool) -> Step | None:
+    return None if turn.answers("read ahead")[0].lost else _take_out(turn)
+
+
+def _after_drain(turn: Turn, ok: bool) -> Step | None:
+    if not ok:
+        return _let_back(turn)
+    return Step("hold") if turn.order.purpose == "leave" else _switch(turn)
+
+
+def _after_hold(turn: Turn, ok: bool) -> Step | None:
+    return Step("empty") if ok else _let_back(turn)
+
+
+def _after_switch(turn: Turn, ok: bool) -> Step | None:
+    return Step("attest") if ok else _after_failure(turn)
+
+
+def _after_attest(turn: Turn, ok: bool) -> Step | None:
+    if turn.order.purpose == "return":
+        return Step("unhold") if ok else None
+    if not turn.answers("attest")[0].passed:
+        return _after_failure(turn)
+    return None if turn.order.held else Step("join")
+
+
+def _after_failure(turn: Turn) -> Step | None:
+    """A deployment does not run: the next rung, or out of service before anything else."""
+    if turn.attempts("go back"):
+        return None
+    # A node that only had to prove itself was not drained, and goes back through a start that
+    # nobody may ask before it is attested.
+    return _switch(turn) or Step("keep out")
+
+
+def _after_keep_out(turn: Turn, _ok: bool) -> Step | None:
+    failed = turn.attempts("switch")[-1]
+    # A gateway that is gone sends nobody to the node; one that refuses may go on doing so.
+    refused = any(not each.ok and not each.lost for each in turn.answers("keep out"))
+    if failed.last.lost or refused or not turn.order.back:
+        return None
+    return Step("go back", turn.order.back)
+
+
+def _after_unhold(_turn: Turn, ok: bool) -> Step | None:
+    return Step("join") if ok else None
+
+
+def _end(_turn: Turn, _ok: bool) -> Step | None:
+    return None
+
+
+_AFTER: Mapping[Action, Callable[[Turn, bool], Step | None]] = {
+    "read ahead": _after_read_ahead,
+    "drain": _after_drain,
+    "hold": _after_hold,
+    "empty": _end,
+    "switch": _after_switch,
+    "attest": _after_attest,
+    "unhold": _after_unhold,
+    "join": _end,
+    "keep out": _after_keep_out,
+    "go back": _after_switch,
+    "let back": _end,
+}
+
+
+def _switch(turn: Turn) -> Step | None:
+    """Return the switch to the next rung: only a crash that a lower one avoids is a reason."""
+    made, ladder = turn.attempts("switch"), turn.order.ladder
+    if made and (made[-1].last.lost or not made[-1].last.step_down):
+        return None
+    return Step("switch", ladder[len(made)]) if len(made) < len(ladder) else None
+
+
+def _let_back(turn: Turn) -> Step | None:
+    """Return the way back of a node that took requests and was not touched."""
+    return (
+        Step("let back") if any(each.before == "ready" for each in turn.answers("drain")) else None
+    )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes a node's turn: see library/fleet_turn.py, and fleet/turn.py for the order of its steps."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleError
+from ansible.utils.display import Display
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
+
+from glm_delegate import DelegatingAction
+from glm_fleet.fleet.endpoints import reached_at
+from glm_fleet.fleet.outcome import outcome
+from glm_fleet.fleet.turn import (
+    AT_GATEWAYS,
+    AT_LOCK,
+    Order,
+    Step,
+    Turn,
+    next_step,
+    read_answer,
+    record,
+)
+from glm_terminal import plain
+
+_display = Display()
+# What an operator sees when a step begins.
+_WORDS: Mapping[str, str] = {
+    "read ahead": "reads its next weights into memory",
+    "drain": "drains",
+    "hold": "is held",
+    "empty": "finishes its last requests",
+    "switch": "switches to deployment {step.deployment}",
+    "attest": "is attested",
+    "unhold": "is not held any more",
+    "join": "joins",
+    "keep out": "is kept out of service",
+    "go back": "goes back to deployment {step.deployment}",
+    "let back": "was not touched, and is let back",
+}
+
+
+class ActionModule(DelegatingAction):
+    """Does one step after the other, on the node and at the gateways."""
+
+    def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+        """Return ``outcome``. Only a turn that switches does not fail: the roll judges it."""
+        _, settings = self.validate_argument_spec(
+            argument_spec={
+                "purpose": {
+                    "type": "str",
+                    "choices": ["switch", "leave", "return"],
+                    "default": "switch",
+                },
+                "gateways": {"type": "list", "elements": "str", "required": True},
+                "wanted": {"type": "dict", "default": {}},
+                "moved": {"type": "bool", "default": False},
+                "held": {"type": "str", "default": ""},
+                "read_ahead": {"type": "path", "default": ""},
+                "read_rate": {"type": "int", "default": 1_000_000_000},
+                "places": {"type": "dict", "default": {}},
+                "min_ready": {"type": "int", "default": 0},
+                "drain_timeout": {"type": "int", "default": 600},
+                "stall_timeout": {"type": "int", "default": 1800},
+                "join_timeout": {"type": "int", "default": 60},
+            }
+        )
+        wanted = plain(settings["wanted"])
+        serves = bool((wanted.get("running") or {}).get("active"))
+        turn = Turn(
+            Order(
+                settings["purpose"],
+                ladder=wanted.get("ladder") or [],
+                back=wanted.get("back") or "",
+                read_ahead=bool(settings["read_ahead"] and wanted.get("differences") and serves),
+                restart=bool(wanted.get("differences")),
+                moved=settings["moved"],
+                held=settings["held"],
+            )
+        )
+        controller = os.getppid()
+        changed, diffs = False, []
+        while (step := next_step(turn)) is not None:
+            if os.getppid() != controller:
+                # Another run takes the lock of one that is gone, and goes on from here.
+                raise AnsibleError("The controller of this turn is gone: its next step is not done")
+            found = self._do(step, turn, settings, variables)
+            changed = changed or any(each.get("changed") for each in found.values())
+            diffs += [each["diff"] for each in found.values() if each.get("diff")]
+            answers = [read_answer(host, plain(each)) for host, each in found.items()]
+            turn = record(turn, step, answers)
+        ended = outcome(turn)
+        result: dict[str, Any] = {"changed": changed, "outcome": asdict(ended)}
+        if diffs:
+            result["diff"] = diffs
+        if settings["purpose"] != "switch" and not ended.good:
+            result.update(failed=True, msg=ended.why)
+        return result
+
+    def _do(
+        self, step: Step, turn: Turn, settings: Mapping[str, Any], variables: dict[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Do a step and return the result of each host that takes part in it."""
+        node = variables["inventory_hostname"]
+        _display.display(f"  {node}: {_WORDS[step.action].format(step=step)}")
+        hosts = [node]
+        if step.action in AT_GATEWAYS:
+            hosts = settings["gateways"]
+        elif step.action in AT_LOCK:
+            hosts = settings["gateways"][:1]
+        module, arguments = _call(step, turn, node, settings)
+        port = turn.runs.get("port", "0")
+        if step.action == "join" and port != "0":
+            # Where the server that was just attested listens.
+            arguments["endpoint"] = reached_at(variables["hostvars"], node, port)
+        return {host: self.ask(host, module, arguments, variables) for host in hosts}
+
+
+def _call(
+    step: Step, turn: Turn, node: str, settings: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return the module of a step, and its arguments."""
+    if step.action in AT_GATEWAYS:
+        return "haproxy_server", {"server": node, **_gateway(step, turn, settings)}
+    if step.action in AT_LOCK:
+        held = {"state": "held", "node": node, "reason": turn.order.held}
+        return "fleet_lock", held if step.action == "hold" else {"state": "unheld", "node": node}
+    if step.action == "read ahead":
+        return "model_pages", {"path": settings["read_ahead"], "rate": settings["read_rate"]}
+    made = [*turn.attempts("switch"), *turn.attempts("go back")]
+    if step.action == "attest":
+        ids = {kind: turn.runs.get(kind, "") for kind in ("release", "model")}
+        return "vllm_probe", {"mode": "attest", "stall_timeout": settings["stall_timeout"], **ids}
+    arguments = {
+        "state": "active",
+        "id": step.deployment,
+        "rungs": [*turn.order.ladder, *([turn.order.back] if turn.order.back else [])],
+        **plain(settings["places"]),
+    }
+    if step.action == "switch" and made:
+        arguments.update(refuse=made[-1].deployment, reason=made[-1].last.diagnosis)
+    return "deployment", arguments
+
+
+def _gateway(step: Step, turn: Turn, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a gateway is asked for in a step."""
+    waits = {"state": "drain", "timeout": settings["drain_timeout"]}
+    if step.action == "drain":
+        # Who leaves for long is held before anybody waits, so that no other run lets it back.
+        leaves = turn.order.purpose == "leave"
+        least = {"min_ready": settings["min_ready"]}
+        return {**waits, **least, "wait": not leaves, "fail_when_busy": False}
+    if step.action == "empty":
+        return waits
+    if step.action == "keep out":
+        lost = turn.attempts("switch")[-1].last.lost
+        return {**waits, "wait": not lost, "fail_when_busy": False}
+    if step.action == "join":
+        return {"state": "ready", "timeout": settings["join_timeout"]}
+    return {"state": "ready", "wait": False}

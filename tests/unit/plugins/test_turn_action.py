@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A turn as Ansible takes it: which host is asked for what, in which order."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+Values = dict[str, Any]
+# Stands for every module that a turn calls: writes down who was asked, and answers as it was told.
+MODULE = """#!/usr/bin/python
+# WANT_JSON
+import json, os, sys
+given = json.load(open(sys.argv[1]))
+host, folder = os.environ["GLM_HOST"], os.environ["GLM_TEST"]
+node = given.get("server") or given.get("node") or host
+asked = given.get("state") or given.get("mode") or "read"
+with open(f"{folder}/calls-{node}", "a") as calls:
+    options = {key: each for key, each in given.items() if not key.startswith("_ansible")}
+    calls.write(json.dumps([host, asked, options]) + "\\n")
+answers = {
+    "active": {"deployment": {"id": given.get("id"), "port": 8003, "release": "r", "model": "m"}},
+    "watch": {"watched": {"ready": True, "phase": "ready", "progress": ""}},
+    "attest": {"attestation": {"passed": True}},
+    "drain": {"before": "ready", "sessions": 0},
+    "ready": {"before": "drain", "sessions": 0},
+}
+told = json.load(open(f"{folder}/answers-{node}")).get(f"{host} {asked}", {})
+print(json.dumps({"changed": True, **answers.get(asked, {}), **told}))
+"""
+PLAY = """
+- hosts: gpu_nodes
+  gather_facts: false
+  tasks:
+    - fleet_turn:
+        purpose: "{{ purpose }}"
+        gateways: "{{ through }}"
+        wanted: {ladder: [new], back: old, differences: [release], running: {active: true}}
+        read_ahead: "{{ ahead | default('') }}"
+        held: "{{ held | default('') }}"
+        places: {release_root: /opt/x}
+        min_ready: 2
+        drain_timeout: 30
+        stall_timeout: 40
+        join_timeout: 50
+      register: turn
+      ignore_errors: true
+    - ansible.builtin.copy:
+        content: "{{ turn | to_json }}"
+        dest: "{{ folder }}/turn-{{ inventory_hostname }}"
+        mode: "0600"
+"""
+BOTH = ["gw01", "gw02"]
+CRASH = {"failed": True, "msg": "it died", "diagnosis": "out of memory", "journal": ["dead"]}
+# Each node takes another turn: its variables, and what is answered otherwise than well.
+NODES: dict[str, tuple[Values, Values]] = {
+    "through": ({"purpose": "switch", "ahead": "/srv/m"}, {}),
+    "fails": ({"purpose": "switch", "held": "fans"}, {"fails attest": CRASH}),
+    "refused": ({"purpose": "switch", "through": ["gw01", "gone"]}, {}),
+    "leaves": ({"purpose": "leave", "held": "new fans"}, {}),
+    "busy": (
+        {"purpose": "leave", "through": ["gw02"]},
+        {"gw02 drain": {"failed": True, "msg": "requests still run"}},
+    ),
+    "returns": ({"purpose": "return"}, {}),
+    "broken": ({"purpose": "return"}, {"broken attest": {"failed": True, "msg": "not passed"}}),
+}
+
+
+class Taken:
+    """The turn of a node: what was asked, what came of it and what an operator saw."""
+
+    def __init__(self, folder: Path, node: str, output: str) -> None:
+        calls = (folder / f"calls-{node}").read_text().splitlines()
+        # Looks at a start are not steps.
+        self.calls = [each for each in map(json.loads, calls) if each[1] != "watch"]
+        self.asked = [f"{host} {asked}" for host, asked, _ in self.calls]
+        self.options: list[Values] = [each[2] for each in self.calls]
+        self.result: Values = json.loads((folder / f"turn-{node}").read_text())
+        self.outcome: Values = self.result["outcome"]
+        begun = f"  {node}: "
+        self.said = [line[len(begun) :] for line in output.splitlines() if line.startswith(begun)]
+
+
+def host(folder: Path, name: str) -> Values:
+    """Return the variables of a host that is this machine; its Python says which one it is."""
+    python = folder / f"python-{name}"
+    python.write_text(f'#!/bin/sh\nGLM_HOST={name} GLM_TEST={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return {"ansible_connection": "local", "ansible_python_interpreter": str(python)}
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Taken]:
+    """All turns at once, as the nodes of one batch take them."""
+    folder = tmp_path_factory.mktemp("turns")
+    (folder / "library").mkdir()
+    for name in ("haproxy_server", "deployment", "vllm_probe", "fleet_lock", "model_pages"):
+        (folder / "library" / f"{name}.py").write_text(MODULE)
+    for node, (_, told) in NODES.items():
+        (folder / f"answers-{node}").write_text(json.dumps(told))
+    nodes = {
+        node: {**host(folder, node), "through": BOTH, **variables}
+        for node, (variables, _) in NODES.items()
+    }
+    # Nothing listens there.
+    gone = {"ansible_host": "127.0.0.1", "ansible_port": 1, "ansible_connection": "ssh"}
+    gateways = {**{name: host(folder, name) for name in BOTH}, "gone": gone}
+    groups = {"gpu_nodes": {"hosts": nodes}, "gateways": {"hosts": gateways}}
+    inventory = {"all": {"children": groups, "vars": {"folder": str(folder)}}}
+    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    (folder / "play.yml").write_text(PLAY)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "hosts.yml", "play.yml"],
+        env={
+            **os.environ,
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_LIBRARY": f"{folder}/library:{ROOT}/library",
+            "ANSIBLE_NOCOLOR": "1",
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {node: Taken(folder, node, done.stdout) for node in NODES}
+
+
+def test_a_switch_asks_every_gateway_and_the_node(turns: Mapping[str, Taken]) -> None:
+    taken = turns["through"]
+    assert taken.asked == [
+        "through read", "gw01 drain", "gw02 drain", "through active", "through attest",
+        "gw01 ready", "gw02 ready",
+    ]  # fmt: skip
+    assert (taken.outcome["state"], taken.outcome["good"]) == ("serves", True)
+    assert taken.outcome["runs"] == {"id": "new", "port": "8003", "release": "r", "model": "m"}
+    assert taken.result["changed"]
+    assert taken.options[0] == {"path": "/srv/m", "rate": 1_000_000_000}
+    assert taken.options[1] == {
+        "server": "through", "state": "drain", "timeout": 30, "min_ready": 2, "wait": True,
+        "fail_when_busy": False,
+    }  # fmt: skip
+    assert taken.options[3] == {
+        "state": "active", "id": "new", "rungs": ["new", "old"], "release_root": "/opt/x",
+    }  # fmt: skip
+    attest = {"mode": "attest", "release": "r", "model": "m", "stall_timeout": 40}
+    assert taken.options[4] == attest
+    assert taken.options[5] == {
+        "server": "through", "state": "ready", "timeout": 50, "endpoint": "through:8003",
+    }  # fmt: skip
+    assert taken.said == [
+        "reads its next weights into memory",
+        "drains",
+        "switches to deployment new",
+        "is attested",
+        "joins",
+    ]
+
+
+def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) -> None:
+    taken = turns["fails"]
+    assert taken.asked == [
+        "gw01 drain", "gw02 drain", "fails active", "fails attest",
+        "gw01 drain", "gw02 drain", "fails active", "fails attest",
+    ]  # fmt: skip
+    assert (taken.options[2]["id"], taken.options[6]["id"]) == ("new", "old")
+    assert not taken.result["failed"]
+    assert (taken.outcome["state"], taken.outcome["good"]) == ("drained", False)
+    assert taken.outcome["why"] == "out of memory; going back failed too: out of memory"
+
+
+def test_a_gateway_that_is_gone_ends_a_turn_before_anything_stops(
+    turns: Mapping[str, Taken],
+) -> None:
+    taken = turns["refused"]
+    assert taken.asked == ["gw01 drain", "gw01 ready"]
+    assert not taken.result["failed"]
+    assert (taken.outcome["state"], taken.outcome["good"]) == ("untouched", False)
+    assert taken.outcome["why"].startswith("gone: ")
+
+
+def test_a_node_that_leaves_is_held_before_anybody_waits(turns: Mapping[str, Taken]) -> None:
+    taken = turns["leaves"]
+    assert taken.asked == ["gw01 drain", "gw02 drain", "gw01 held", "gw01 drain", "gw02 drain"]
+    waits = [each.get("wait", True) for each in taken.options if each["state"] == "drain"]
+    assert waits == [False, False, True, True]
+    assert taken.options[2]["reason"] == "new fans"
+    # What says who asks is added on the way, as for any task.
+    assert taken.options[2]["claim"]["owner"]
+    assert not taken.result["failed"]
+
+
+def test_a_turn_that_leaves_or_returns_fails_the_task(turns: Mapping[str, Taken]) -> None:
+    busy, broken = turns["busy"], turns["broken"]
+    assert busy.asked == ["gw02 drain", "gw02 ready"]
+    assert (busy.result["failed"], busy.result["msg"]) == (True, "gw02: requests still run")
+    assert broken.asked == ["broken attest"]
+    assert (broken.result["failed"], broken.result["msg"]) == (True, "broken: not passed")
+
+
+def test_a_node_returns_when_it_was_attested(turns: Mapping[str, Taken]) -> None:
+    taken = turns["returns"]
+    assert taken.asked == ["returns attest", "gw01 unheld", "gw01 ready", "gw02 ready"]
+    assert taken.said == ["is attested", "is not held any more", "joins"]
