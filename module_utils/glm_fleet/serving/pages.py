@@ -135,11 +135,12 @@ def warm(
             for offset in range(0, size, _CHUNK):
                 length = min(_CHUNK, size - offset)
                 pages = there[offset // mmap.PAGESIZE : -(-(offset + length) // mmap.PAGESIZE)]
-                if 0 not in pages:
-                    warmed.cached += length
+                missing = min(pages.count(0) * mmap.PAGESIZE, length)
+                warmed.cached += length - missing
+                if not missing:
                     continue
                 os.preadv(handle.fileno(), [memoryview(buffer)[:length]], offset)
-                warmed.read += length
+                warmed.read += missing
                 if warmed.read - looked >= _LOOK:
                     looked = warmed.read
                     warmed.stopped = refusal(memory(), 0, reserve)

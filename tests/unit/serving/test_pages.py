@@ -73,6 +73,12 @@ def test_what_the_disk_has_is_read_once(model: Path) -> None:
     assert (again.read, again.cached) == (0, 10 * MIB)
 
 
+def test_only_what_is_missing_counts_as_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "resident", lambda _, size: b"\1\1\0" + b"\1" * (size // 4096 - 3))
+    found = warm(shards(model), rate=GIB, reserve=GIB, memory=lambda: RELAXED)
+    assert (found.read, found.cached) == (2 * 4096, 10 * MIB - 2 * 4096)
+
+
 @pytest.mark.usefixtures("cold")
 def test_the_rate_is_kept(model: Path) -> None:
     clock = Clock()
