@@ -3,12 +3,12 @@
 
 Between two tokens every layer launches its kernels. Launched from Python that takes longer than
 the kernels themselves; a graph launches them all at once. Measured on an H100 with 78 layers
-(docs/performance.md), tokens a second:
+(docs/performance.md), tokens a second, and the median request of 32 clients with short ones:
 
-    mode                 1 stream   32 streams   32 clients with short requests
-    full_and_piecewise         87        1,118                              432
-    full_decode_only           87        1,118                               77
-    piecewise                  17          674                              388
+    mode                 1 stream   32 streams   short request
+    full_and_piecewise         87        1,118           1.5 s
+    full_decode_only           87        1,118           4.7 s
+    piecewise                  17          674           1.6 s
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODES = {
     "full_decode_only": Mode(
         "FULL_DECODE_ONLY",
         ("piecewise", "eager"),
-        "about a fifth of the speed while short requests come and go",
+        "about a third of the speed while short requests come and go",
     ),
     "piecewise": Mode(
         "PIECEWISE",
