@@ -92,6 +92,15 @@ options:
     type: list
     elements: dict
     default: []
+  clients:
+    description: Clients that each send one short request after another, after the levels. None
+      if 0.
+    type: int
+    default: 0
+  clients_seconds:
+    description: Seconds for which they do so.
+    type: float
+    default: 20
 """
 
 EXAMPLES = r"""
@@ -116,6 +125,13 @@ levels:
   returned: success
   type: list
   elements: dict
+clients:
+  description:
+    - Of clients that each send one short request after another, C(clients), C(requests) that
+      ended, C(output_rate) in tokens per second, C(request_ms) and C(ttft_ms). Empty without
+      O(clients).
+  returned: success
+  type: dict
 running:
   description: C(release) and C(model) that were started on this host; empty on a gateway.
   returned: success
@@ -132,9 +148,9 @@ from ansible.module_utils.glm_fleet.core.errors import FleetError
 from ansible.module_utils.glm_fleet.serving.record import read_record
 
 
-def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
+def _server(params: dict[str, Any]) -> client.Server:
     key = Path(params["api_key_file"])
-    server = client.Server(
+    return client.Server(
         address=params["address"],
         port=params["port"],
         model=params["model"],
@@ -142,7 +158,10 @@ def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
         tls=params["tls"],
         verify=params["validate_certs"],
     )
-    load = client.Load(
+
+
+def _load(params: dict[str, Any]) -> client.Load:
+    return client.Load(
         prompt_tokens=params["prompt_tokens"],
         output_tokens=params["output_tokens"],
         warmup_tokens=params["warmup_tokens"],
@@ -150,6 +169,17 @@ def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
         seed=params["seed"],
         silence_s=params["silence_timeout"],
     )
+
+
+def _clients(params: dict[str, Any], salt: str) -> dict[str, Any]:
+    if not params["clients"]:
+        return {}
+    clients = client.Clients(params["clients"], params["clients_seconds"])
+    return client.measure_clients(_server(params), clients, _load(params), salt=salt)
+
+
+def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
+    server, load = _server(params), _load(params)
     endpoints = [(str(each["address"]), int(each["port"])) for each in params["metrics"]]
     before = client.read_counters(endpoints)
     level = client.measure(server, load, per_node * params["nodes"], salt=salt)
@@ -178,6 +208,8 @@ def main() -> None:
             "seed": {"type": "int", "default": 0},
             "silence_timeout": {"type": "float", "default": 300.0},
             "metrics": {"type": "list", "elements": "dict", "default": []},
+            "clients": {"type": "int", "default": 0},
+            "clients_seconds": {"type": "float", "default": 20.0},
         },
         supports_check_mode=True,
     )
@@ -188,9 +220,10 @@ def main() -> None:
     try:
         client.check_load(params)
         levels = [_level(params, each, salt) for each in params["streams"]]
+        clients = _clients(params, salt)
     except FleetError as error:
         module.fail_json(**error.as_fail())
-    module.exit_json(changed=False, levels=levels, running=read_record())
+    module.exit_json(changed=False, levels=levels, clients=clients, running=read_record())
 
 
 if __name__ == "__main__":

@@ -24,15 +24,23 @@ class ActionModule(FleetAction):
         host = variables.get("inventory_hostname", "")
         levels: list[dict[str, Any]] = []
         result: dict[str, Any] = {"changed": False}
-        for streams in self._task.args.get("streams", [1, 2, 4, 8, 16, 32]):
+        steps: list[dict[str, Any]] = [
+            {"streams": [streams], "clients": 0}
+            for streams in self._task.args.get("streams", [1, 2, 4, 8, 16, 32])
+        ]
+        if int(self._task.args.get("clients") or 0):
+            steps.append({"streams": []})
+        for step in steps:
             result = self._execute_module(
                 module_name="vllm_bench",
-                module_args={**self._task.args, "streams": [streams]},
+                module_args={**self._task.args, **step},
                 task_vars=variables,
             )
             if result.get("failed") or result.get("skipped"):
                 # Kept apart: the role goes on and `failed` is lost.
                 return {**result, "levels": levels, "problem": result.get("msg", "")}
+            if not step["streams"]:
+                break
             level = result["levels"][0]
             levels.append(level)
             _display.display(

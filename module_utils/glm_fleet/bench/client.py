@@ -13,7 +13,7 @@ import random
 import ssl
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.errors import FleetError
@@ -66,6 +66,21 @@ class Load:
     rounds: int = 3
     seed: int = 0
     silence_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Clients:
+    """A load without waves: ``number`` clients, each with one short request after another.
+
+    Nearly every step of the server then holds some request's prompt. Lengths are drawn between
+    the bounds, in tokens; what comes in the first ``settle_s`` seconds does not count.
+    """
+
+    number: int = 32
+    seconds: float = 20.0
+    prompt_tokens: tuple[int, int] = (64, 128)
+    output_tokens: tuple[int, int] = (12, 36)
+    settle_s: float = 2.0
 
 
 @dataclass
@@ -285,6 +300,70 @@ def send_wave(
     return asyncio.run(_wave(server, bodies, silence_s))
 
 
+async def _serve_client(
+    server: Server, clients: Clients, load: Load, number: int, until: float, salt: str
+) -> list[Stream]:
+    drawn = random.Random(f"{load.seed}/client/{number}")  # noqa: S311
+    streams: list[Stream] = []
+    while time.perf_counter() < until and not any(each.problem for each in streams):
+        tokens = drawn.randint(*clients.output_tokens)
+        asked = replace(load, prompt_tokens=drawn.randint(*clients.prompt_tokens))
+        turn = number + clients.number * len(streams)
+        body = request_body(server.model, asked, turn, tokens=tokens, salt=f"{salt}-c")
+        (stream,) = await _wave(server, [body], load.silence_s)
+        if not stream.problem and stream.tokens != tokens:
+            stream.problem = f"{stream.tokens} tokens"
+        streams.append(stream)
+    return streams
+
+
+async def _serve_clients(
+    server: Server, clients: Clients, load: Load, until: float, salt: str
+) -> list[Stream]:
+    found = await asyncio.gather(
+        *(
+            _serve_client(server, clients, load, number, until, salt)
+            for number in range(clients.number)
+        )
+    )
+    return [stream for streams in found for stream in streams]
+
+
+def measure_clients(server: Server, clients: Clients, load: Load, *, salt: str) -> dict[str, Any]:
+    """Measure clients that send one short request after another.
+
+    Returns {clients, requests, output_rate, request_ms: {median, p95, p99}, ttft_ms: {...}}.
+    ``output_rate`` are the tokens that arrived, a second; times are those of the requests that
+    ended in the time that counts. Raises `FleetError` where an answer is none.
+    """
+    begun = time.perf_counter()
+    until = begun + clients.seconds
+    streams = asyncio.run(_serve_clients(server, clients, load, until, salt))
+    _require_answers(server, streams, "some tokens")
+    first = begun + clients.settle_s
+    tokens = sum(
+        stream.tokens / len(stream.arrivals)
+        for stream in streams
+        for arrival in stream.arrivals
+        if first < arrival <= until
+    )
+    ended = [stream for stream in streams if first < stream.arrivals[-1] <= until]
+    if not ended:
+        raise FleetError(
+            "The server is too slow for this measurement",
+            expected=f"requests that end within {clients.seconds:g} s",
+            found="none",
+            remedy="raise benchmark_clients_seconds",
+        )
+    return {
+        "clients": clients.number,
+        "requests": len(ended),
+        "output_rate": round(tokens / (until - first), 3),
+        "request_ms": _spread_ms([stream.arrivals[-1] - stream.begun for stream in ended]),
+        "ttft_ms": _spread_ms([stream.arrivals[0] - stream.begun for stream in ended]),
+    }
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the value below which ``share`` (0 to 1) lies, interpolated."""
     ordered = sorted(values)
@@ -393,16 +472,19 @@ def _checked(
     if counts and len(held) > len(wave) / 2:
         for stream in held:
             stream.problem = "the whole answer came in one piece: something on the way holds it"
-    bad = [stream.problem for stream in wave if stream.problem]
+    _require_answers(server, wave, f"{tokens} tokens, {len(wave)} times at once")
+    return wave
+
+
+def _require_answers(server: Server, streams: Sequence[Stream], wanted: str) -> None:
+    bad = [stream.problem for stream in streams if stream.problem]
     if bad:
         raise FleetError(
             "The server did not answer the benchmark",
-            expected=f"{tokens} tokens as a stream from {server.host}:{server.port}, "
-            f"{len(wave)} times at once",
+            expected=f"{wanted} as a stream from {server.host}:{server.port}",
             found=f"{len(bad)} failed; the first: {bad[0]}",
             remedy="run playbooks/health.yml; check benchmark_* against the server's limits",
         )
-    return wave
 
 
 def measure(server: Server, load: Load, streams: int, *, salt: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def judge_target(
 
     ``answer`` is the result of ``vllm_bench``; ``reference`` maps streams per node to the
     tokens per second that one node gives them together. Shape: {name, path, release,
-    model, levels, warnings, error}, each level with ``reference`` and ``ratio`` (None
+    model, levels, clients, warnings, error}, each level with ``reference`` and ``ratio`` (None
     where there is none).
     """
     running = answer.get("running") or {}
@@ -36,6 +36,7 @@ def judge_target(
         "release": running.get("release", ""),
         "model": running.get("model", ""),
         "levels": [],
+        "clients": dict(answer.get("clients") or {}),
         "warnings": [],
         "error": "",
     }
@@ -113,6 +114,8 @@ def render_benchmark(targets: Sequence[Mapping[str, Any]], width: int) -> list[L
                 )
             )
             tones.append("warning" if _named(target, level) else "")
+        if target["clients"]:
+            lines.append((_clients_in_words(target), ""))
         text = "; ".join(target["warnings"])
         if text:
             lines.append((f"{_where(target)}: {text}.", "warning"))
@@ -128,6 +131,14 @@ def render_benchmark(targets: Sequence[Mapping[str, Any]], width: int) -> list[L
             for text, tone in lines
             for part in textwrap.wrap(text, max(width, 40), subsequent_indent="    ")
         ]
+    )
+
+
+def _clients_in_words(target: Mapping[str, Any]) -> str:
+    found = target["clients"]
+    return (
+        f"{_where(target)}: {found['clients']} clients with short requests one after another: "
+        f"{found['output_rate']:.1f} tok/s, a request {_spread(found['request_ms'], 0)} ms."
     )
 
 

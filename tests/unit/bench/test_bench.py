@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from glm_fleet.bench import client
-from glm_fleet.bench.client import Counters, Load, Server, Stream
+from glm_fleet.bench.client import Clients, Counters, Load, Server, Stream
 from glm_fleet.bench.report import GATEWAY, NODE, benchmark_json, judge_target, render_benchmark
 from glm_fleet.core.errors import FleetError
 
@@ -75,6 +75,34 @@ def test_tokens_are_counted_by_the_server_not_by_events() -> None:
             server(stub), [client.request_body("m", LOAD, 0, tokens=16, salt="run")], 60
         )
     assert (answer.tokens, len(answer.arrivals)) == (16, 4)
+
+
+def test_clients_send_one_short_request_after_another() -> None:
+    clients = Clients(number=4, seconds=0.6, settle_s=0.1)
+    with serving(gap_s=0.001) as stub:
+        found = client.measure_clients(server(stub), clients, LOAD, salt="run")
+    assert (found["clients"], found["requests"] > 8) == (4, True)
+    lengths = [(len(each["prompt"]), each["max_tokens"]) for each in stub.bodies]
+    assert all(64 <= prompt <= 128 and 12 <= answer <= 36 for prompt, answer in lengths)
+    assert len(set(lengths)) > 4
+    assert len({each["cache_salt"] for each in stub.bodies}) == len(stub.bodies)
+    # Four streams with a token a millisecond at most; a request's own time is in between.
+    assert 0 < found["output_rate"] < 4000
+    assert found["request_ms"]["median"] > found["ttft_ms"]["median"]
+
+
+def test_a_slow_request_counts_by_what_arrived_of_it() -> None:
+    clients = Clients(number=2, seconds=0.5, output_tokens=(36, 36), settle_s=0.1)
+    with serving(gap_s=0.01) as stub:
+        found = client.measure_clients(server(stub), clients, LOAD, salt="run")
+    # A request takes most of the time that counts: whole requests alone would be half of it.
+    assert found["output_rate"] > 100
+
+
+def test_clients_that_never_get_an_answer_in_time_are_no_figure() -> None:
+    clients = Clients(number=1, seconds=0.05, output_tokens=(36, 36), settle_s=0.01)
+    with serving(gap_s=0.02) as stub, pytest.raises(FleetError, match="too slow"):
+        client.measure_clients(server(stub), clients, LOAD, salt="run")
 
 
 def test_the_key_is_sent_only_if_there_is_one() -> None:
@@ -243,6 +271,18 @@ def make_level(streams: int, together: float, **changed: Any) -> dict[str, Any]:
         "other_traffic": "",
         **changed,
     }
+
+
+def test_clients_stand_below_the_table() -> None:
+    spread = {"median": 1509.4, "p95": 1800.0, "p99": 1990.0}
+    clients = {"clients": 32, "requests": 237, "output_rate": 508.9, "request_ms": spread}
+    answer = {"levels": [make_level(1, 56.0)], "clients": clients}
+    target = judge_target("gpu01", NODE, answer, REFERENCE, 0.8)
+    assert benchmark_json([target], {}, "now")["targets"][0]["clients"] == clients
+    text = " ".join(line.text.strip() for line in render_benchmark([target], 200))
+    assert "gpu01: 32 clients with short requests one after another: 508.9 tok/s" in text
+    assert "1509 / 1800 / 1990 ms" in text
+    assert judge_target("gpu01", NODE, {"levels": []}, REFERENCE, 0.8)["clients"] == {}
 
 
 def test_a_node_below_the_ratio_is_warned_of_and_stands_beside_the_reference() -> None:
