@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, cast
 
+from .decode import Count, Words
 from .format import parse_count
 from .runner import Runner
 
 _TIMEOUT_S = 20.0
-_FIELDS = {
+_WORDS = {
     "Id": "name",
     "LoadState": "load_state",
     "ActiveState": "active_state",
@@ -18,41 +19,48 @@ _FIELDS = {
     "Result": "result",
     "InvocationID": "invocation_id",
     "ActiveEnterTimestamp": "active_since",
-    "NRestarts": "n_restarts",
-    "MainPID": "main_pid",
 }
-_COUNTS = ("n_restarts", "main_pid")
+_COUNTS = {"NRestarts": "n_restarts", "MainPID": "main_pid"}
 # The pre-start checks of the serving unit, one for each start; its messages bear the invocation
 # of the start that it checks.
 PRESTART = "glm-prestart@*.service"
 
 
-def read_units(runner: Runner, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+class UnitState(TypedDict, total=False):
+    """What systemd says of a unit; {} where it was not asked."""
+
+    name: Words
+    load_state: Words
+    active_state: Words
+    sub_state: Words
+    result: Words
+    n_restarts: Count
+    main_pid: Count
+    invocation_id: Words
+    active_since: Words
+
+
+def read_units(runner: Runner, names: Sequence[str]) -> dict[str, UnitState]:
     """Ask systemd about units: {name: `unit_state` of it}."""
     states = [_parse(block) for block in _show(runner, names).split("\n\n")]
     return {state["name"]: state for state in states if state["name"]}
 
 
-def unit_state(runner: Runner, unit: str) -> dict[str, Any]:
-    """Return what systemd says of a unit, '' and 0 where it says nothing.
-
-    Keys: name, load_state, active_state, sub_state, result, invocation_id, active_since,
-    n_restarts and main_pid.
-    """
+def unit_state(runner: Runner, unit: str) -> UnitState:
+    """Return what systemd says of a unit: every key, '' and 0 where it says nothing."""
     return _parse(_show(runner, [unit]))
 
 
 def _show(runner: Runner, names: Sequence[str]) -> str:
-    command = ["systemctl", "show", f"--property={','.join(_FIELDS)}", *names]
+    command = ["systemctl", "show", f"--property={','.join((*_WORDS, *_COUNTS))}", *names]
     return runner(command, timeout=_TIMEOUT_S).stdout.strip()
 
 
-def _parse(block: str) -> dict[str, Any]:
+def _parse(block: str) -> UnitState:
     told = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-    state: dict[str, Any] = {ours: told.get(theirs, "") for theirs, ours in _FIELDS.items()}
-    for key in _COUNTS:
-        state[key] = parse_count(state[key]) or 0
-    return state
+    words = {ours: told.get(theirs, "") for theirs, ours in _WORDS.items()}
+    counts = {ours: parse_count(told.get(theirs, "")) or 0 for theirs, ours in _COUNTS.items()}
+    return cast(UnitState, {**words, **counts})
 
 
 def journal(runner: Runner, invocation: str, most: int | None = None) -> list[str]:

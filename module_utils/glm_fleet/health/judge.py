@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..core.systemd import UnitState
 from ..fleet.inventory import GATEWAYS, NODES
 from ..gateway.answer import GatewayAnswer
 from ..node.answer import Facts, GpuFactsReport
 from ..serving.engine import interval
-from ..serving.probe import Probe, UnitState
+from ..serving.probe import Probe
 from .compare import compare_nodes
 from .gateway import gateway_step, judge_gateway, states_of
 from .hardware import Expectations, hardware_problems

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypedDict
 
 from ..core.decode import Amount, Count, Range, Size, Words, decode
+from ..core.systemd import UnitState
 from ..gateway.answer import GatewayAnswer
-from ..serving.probe import Probe, UnitState
+from ..serving.probe import Probe
 
 Port = Annotated[int, Range(0, 65535)]
 Seconds = Annotated[float, Range(-1e12, 1e12)]

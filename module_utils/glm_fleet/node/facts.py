@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import FleetError
 from ..core.runner import run_program
@@ -35,6 +35,9 @@ from .system import (
     read_uptime,
     read_user,
 )
+
+if TYPE_CHECKING:
+    from ..serving.probe import Probe
 
 FABRIC_MANAGER = "nvidia-fabricmanager.service"
 
@@ -160,9 +163,7 @@ def read_fabric(host: Host) -> dict[str, Any]:
     return {"nvswitches": count, "version": version}
 
 
-def read_attestation(
-    query: NodeQuery, facts: Mapping[str, Any], host: Host
-) -> tuple[dict[str, Any], str]:
+def read_attestation(query: NodeQuery, facts: Mapping[str, Any], host: Host) -> tuple[Probe, str]:
     """Look at the service of this node: (what `engine.look` gives, why there is nothing)."""
     from ..serving import engine
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.files import exclusive, write_atomically
 from ..core.http import Http
@@ -21,6 +20,7 @@ from .client import ANSWER_TOKENS, Answer, complete, served_model
 from .diagnosis import diagnose, lower_graphs_help, relevant_lines
 from .evidence import EVIDENCE, Check, check_journal, read_evidence
 from .metrics import read_metrics
+from .probe import Canary, Probe
 from .record import RECORD, read_running, running_release
 from .startup import CHECKED_LINES
 
@@ -29,7 +29,7 @@ _LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a s
 
 def run_canary(
     http: Http, model: str, context: int, *, thorough: bool
-) -> tuple[list[Check], dict[str, Any]]:
+) -> tuple[list[Check], Canary]:
     """Ask the model itself; return the checks and the figures of the first answer.
 
     A short prompt always. With ``thorough``: the same again (a shared prefix, and the greedy
@@ -56,7 +56,7 @@ def run_canary(
     checks.append(Check("tokens advance in the metrics", advanced > 0, f"{advanced:g} tokens"))
     # The first answer may have been compiled in; the last short one is what clients see.
     measured = again if thorough and not first.problem else first
-    figures = {
+    figures: Canary = {
         "tokens_per_second": round(measured.tokens_per_second, 2),
         "time_to_first_token_s": round(measured.first_token_s, 4),
         "completion_tokens": measured.tokens,
@@ -106,15 +106,12 @@ def attest(
     record_path: Path = RECORD,
     evidence_path: Path = EVIDENCE,
     proc: Path = Path("/proc"),
-) -> dict[str, Any]:
+) -> Probe:
     """Check everything and return the attestation.
 
     A thorough one that passes leaves the lines of the journal that prove it in
     ``evidence_path``, for later checks of the same start. Two of them wait for each other:
     beside other requests a greedy answer need not repeat itself.
-
-    Shape: {passed, checks: [{name, passed, detail}], release_id, model_id, invocation_id,
-    started_at, unit, canary, metrics, diagnosis, step_down, journal}.
     """
     if thorough:
         evidence_path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +128,7 @@ def _attest(
     record_path: Path,
     evidence_path: Path,
     proc: Path,
-) -> dict[str, Any]:
+) -> Probe:
     running = read_running(runner, wanted.unit, record_path)
     unit, record = running["unit"], running["record"]
     known = read_evidence(evidence_path, running["invocation"])
@@ -141,7 +138,7 @@ def _attest(
     checks = [
         Check("unit is active", running["active"], f"{unit['active_state']} {unit['result']}")
     ]
-    canary: dict[str, Any] = {}
+    canary: Canary = {}
     proof: list[Check] = []
     metrics: dict[str, float] = {}
     release = running_release(unit["main_pid"], proc)
@@ -166,7 +163,9 @@ def _attest(
         )
     return {
         "passed": passed,
-        "checks": [asdict(check) for check in checks],
+        "checks": [
+            {"name": each.name, "passed": each.passed, "detail": each.detail} for each in checks
+        ],
         "release_id": release,
         "model_id": model_id,
         "invocation_id": running["invocation"],

@@ -18,13 +18,14 @@ from typing import Any, Callable
 
 from ..core.http import Http, local_http
 from ..core.runner import Runner
-from ..core.systemd import journal, last_words, unit_state
+from ..core.systemd import UnitState, journal, last_words, unit_state
 from .attestation import Wanted, attest
 from .deployment import Deployments, Places
 from .diagnosis import diagnose, relevant_lines
 from .evidence import EVIDENCE
 from .metrics import parse_metrics
-from .policy import read_api_key, read_policy
+from .policy import Modes, read_api_key, read_policy
+from .probe import EngineState, Graphs, Nothing, Probe, Sample
 from .record import RECORD
 from .startup import start_phase
 
@@ -53,7 +54,7 @@ _HISTOGRAMS = {
 _BUCKET = re.compile(r'^(?P<name>[\w:]+)_bucket\{.*?le="(?P<le>[^"]+)".*\}\s+(?P<count>\S+)')
 
 
-def parse_sample(text: str, now: float) -> dict[str, Any]:
+def parse_sample(text: str, now: float) -> Sample | Nothing:
     """Pick the engine's figures out of ``/metrics``; {} when they are not there.
 
     Gauges and counters by their names here, and each histogram as {count, sum, buckets},
@@ -88,7 +89,7 @@ def parse_sample(text: str, now: float) -> dict[str, Any]:
     return sample
 
 
-def read_sample(http: Http, clock: Callable[[], float] = time.time) -> dict[str, Any]:
+def read_sample(http: Http, clock: Callable[[], float] = time.time) -> Sample | Nothing:
     """Ask the server for its figures; {} when it does not answer."""
     status, lines = http("/metrics")
     return parse_sample("\n".join(lines), clock()) if status == 200 else {}
@@ -156,7 +157,7 @@ def look(
     evidence_path: Path = EVIDENCE,
     proc: Path = Path("/proc"),
     client: Callable[..., Http] = local_http,
-) -> dict[str, Any]:
+) -> Probe:
     """Look at the service of this node once, without disturbing it.
 
     An active one gives its attestation with one short canary, and ``engine``: {state,
@@ -195,7 +196,7 @@ def look(
     begun = time.monotonic()
     before = read_sample(ask)
     if not before:
-        return {"unit": state, **_without_answer(run, state, unit)}
+        return _without_answer(run, state, unit)
     wanted = Wanted(
         unit=unit,
         model_name=policy["served_model_name"],
@@ -221,7 +222,7 @@ def look(
         check["passed"] for check in found["checks"] if check["name"] == "canary answers"
     )
     moves = progress_mark(before) != progress_mark(after)
-    verdict = "serving" if answered else "busy" if moves else "hung"
+    verdict: EngineState = "serving" if answered else "busy" if moves else "hung"
     found["engine"] = {
         "state": verdict if after else "silent",
         "phase": "ready",
@@ -234,21 +235,22 @@ def look(
     return found
 
 
-def _graphs(modes: Mapping[str, Any], release: str, model: str) -> dict[str, str]:
+def _graphs(modes: Modes, release: str, model: str) -> Graphs:
     """Say which CUDA graphs run, which were wanted, and why they differ."""
-    runs, wanted = str(modes.get("runs") or ""), str(modes.get("wanted") or "")
+    runs, wanted = modes.get("runs", ""), modes.get("wanted", "")
     reason = ""
     if runs != wanted:
         reason = Deployments(Places()).why_not(release, model, wanted)
     return {"runs": runs, "wanted": wanted, "reason": reason}
 
 
-def _without_answer(run: Runner, state: Mapping[str, Any], unit: str) -> dict[str, Any]:
+def _without_answer(run: Runner, state: UnitState, unit: str) -> Probe:
     """Tell a start that is under way from a server that was ready and fell silent."""
     lines = journal(run, state["invocation_id"])
     phase = start_phase(lines)
     words = last_words(run, unit) if state["n_restarts"] else lines
     return {
+        "unit": state,
         "passed": False,
         "checks": [],
         "diagnosis": diagnose(words),

@@ -10,24 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NoReturn, TypedDict
 
 from ..core.decode import Amount, Count, Range, Size, Words
+from ..core.systemd import UnitState
 
 EngineState = Literal["serving", "busy", "hung", "starting", "silent", "down", ""]
 Speed = Annotated[float, Range(0.0, 1e7)]
-
-
-class UnitState(TypedDict, total=False):
-    """What systemd says of a unit; {} where it says nothing."""
-
-    name: Words
-    load_state: Words
-    active_state: Words
-    sub_state: Words
-    result: Words
-    n_restarts: Count
-    main_pid: Count
-    invocation_id: Words
-    active_since: Words
-    started_at: Words
 
 
 class Histogram(TypedDict):
@@ -54,13 +40,17 @@ class Sample(TypedDict):
     between_tokens: Histogram
 
 
+# A server that gave no figures: {}.
+Nothing = Mapping[str, NoReturn]
+
+
 class EngineLook(TypedDict, total=False):
     """How the engine is doing; ``before`` and ``after`` are {} where it gave no figures."""
 
     state: EngineState
     phase: Words
-    before: Sample | Mapping[str, NoReturn]
-    after: Sample | Mapping[str, NoReturn]
+    before: Sample | Nothing
+    after: Sample | Nothing
     steps: Amount
     tokens: Amount
     seconds: Amount
