@@ -23,6 +23,7 @@ PLAYBOOK = """
     health_schedule_user: ops
     role_path: {root}/roles/health
   vars_files:
+    - {root}/roles/common/defaults/main.yml
     - {root}/roles/artifact/defaults/main.yml
     - {root}/roles/serving/defaults/main.yml
     - {root}/roles/serving/vars/main.yml
