@@ -330,6 +330,8 @@ class RealHost(Host):
         # No root, whom the check does not ask for sudo.
         (folder / "bin/id").write_text("#!/bin/sh\necho 1000\n")
         (folder / "bin/id").chmod(0o755)
+        # A python3 of a version manager is a script, which reads BASH_ENV too.
+        (folder / "bin/python3").symlink_to(sys.executable)
         self.environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
         self.environment["BASH_ENV"] = str(CASES / "09-shell-that-talks/bashrc")
 
