@@ -139,7 +139,7 @@ def _attest(
     deployments.note_passed(found["release_id"], found["model_id"])
     phases = _start(found)
     if phases:
-        deployments.note_start(sum(phases.values()))
+        deployments.note_start(found["invocation_id"], sum(phases.values()))
     return {"attestation": found, "start": phases}
 
 

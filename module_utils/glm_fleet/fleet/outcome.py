@@ -125,7 +125,8 @@ def _ended(
         list((failed or last).last.journal),
         {**last.switched.seconds, **attested.seconds},
         dict(attested.canary),
-        dict(attested.start),
+        # A node that was not stopped only proved itself: it was started some other time.
+        dict(attested.start) if last.switched.seconds else {},
     )
 
 

@@ -43,7 +43,6 @@ PREVIOUS = "previous.json"
 # How long the last starts took, in seconds.
 STARTS = "starts.json"
 _STARTS = 8
-_Seconds = Annotated[float, Range(0.0, 1e6)]
 
 _KEEP = 4
 _ID = re.compile(r"[0-9a-f]{12}")
@@ -67,6 +66,11 @@ class _Recorded(TypedDict):
 
 class _Refusal(TypedDict):
     reason: Words
+
+
+class _Start(TypedDict):
+    invocation: Words
+    seconds: Annotated[float, Range(0.0, 1e6)]
 
 
 @dataclass(frozen=True)
@@ -238,16 +242,24 @@ class Deployments:
         if current and (current.release, current.model) == (release, model):
             self.note_attested(current.id)
 
-    def note_start(self, seconds: float) -> None:
-        """Remember how long a start took until its first answer, for the plan of the next roll."""
+    def note_start(self, invocation: str, seconds: float) -> None:
+        """Remember how long a start took until its first answer, for the plan of the next roll.
+
+        ``invocation`` is systemd's id of the start: one that is attested again counts once.
+        """
         with exclusive(self._root / ".lock"):
-            known = [*self.starts(), round(seconds, 1)][-_STARTS:]
-            write_atomically(self._root / STARTS, json.dumps(known))
+            known = self._starts()
+            if invocation not in {each["invocation"] for each in known}:
+                known.append(_Start(invocation=invocation, seconds=round(seconds, 1)))
+                write_atomically(self._root / STARTS, json.dumps(known[-_STARTS:]))
 
     def starts(self) -> list[float]:
         """Return the seconds of the last starts, newest last; [] where none were recorded."""
+        return [each["seconds"] for each in self._starts()]
+
+    def _starts(self) -> list[_Start]:
         try:
-            return list(read(list[_Seconds], self._root / STARTS))
+            return list(read(list[_Start], self._root / STARTS))
         except (FileNotFoundError, FleetError):
             return []
 

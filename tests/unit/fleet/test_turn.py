@@ -237,6 +237,8 @@ def test_a_turn_that_gets_through() -> None:
     assert found.seconds == {"stop_s": 2.0}
     assert found.canary == {"tokens_per_second": 50.0}
     assert found.start == {"imports": 29.0}
+    joined = ended(order(restart=False), {**NEW, "seconds": {}, "changed": False}, PASSED, FREE)
+    assert (joined.state, joined.start) == (SERVES, {})
     ahead = ended(order(read_ahead=True), {"pages": {"read_bytes": 7}}, FREE, NEW, PASSED, FREE)
     assert ahead == replace(found, pages={"read_bytes": 7})
 

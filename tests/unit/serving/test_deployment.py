@@ -533,7 +533,9 @@ def test_the_last_starts_are_remembered(node: Deployments, module: ModuleType) -
     node.stage(one())
     assert module._info(given(rungs=[one().id]), node, False)["starts"] == []
     for seconds in range(10):
-        node.note_start(400.04 + seconds)
+        node.note_start(f"start {seconds}", 400.04 + seconds)
+    # Attested once more, without having been started.
+    node.note_start("start 9", 500.0)
     assert module._info(given(rungs=[one().id]), node, False)["starts"] == [
         402.0, 403.0, 404.0, 405.0, 406.0, 407.0, 408.0, 409.0,
     ]  # fmt: skip
