@@ -127,6 +127,7 @@ def wheels(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> dict
 def variables(upstream: Upstream, wheels: dict[str, Path]) -> dict[str, Any]:
     return {
         "release_repository": f"file://{upstream.path}",
+        "release_ref": "v0.23.0",
         "release_pull_requests": [{"number": 38476, "head": upstream.head, "drop": ["csrc"]}],
         "release_base_wheel": str(wheels["0.23.0"]),
         "release_constraints": [],
