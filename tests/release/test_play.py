@@ -111,10 +111,10 @@ class Builder:
         }
 
     def remains(self) -> list[str]:
-        """What only an unfinished build leaves; the files of locks stay."""
+        """What only an unfinished build leaves; locks, and what was hashed, stay."""
         patterns = ("builds/*", "git/*.scratch", "artifacts/.staging/*/*")
         found = [path for pattern in patterns for path in self.root.glob(pattern)]
-        return [str(path) for path in found if path.suffix != ".lock"]
+        return [str(path) for path in found if path.suffix not in (".lock", ".proven")]
 
 
 @pytest.fixture(scope="module")
