@@ -66,11 +66,11 @@ options:
 EXAMPLES = r"""
 - name: Lock and download the wheels of a release
   python_lock:
-    requirements: ["vllm==0.23.0+pr38476.g3740c02", "transformers>=5.9.0"]
+    requirements: ["vllm==0.24.0+pr38476.g3740c02", "transformers>=5.9.0"]
     store: /var/lib/glm-fleet/downloads
     python_version: "3.12"
     platform: x86_64-manylinux_2_35
-    exclude_newer: "2026-06-20"
+    exclude_newer: "2026-07-07"
     expected: {torch: 2.11.0, triton: 3.6.0}
 """
 

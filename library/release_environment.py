@@ -38,8 +38,8 @@ options:
 EXAMPLES = r"""
 - name: Build the environment
   release_environment:
-    artifact: /srv/glm-fleet/artifacts/release/vllm-0.23.0-pr38476-0123456789ab
-    dest: /opt/glm-fleet/releases/vllm-0.23.0-pr38476-0123456789ab
+    artifact: /srv/glm-fleet/artifacts/release/vllm-0.24.0-pr38476-0123456789ab
+    dest: /opt/glm-fleet/releases/vllm-0.24.0-pr38476-0123456789ab
 """
 
 RETURN = r"""

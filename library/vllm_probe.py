@@ -68,7 +68,7 @@ EXAMPLES = r"""
 - name: Wait for the start and attest it
   vllm_probe:
     mode: attest
-    release: vllm-0.23.0-pr38476-0123456789ab
+    release: vllm-0.24.0-pr38476-0123456789ab
 """
 
 RETURN = r"""

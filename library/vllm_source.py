@@ -113,7 +113,7 @@ EXAMPLES = r"""
   vllm_source:
     state: resolved
     repository: https://github.com/vllm-project/vllm.git
-    ref: v0.23.0
+    ref: v0.24.0
     pull_requests:
       - number: 38476
         head: 3740c02bb1223d37823593664ae3eafa397b9937

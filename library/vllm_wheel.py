@@ -100,7 +100,7 @@ EXAMPLES = r"""
 - name: Fetch the base wheel
   vllm_wheel:
     state: fetched
-    base: vllm==0.23.0
+    base: vllm==0.24.0
     dest: /var/lib/glm-fleet/downloads/base
     python_version: "3.12"
     platform: x86_64-manylinux_2_35

@@ -111,10 +111,10 @@ class Builder:
         }
 
     def remains(self) -> list[str]:
-        """What only an unfinished build leaves; the files of locks stay."""
+        """What only an unfinished build leaves; locks, and what was hashed, stay."""
         patterns = ("builds/*", "git/*.scratch", "artifacts/.staging/*/*")
         found = [path for pattern in patterns for path in self.root.glob(pattern)]
-        return [str(path) for path in found if path.suffix != ".lock"]
+        return [str(path) for path in found if path.suffix not in (".lock", ".proven")]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,7 @@ def wheels(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> dict
 def variables(upstream: Upstream, wheels: dict[str, Path]) -> dict[str, Any]:
     return {
         "release_repository": f"file://{upstream.path}",
+        "release_ref": "v0.23.0",
         "release_pull_requests": [{"number": 38476, "head": upstream.head, "drop": ["csrc"]}],
         "release_base_wheel": str(wheels["0.23.0"]),
         "release_constraints": [],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
@@ -30,19 +31,16 @@ WRONG = 20
 
 
 def places(after: str, merged: str) -> Iterator[tuple[int, int]]:
-    """Yield the lines (first, end) of the result that stand where git left a conflict."""
-    result = after.splitlines(keepends=True)
-    position, open_since = 0, -1
-    for segment in parse_segments(merged):
-        if not isinstance(segment, Common):
-            open_since = position
-            continue
-        size = len(segment.lines)
-        while tuple(result[position : position + size]) != segment.lines:
-            position += 1
-        if open_since >= 0 and position > open_since:
-            yield open_since, position
-        position, open_since = position + size, -1
+    """Yield the lines (first, end) of the result that git did not merge by itself."""
+    merged_alone = [
+        line
+        for segment in parse_segments(merged)
+        for line in (segment.lines if isinstance(segment, Common) else ["a conflict\n"])
+    ]
+    matcher = SequenceMatcher(None, after.splitlines(keepends=True), merged_alone, autojunk=False)
+    for tag, first, end, _, _ in matcher.get_opcodes():
+        if tag in ("replace", "delete"):
+            yield first, end
 
 
 def slips(after: str, merged: str) -> Iterator[tuple[str, str]]:

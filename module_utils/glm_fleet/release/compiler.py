@@ -370,7 +370,7 @@ def _refuse_all(refused: Sequence[FleetError]) -> FleetError:
         f"{len(refused)} files conflict in ways that no rule knows: "
         + "; ".join(error.message for error in refused),
         expected=refused[0].expected,
-        found=refused[0].found,
+        found="\n".join(error.found for error in refused),
         remedy=refused[0].remedy,
         details={"conflicts": conflicts},
     )

@@ -196,20 +196,19 @@ def refuse_file(path: str, refused: list[dict[str, object]]) -> FleetError:
         f"line {each['line']} (closest rule {each['closest_rule']}: {each['reason']})"
         for each in refused
     )
-    first = refused[0]
     return FleetError(
         f"{len(refused)} conflict(s) in {path} have a shape that no rule knows: {places}",
         expected="a choice joined with the release's, a warning instead of an error, two "
         "additions to one list or to imports, or an addition after changed lines",
-        found=f"the release has:\n{_excerpt(first['ours'])}\nthe pull request has:\n"
-        f"{_excerpt(first['theirs'])}",
+        found="\n".join(_both_sides(each) for each in refused),
         remedy="name a pull request that was rebased onto this ref, or another ref, or resolve it "
         "by hand and record that in release_resolutions; nothing was built",
         details={"conflicts": refused},
     )
 
 
-def _excerpt(text: object, limit: int = 12) -> str:
-    lines = str(text).splitlines() or ["(nothing)"]
-    more = [f"... {len(lines) - limit} more lines"] if len(lines) > limit else []
-    return "\n".join(lines[:limit] + more)
+def _both_sides(conflict: dict[str, object]) -> str:
+    """Show a conflict as a person has to resolve it: whole, with its place."""
+    sides = (("the release has", conflict["ours"]), ("the pull request has", conflict["theirs"]))
+    shown = "\n".join(f"{name}:\n{str(text).rstrip() or '(nothing)'}" for name, text in sides)
+    return f"{conflict['path']}, line {conflict['line']}:\n{shown}"

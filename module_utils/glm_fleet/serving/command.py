@@ -33,6 +33,7 @@ def serve_command(settings: Mapping[str, Any]) -> list[str]:
         ("--max-num-seqs", settings["max_num_seqs"]),
         ("--tool-call-parser", settings["tool_call_parser"]),
         ("--reasoning-parser", settings["reasoning_parser"]),
+        ("--chat-template", settings["chat_template"]),
         ("--shutdown-timeout", settings["shutdown_timeout"]),
     ]
     command = ["serve", str(settings["model_path"])]

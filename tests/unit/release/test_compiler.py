@@ -575,3 +575,82 @@ def test_operators_configuration_does_not_count(
     )
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build(upstream, tmp_path).joins
+
+
+def rebased(upstream: Upstream, tmp_path: Path) -> PullRequest:
+    """The pull request as its author would put it onto main."""
+    build(upstream, tmp_path / "first")
+    folder = tmp_path / "first/patch"
+    files = {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return upstream.pull(files, start="main")
+
+
+def test_a_rebased_pull_request_is_accepted(upstream: Upstream, tmp_path: Path) -> None:
+    """It brings the three-way choice itself, onto this release and onto the next one."""
+    pull = rebased(upstream, tmp_path)
+    assert build(upstream, tmp_path / "second", pull).joins == ()
+    git(upstream.work, "checkout", "--quiet", "main")
+    later = upstream.commit({"vllm/later.py": "x = 1\n"})
+    git(upstream.work, "push", "--quiet", str(upstream.path), f"{later}:refs/heads/later")
+    assert build(upstream, tmp_path / "third", pull, ref="later").joins == ()
+
+
+SET_FIRST = (
+    "            logits = ops.xpu_mqa_logits(q, k)\n",
+    "            logits = ops.xpu_mqa_logits(q, k)\n            rows = q\n",
+)
+
+
+def test_every_branch_sets_what_is_used_after_the_choice(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    files = dict(MAIN_FILES)
+    text = files[EXPECT.indexer].replace(*SET_FIRST)
+    text = text.replace("                clean=False,\n            )\n        num_rows",
+                        "                clean=False,\n            )\n            rows = k\n"
+                        "        num_rows", 1)  # fmt: skip
+    text = text.replace("ops.top_k(logits, num_rows)", "ops.top_k(logits, num_rows, rows)")
+    git(upstream.work, "checkout", "--quiet", "main")
+    upstream.main = upstream.commit({EXPECT.indexer: text})
+    git(upstream.work, "push", "--quiet", str(upstream.path), "HEAD:refs/heads/main")
+    wrong = text
+    for name in ("mqa_logits", "paged_mqa_logits"):
+        head = f"        else:\n            logits = {name}("
+        assert head in wrong
+        first, rest = wrong.split(head, 1)
+        body, after = rest.split("        num_rows", 1)
+        wrong = (
+            f"{first}        elif use_deep_gemm:\n            logits = {name}({body}"
+            f"        else:\n            logits = {name}_triton(q, k)\n        num_rows{after}"
+        )
+    missing = with_names(wrong)
+    pulled = upstream.pull({**PULL_FILES, EXPECT.indexer: missing}, start="main")
+    with pytest.raises(FleetError, match="prefill_dispatch") as caught:
+        build(upstream, tmp_path, pulled)
+    assert "after the choice rows is used, which the branch 'else' does not set" in str(
+        caught.value
+    )
+
+
+def with_names(text: str) -> str:
+    """Give the indexer what the pull request adds besides the choice."""
+    start, end = text.index("        if current_platform.is_cuda()"), text.index("\n        self.r")
+    text = (
+        text[:start] + "        if current_platform.is_cuda() and not is_deep_gemm_supported():\n"
+        "            logger.warning_once(\n"
+        '                "DeepGEMM not supported; using Triton fallback."\n'
+        "            )\n" + text[end:]
+    )
+    text = text.replace("    has_deep_gemm,\n", "    is_deep_gemm_supported,\n")
+    text = text.replace(
+        "\n\n\ndef sparse",
+        "\nfrom vllm.v1.attention.ops.mqa_logits_triton import (\n"
+        "    mqa_logits_triton,\n    paged_mqa_logits_triton,\n)\n\n\ndef sparse",
+    )
+    return text.replace(
+        "    k = k.view()\n", "    k = k.view()\n    use_deep_gemm = is_deep_gemm_supported()\n"
+    )

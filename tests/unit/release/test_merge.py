@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import run_program
-from glm_fleet.release.conflict import MARKER_SIZE, Resolution, Versions
+from glm_fleet.release.conflict import MARKER_SIZE, Resolution, Versions, refuse_file
 from glm_fleet.release.merge import Resolver
 
 START, BASE, MIDDLE, END = (char * MARKER_SIZE for char in "<|=>")
@@ -243,3 +243,15 @@ def test_statements_after_a_changed_one_are_kept() -> None:
 def test_statements_that_depend_on_the_change_are_refused(added: str, reason: str) -> None:
     with pytest.raises(FleetError, match=reason):
         resolve(*(BODY.format(part) for part in (FILL, CHANGED, FILL + added)))
+
+
+def test_a_refusal_shows_every_conflict_whole() -> None:
+    def conflict(line: int, ours: str, theirs: str) -> dict[str, object]:
+        return {"path": "a.py", "line": line, "ours": ours, "theirs": theirs,
+                "closest_rule": "none", "reason": "no"}  # fmt: skip
+
+    long = "".join(f"    line_{number}()\n" for number in range(40))
+    error = refuse_file("a.py", [conflict(3, "one\n", ""), conflict(90, long, "two\n")])
+    assert "a.py, line 3:\nthe release has:\none\nthe pull request has:\n(nothing)" in error.found
+    assert "a.py, line 90:" in error.found
+    assert "line_39()" in error.found

@@ -62,8 +62,15 @@ def test_the_command_line_of_a_real_node() -> None:
         "32768",
         "--gpu-memory-utilization",
         "0.9",
+        "--max-num-seqs",
+        "32",
+        "--tool-call-parser",
+        "glm47",
+        "--reasoning-parser",
+        "glm45",
         "--shutdown-timeout",
         "600",
+        "--enable-auto-tool-choice",
         "--compilation-config",
         '{"cudagraph_mode":"FULL_AND_PIECEWISE"}',
     ]
@@ -79,6 +86,13 @@ def test_tool_calls_are_switched_on_with_their_parser() -> None:
     command = serve_command(settings(tool_call_parser="glm47", extra_arguments=["--seed", 1]))
     assert "--enable-auto-tool-choice" in command
     assert command[-2:] == ["--seed", "1"]
+
+
+def test_a_fleet_without_tools_leaves_the_choice_to_vllm() -> None:
+    plain = settings(tool_call_parser="", reasoning_parser="", max_num_seqs="")
+    assert not {word for word in serve_command(plain) if "parser" in word or "seqs" in word}
+    command = serve_command(settings(chat_template="/etc/chat.jinja"))
+    assert command[command.index("--chat-template") + 1] == "/etc/chat.jinja"
 
 
 def test_words_of_a_unit_are_quoted_as_systemd_reads_them() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -67,8 +68,9 @@ def without_joins(file: FileVersions, expect: Expectations) -> _Plain:
             return _Plain(file, (f"{where}: an 'else' is lost at line {found.lineno}",))
         ends = [_divide(head, wanted), _divide(after, found)]
         last = [node.end_lineno or 0 for node in (wanted, found)]
+        # As deep as the choice stands in each, and alike within.
         fallback = [
-            [line.strip() for line in lines[end:stop] if line.strip()]
+            _code(textwrap.dedent("".join(lines[end:stop])).splitlines())
             for lines, end, stop in zip((head, after), ends, last)
         ]
         if fallback[0] != fallback[1] or _shape(wanted.orelse) != _shape(found.orelse):
