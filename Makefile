@@ -80,4 +80,4 @@ bench: ## Run tests/bench and write reports/bench.json
 	@python -m pytest tests/bench
 
 clean: ## Remove what was generated here, but not .venv and not the lab
-	rm -rf build reports .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build reports .mypy_cache .pytest_cache .ruff_cache .hypothesis
