@@ -59,7 +59,9 @@ def test_the_unit_serves_with_the_command_line_of_the_defaults(rendered: Path) -
         "ExecStart=/opt/glm-fleet/current/bin/vllm serve /srv/glm-fleet/model --host 0.0.0.0 "
         "--port 8000 --served-model-name glm-5.2 --tensor-parallel-size 8 "
         "--attention-backend TRITON_MLA_SPARSE --dtype bfloat16 --kv-cache-dtype bfloat16 "
-        "--max-model-len 32768 --gpu-memory-utilization 0.9 --shutdown-timeout 600 "
+        "--max-model-len 32768 --gpu-memory-utilization 0.9 --max-num-seqs 32 "
+        "--tool-call-parser glm47 --reasoning-parser glm45 --shutdown-timeout 600 "
+        "--enable-auto-tool-choice "
         '--compilation-config "{\\"cudagraph_mode\\":\\"FULL_AND_PIECEWISE\\"}"'
     ) in joined
     for line in (

@@ -254,7 +254,8 @@ def test_a_standstill_is_explained(tmp_path: Path, fleet: Fleet) -> None:
         fleet.step()
     fleet.close()
     fleet.agents.clear()
-    alone = Fleet(tmp_path / "alone", fleet.manifest, 2, stall_timeout=1.0)
+    # Long enough for two busy agents to find each other before they stand still.
+    alone = Fleet(tmp_path / "alone", fleet.manifest, 2, stall_timeout=5.0)
     alone.torrents = fleet.torrents
     alone.until(["node1"], "failed")
     text = alone.states["node1"]["failure"]["msg"]
