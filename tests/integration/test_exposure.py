@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,55 +12,26 @@ from pathlib import Path
 import pytest
 from glm_fleet.transfer.control import unit_command
 
+from tests.rendering import render
+
 ROOT = Path(__file__).resolve().parents[2]
 GOAL = 2.5
-PLAYBOOK = """
-- hosts: gpu01
-  connection: local
-  gather_facts: false
-  vars:
-    health_schedule_user: ops
-    role_path: {root}/roles/health
-  vars_files:
-    - {root}/roles/common/defaults/main.yml
-    - {root}/roles/artifact/defaults/main.yml
-    - {root}/roles/serving/defaults/main.yml
-    - {root}/roles/serving/vars/main.yml
-    - {root}/roles/health/defaults/main.yml
-    - {root}/roles/health/vars/main.yml
-  tasks:
-    - ansible.builtin.template:
-        src: "{root}/roles/{{{{ item }}}}.j2"
-        dest: "{dest}/{{{{ item | basename }}}}"
-        mode: "0644"
-      loop:
-        - serving/templates/glm-serving.service
-        - serving/templates/glm-serving.conf
-        - serving/templates/glm-prestart@.service
-        - serving/templates/glm-sentry.service
-        - health/templates/glm-watch.service
-        - health/templates/glm-fleet-health.service
-      vars:
-        __serving_made_release: {{id: vllm-0.23.0-pr38476-0123456789ab}}
-"""
 
 
 @pytest.fixture(scope="module")
 def units(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The text of each unit, with its drop-in."""
     folder = tmp_path_factory.mktemp("rendered")
-    (folder / "play.yml").write_text(PLAYBOOK.format(root=ROOT, dest=folder))
-    command = [
-        str(Path(sys.executable).with_name("ansible-playbook")),
-        *("-i", str(ROOT / "inventory/example")),
-        *("-e", f"ansible_python_interpreter={sys.executable}"),
-        str(folder / "play.yml"),
+    served = [
+        "glm-serving.service",
+        "glm-serving.conf",
+        "glm-prestart@.service",
+        "glm-sentry.service",
     ]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "HF_TOKEN": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    render(folder, "serving", served, roles=["common", "artifact"])
+    watched = ["glm-watch.service", "glm-fleet-health.service"]
+    user = {"health_schedule_user": "ops"}
+    render(folder, "health", watched, roles=["common", "artifact", "serving"], variables=user)
     found = {path.name: path.read_text() for path in folder.glob("*.service")}
     found["glm-serving.service"] += (folder / "glm-serving.conf").read_text()
     words = unit_command(Path("/run/x/job.json"), Path("/srv/a"), "/usr/bin/python3", "/lib")

@@ -7,54 +7,24 @@ in a folder and a home in which that user has planted modules.
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.rendering import render
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "module_utils"
 PYTHON = "/usr/bin/python3"
 
-PLAYBOOK = """
-- hosts: gpu01
-  connection: local
-  gather_facts: false
-  vars_files:
-    - {root}/roles/common/defaults/main.yml
-    - {root}/roles/artifact/defaults/main.yml
-    - {root}/roles/serving/defaults/main.yml
-    - {root}/roles/serving/vars/main.yml
-  tasks:
-    - ansible.builtin.template:
-        src: "{root}/roles/serving/templates/{{{{ item }}}}.j2"
-        dest: "{dest}/{{{{ item }}}}"
-        mode: "0644"
-      loop: [glm-serving.service, glm-serving.conf, glm-prestart@.service]
-      vars:
-        __serving_made_release: {{id: vllm-0.23.0-pr38476-0123456789ab}}
-"""
-
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rendered")
-    (folder / "play.yml").write_text(PLAYBOOK.format(root=ROOT, dest=folder))
-    command = [
-        str(Path(sys.executable).with_name("ansible-playbook")),
-        *("-i", str(ROOT / "inventory/example")),
-        *("-e", f"ansible_python_interpreter={sys.executable}"),
-        str(folder / "play.yml"),
-    ]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "HF_TOKEN": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    files = ["glm-serving.service", "glm-serving.conf", "glm-prestart@.service"]
+    return render(folder, "serving", files, roles=["common", "artifact"])
 
 
 def settings(*texts: str) -> dict[str, list[str]]:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.rendering import render
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ("glm-fleet-health.service", "glm-fleet-health.timer", "glm-watch.service")
@@ -18,48 +18,8 @@ UNITS = ("glm-fleet-health.service", "glm-fleet-health.timer", "glm-watch.servic
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("units")
-    role = ROOT / "roles/health"
-    play = [
-        {
-            "hosts": "gpu01",
-            "connection": "local",
-            "gather_facts": False,
-            "vars": {"role_path": str(role), "health_schedule_user": "root"},
-            "vars_files": [
-                str(role / "../common/defaults/main.yml"),
-                str(role / "defaults/main.yml"),
-                str(role / "vars/main.yml"),
-            ],
-            "tasks": [
-                {
-                    "ansible.builtin.template": {
-                        "src": f"{role}/templates/{{{{ item }}}}.j2",
-                        "dest": f"{folder}/{{{{ item }}}}",
-                        "mode": "0644",
-                    },
-                    "loop": list(UNITS),
-                }
-            ],
-        }
-    ]
-    (folder / "play.yml").write_text(json.dumps(play))
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("ansible-playbook")),
-            "-i",
-            str(ROOT / "inventory/example"),
-            "-e",
-            f"ansible_python_interpreter={sys.executable}",
-            str(folder / "play.yml"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "HF_TOKEN": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    user = {"health_schedule_user": "root"}
+    return render(folder, "health", UNITS, roles=["common"], variables=user)
 
 
 def test_systemd_understands_them(rendered: Path) -> None:

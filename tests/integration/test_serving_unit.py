@@ -3,53 +3,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.rendering import render
 
-PLAYBOOK = """
-- hosts: gpu01
-  connection: local
-  gather_facts: false
-  vars_files:
-    - {root}/roles/common/defaults/main.yml
-    - {root}/roles/artifact/defaults/main.yml
-    - {root}/roles/serving/defaults/main.yml
-    - {root}/roles/serving/vars/main.yml
-  tasks:
-    - ansible.builtin.template:
-        src: "{root}/roles/serving/templates/{{{{ item }}}}.j2"
-        dest: "{dest}/{{{{ item }}}}"
-        mode: "0644"
-      loop: [glm-serving.service, serving.env]
-      vars:
-        __serving_made_release: {{id: vllm-0.23.0-pr38476-0123456789ab}}
-"""
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rendered")
-    (folder / "play.yml").write_text(PLAYBOOK.format(root=ROOT, dest=folder))
-    command = [
-        str(Path(sys.executable).with_name("ansible-playbook")),
-        "-i",
-        str(ROOT / "inventory/example"),
-        "-e",
-        f"ansible_python_interpreter={sys.executable}",
-        str(folder / "play.yml"),
-    ]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "HF_TOKEN": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    files = ["glm-serving.service", "serving.env"]
+    return render(folder, "serving", files, roles=["common", "artifact"])
 
 
 def test_the_unit_serves_with_the_command_line_of_the_defaults(rendered: Path) -> None:
