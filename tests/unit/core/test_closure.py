@@ -55,6 +55,24 @@ def test_a_program_carries_what_it_imports_and_nothing_else(package: Path) -> No
     assert found == {"", "top", "left", "deep", "late"} | rooms
 
 
+def test_no_import_is_missed() -> None:
+    # With a parser, where the product looks for the words.
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = path.relative_to(PACKAGE).parent.parts
+        name = module_name(str(path.relative_to(PACKAGE)))
+        found = {module_name(file) for file in closure([name] if name else [], PACKAGE)}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = here[: len(here) - node.level + 1]
+                base += tuple(node.module.split(".")) if node.module else ()
+                wanted = {".".join(base)}
+                for alias in node.names:
+                    below = PACKAGE.joinpath(*base, alias.name)
+                    if below.is_dir() or below.with_suffix(".py").is_file():
+                        wanted.add(".".join((*base, alias.name)))
+                assert wanted <= found, path
+
+
 def test_a_digest_changes_with_what_is_imported_alone(package: Path) -> None:
     before = digest(["top"], package)
     (package / "apart.py").write_text("pass\n")
