@@ -113,7 +113,8 @@ def service_findings(facts: Facts, name: str, restarts: int) -> Iterator[Finding
     log = f"journalctl -u {name}"
     times = f"{restarts} time{'' if restarts == 1 else 's'} since the last check"
     said = probe.get("diagnosis") or next(iter(reversed(probe.get("journal") or [])), "")
-    died = f"{'; ' + said if said else ''}"
+    # A line of the journal may end as a sentence; ours ends after it.
+    died = f"; {said.rstrip('.')}" if said else ""
 
     def finding(verdict: Verdict, cause: str, step: str) -> Finding:
         return Finding("service", verdict, cause, step)
