@@ -24,8 +24,8 @@ from .deployment import Deployments, Places
 from .diagnosis import diagnose, relevant_lines
 from .evidence import EVIDENCE
 from .metrics import parse_metrics
-from .policy import Modes, read_api_key, read_policy
-from .probe import EngineState, Graphs, Nothing, Probe, Sample
+from .policy import Modes, Policy, read_api_key, read_policy
+from .probe import CheckOutcome, EngineLook, EngineState, Graphs, Nothing, Probe, Sample
 from .record import RECORD
 from .startup import start_phase
 
@@ -173,26 +173,9 @@ def look(
     """
     state = unit_state(run, unit)
     if state["active_state"] != "active":
-        words = last_words(run, unit)
-        return {
-            "unit": state,
-            "diagnosis": diagnose(words),
-            "journal": relevant_lines(words),
-            "engine": {"state": "down", "phase": start_phase(words)},
-        }
+        return _down(run, state, unit)
     policy = read_policy(policy_path)
-    address, key = policy["address"], read_api_key(environment_path)
-
-    def open_client(timeout_s: float) -> Http:
-        return client(policy["port"], address=address, api_key=key, timeout_s=timeout_s)
-
-    quick, patient = open_client(_QUICK_S), open_client(canary_timeout_s)
-
-    def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
-        status, lines = (quick if body is None else patient)(path, body)
-        # A busy server can be late once: that is asked again, with more patience.
-        return (status, lines) if status or body is not None else patient(path, body)
-
+    ask = _open(client, policy, read_api_key(environment_path), canary_timeout_s)
     begun = time.monotonic()
     before = read_sample(ask)
     if not before:
@@ -215,24 +198,53 @@ def look(
         proc=proc,
     )
     found["cuda_graphs"] = _graphs(policy["cuda_graphs"], found["release_id"], found["model_id"])
-    after = read_sample(ask)
-    progress = interval(before, after)
-    steps, tokens = progress.get("steps", 0.0), progress.get("generated_tokens", 0.0)
-    answered = all(
-        check["passed"] for check in found["checks"] if check["name"] == "canary answers"
+    found["engine"] = _judge(before, read_sample(ask), found["checks"])
+    found["engine"]["seconds"] = round(time.monotonic() - begun, 3)
+    return found
+
+
+def _open(client: Callable[..., Http], policy: Policy, key: str, canary_timeout_s: float) -> Http:
+    """Return a client of the engine that waits ``canary_timeout_s`` seconds for a completion."""
+    quick, patient = (
+        client(policy["port"], address=policy["address"], api_key=key, timeout_s=timeout_s)
+        for timeout_s in (_QUICK_S, canary_timeout_s)
     )
+
+    def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
+        status, lines = (quick if body is None else patient)(path, body)
+        # A busy server can be late once: that is asked again, with more patience.
+        return (status, lines) if status or body is not None else patient(path, body)
+
+    return ask
+
+
+def _judge(
+    before: Sample | Nothing, after: Sample | Nothing, checks: Sequence[CheckOutcome]
+) -> EngineLook:
+    """Say how the engine is doing from its figures before and after a canary."""
+    answered = all(each["passed"] for each in checks if each["name"] == "canary answers")
     moves = progress_mark(before) != progress_mark(after)
     verdict: EngineState = "serving" if answered else "busy" if moves else "hung"
-    found["engine"] = {
+    progress = interval(before, after)
+    return {
         "state": verdict if after else "silent",
         "phase": "ready",
         "before": before,
         "after": after,
-        "steps": steps,
-        "tokens": tokens,
-        "seconds": round(time.monotonic() - begun, 3),
+        "steps": progress.get("steps", 0.0),
+        "tokens": progress.get("generated_tokens", 0.0),
     }
-    return found
+
+
+def _down(run: Runner, state: UnitState, unit: str) -> Probe:
+    """Give the last words of a service that is not active."""
+    words = last_words(run, unit)
+    return {
+        "unit": state,
+        "diagnosis": diagnose(words),
+        "journal": relevant_lines(words),
+        "engine": {"state": "down", "phase": start_phase(words)},
+    }
 
 
 def _graphs(modes: Modes, release: str, model: str) -> Graphs:
