@@ -171,7 +171,7 @@ from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
 from ansible.module_utils.glm_fleet.release.installed import find_damage, note_damage
-from ansible.module_utils.glm_fleet.serving.record import RECORD
+from ansible.module_utils.glm_fleet.serving.record import START_RECORD
 
 
 def _describe(store: Store, manifest: Manifest) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _retire(store: Store, module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     try:
         protected = protected_by(
-            map(Path, params["links"].values()), Path(params["previous"]), RECORD
+            map(Path, params["links"].values()), Path(params["previous"]), START_RECORD
         )
     except FleetError as error:
         # Nothing goes, here and on fetchers: no reason to stop the run.

@@ -182,7 +182,7 @@ from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
 from ansible.module_utils.glm_fleet.model.adopt import adopt, damaged_folder, folder_manifest
 from ansible.module_utils.glm_fleet.model.client import HubClient, Patience, UnreachableError
-from ansible.module_utils.glm_fleet.model.fetcher import Fetcher, find_published, known_plan
+from ansible.module_utils.glm_fleet.model.fetcher import Fetcher, known_plan, published_model
 from ansible.module_utils.glm_fleet.model.pins import pin, pinned
 from ansible.module_utils.glm_fleet.model.source import Source, check_endpoint
 
@@ -323,7 +323,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
             remedy="mount the disk or correct model_folder",
         )
     store = Store(Path(params["root"]))
-    published = find_published(store, source)
+    published = published_model(store, source)
     if published or params["state"] == "found" or module.check_mode:
         known = published or known_plan(store, source)
         changed = not published and params["state"] == "present"
@@ -337,7 +337,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 
     with ProgressFile(path, meter), store.lock("model", waiting):
         # Whoever had the lock may have fetched it.
-        manifest = find_published(store, source)
+        manifest = published_model(store, source)
         if manifest:
             return {"changed": params["state"] == "present", **_result(store, source, manifest)}
         manifest = _plan(module, store, source, meter)

@@ -105,7 +105,7 @@ from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.release.wheel_lock import (
     Packages,
-    Target,
+    WheelTarget,
     check_pins,
     final_lock,
 )
@@ -117,7 +117,7 @@ def run(params: dict[str, Any]) -> dict[str, Any]:
         runner=run_program,
         uv=shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
         python=sys.executable,
-        target=Target(params["python_version"], params["platform"]),
+        target=WheelTarget(params["python_version"], params["platform"]),
         store=Path(params["store"]),
         exclude_newer=params["exclude_newer"],
         index_url=params["index_url"],

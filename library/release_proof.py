@@ -130,7 +130,7 @@ from ansible.module_utils.glm_fleet.release.proof.environment import (
     ensure,
     unpack_source,
 )
-from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, Target
+from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, WheelTarget
 
 
 def run(params: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _download(params: dict[str, Any], uv: str) -> list[Path]:
         runner=run_program,
         uv=uv,
         python=sys.executable,
-        target=Target(params["python_version"], params["platform"]),
+        target=WheelTarget(params["python_version"], params["platform"]),
         store=Path(params["store"]),
         index_url=params["index_url"],
         index_urls=tuple(params["index_urls"]),

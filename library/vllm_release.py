@@ -117,7 +117,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.artifact.retention import retire_old
 from ansible.module_utils.glm_fleet.artifact.store import Store
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.release.assembly import assemble, find_published
+from ansible.module_utils.glm_fleet.release.assembly import assemble, published_release
 from ansible.module_utils.glm_fleet.release.recipe import make_recipe
 
 
@@ -152,7 +152,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     }
     if params["state"] == "planned":
         store = Store(Path(params["root"]))
-        manifest = find_published(store, recipe.key)
+        manifest = published_release(store, recipe.key)
         artifact: dict[str, Any] = {}
         if manifest:
             artifact = {

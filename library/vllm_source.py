@@ -174,7 +174,7 @@ from ansible.module_utils.glm_fleet.release.corrections import (
 from ansible.module_utils.glm_fleet.release.git import PullRequest, Repository
 from ansible.module_utils.glm_fleet.release.merge import Resolver
 from ansible.module_utils.glm_fleet.release.recorded import read_resolution
-from ansible.module_utils.glm_fleet.release.verify.model import Expectations
+from ansible.module_utils.glm_fleet.release.verify.model import SourceExpectations
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     compiler = Compiler(
         repository,
         Resolver(),
-        Expectations(backend=params["backend"]),
+        SourceExpectations(backend=params["backend"]),
         resolutions,
         tuple(corrections),
     )

@@ -138,7 +138,7 @@ from ansible.module_utils.glm_fleet.release.download import fetch_wheel
 from ansible.module_utils.glm_fleet.release.git import Repository
 from ansible.module_utils.glm_fleet.release.repack import overlay
 from ansible.module_utils.glm_fleet.release.wheel import WheelFile, check_against_tree, read_wheel
-from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, Target
+from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, WheelTarget
 
 
 def _remember(record: Path, wheel: WheelFile) -> None:
@@ -193,7 +193,7 @@ def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
         runner=run_program,
         uv=shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
         python=sys.executable,
-        target=Target(params["python_version"], params["platform"]),
+        target=WheelTarget(params["python_version"], params["platform"]),
         store=record.parent,
         exclude_newer=params["exclude_newer"],
         index_url=params["index_url"],

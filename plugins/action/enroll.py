@@ -28,7 +28,7 @@ from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
 from glm_fleet.fleet.endpoints import host_address, host_key_file, host_port, host_user
 from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
-from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
+from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, SshTarget, public_key
 from glm_terminal import show, width
 
 # What goes wrong is told in the table; paramiko would print a traceback beside it.
@@ -83,7 +83,7 @@ class ActionModule(ControllerAction):
             "problem": sentence(rows),
         }
 
-    def _target(self, host: str, variables: Mapping[str, Any]) -> Target:
+    def _target(self, host: str, variables: Mapping[str, Any]) -> SshTarget:
         def value(*names: str) -> str:
             found = [variables.get(name) for name in names]
             return next((str(each) for each in found if each not in (None, "")), "")
@@ -119,7 +119,7 @@ def _config(name: str) -> str:
 
 
 def _at_once(
-    enrolment: Enrolment, targets: Sequence[Target], keys: Sequence[str], display: Display
+    enrolment: Enrolment, targets: Sequence[SshTarget], keys: Sequence[str], display: Display
 ) -> list[Row]:
     with ThreadPoolExecutor(max_workers=max(1, min(len(targets), _MOST_AT_ONCE))) as pool:
         futures = [pool.submit(enrolment.enroll, *each) for each in zip(targets, keys)]
@@ -136,7 +136,7 @@ def _at_once(
 class Connection:
     """One SSH connection. Everything on it together has to end within the time-out."""
 
-    def __init__(self, target: Target, kinds: Sequence[str], timeout: float) -> None:
+    def __init__(self, target: SshTarget, kinds: Sequence[str], timeout: float) -> None:
         self._target = target
         self._timeout = timeout
         self._end = time.monotonic() + timeout

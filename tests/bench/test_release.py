@@ -17,7 +17,7 @@ from glm_fleet.core.runner import RunResult, run_program
 from glm_fleet.release import environment
 from glm_fleet.release.repack import overlay
 from glm_fleet.release.wheel import read_wheel
-from glm_fleet.release.wheel_lock import Packages, Target, final_lock, gather
+from glm_fleet.release.wheel_lock import Packages, WheelTarget, final_lock, gather
 
 from lab.settings import CACHE
 from tests.release import standin
@@ -108,7 +108,7 @@ def make_artifact(folder: Path) -> Path:
         runner=run_program,
         uv=str(Path(sys.executable).with_name("uv")),
         python=sys.executable,
-        target=Target(python, "x86_64-manylinux_2_36"),
+        target=WheelTarget(python, "x86_64-manylinux_2_36"),
         store=CACHE / "bench",
         exclude_newer="2026-10-25",
     )

@@ -17,7 +17,7 @@ from glm_fleet.release.conflict import Join
 from glm_fleet.release.git import PullRequest, Repository
 from glm_fleet.release.merge import Resolver
 from glm_fleet.release.recorded import read_resolution
-from glm_fleet.release.verify.model import Expectations
+from glm_fleet.release.verify.model import SourceExpectations
 
 from lab.standin import find_block, indent_of, replace_once, shift
 
@@ -83,7 +83,7 @@ def compile_release(
     resolved = repository.resolve(f"v{version}", pulls)
     repository.fetch(resolved, pulls)
     recorded = tuple(read_resolution(file) for file in resolutions)
-    compiler = Compiler(repository, Resolver(), Expectations(), recorded)
+    compiler = Compiler(repository, Resolver(), SourceExpectations(), recorded)
     dest = folder / f"patch-{version}"
     return compiler.build(resolved, pulls, dest=dest), dest
 

@@ -18,7 +18,7 @@ from glm_fleet.release.compiler import Compiler
 from glm_fleet.release.conflict import Common, parse_segments
 from glm_fleet.release.git import Repository
 from glm_fleet.release.merge import Resolver
-from glm_fleet.release.verify.model import Expectations, FileVersions
+from glm_fleet.release.verify.model import FileVersions, SourceExpectations
 from glm_fleet.release.verify.tree import verify_tree
 
 from . import standin
@@ -85,7 +85,7 @@ def failed(
         changed=tuple(texts),
         before=before,
         versions=versions,
-        expectations=Expectations(),
+        expectations=SourceExpectations(),
         merge=compiler._merge,
     )
     return {check.name for check in checks if not check.passed} - {"vllm_imports_exist"}
@@ -97,7 +97,7 @@ def test_every_slip_in_a_conflict_is_caught(
 ) -> None:
     patched, folder = compile_release(upstream, tmp_path, version)
     repository = Repository(f"file://{upstream.path}", tmp_path / "cache", run_program)
-    compiler = Compiler(repository, Resolver(), Expectations())
+    compiler = Compiler(repository, Resolver(), SourceExpectations())
     right = {
         path: (folder / path).read_text() for path in (INDEXER, CUDA) if path in patched.changed
     }

@@ -18,7 +18,7 @@ from ..core.causes import why_no_sudo
 from ..core.errors import FleetError
 from ..core.runner import Runner, RunResult
 from ..core.table import Line, render_table
-from .known_hosts import NO_FILE, HostKey, KnownHosts, Target
+from .known_hosts import NO_FILE, HostKey, KnownHosts, SshTarget
 
 PYTHON_MIN = (3, 9)
 # Before each answer of the check, so that what a shell or a Python prints by itself does not count.
@@ -49,7 +49,7 @@ class Session(Protocol):
 class Connect(Protocol):
     """Reach a host, asking for host keys of the given types first."""
 
-    def __call__(self, target: Target, kinds: Sequence[str]) -> Session: ...
+    def __call__(self, target: SshTarget, kinds: Sequence[str]) -> Session: ...
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Row:
 
 def read_target(
     name: str, address: str, arguments: Sequence[str], runner: Runner, **stated: Any
-) -> Target:
+) -> SshTarget:
     """Return how ssh reaches a host, from its own configuration and ``arguments``.
 
-    ``stated`` are further fields of `Target`; ``identities`` go before those of ssh.
+    ``stated`` are further fields of `SshTarget`; ``identities`` go before those of ssh.
     """
     answer = runner(["ssh", "-G", *arguments, address])
     settings: dict[str, list[str]] = {}
@@ -106,7 +106,7 @@ def read_target(
     proxy = re.sub(r"%([%hprn])", lambda found: signs[found[1]], proxy)
     own = [Path(each) for each in stated.pop("identities", ())]
     theirs = [Path(each).expanduser() for each in settings.get("identityfile", ())]
-    return Target(
+    return SshTarget(
         name=name,
         address=hostname,
         port=port,
@@ -129,7 +129,7 @@ class Enrolment:
     password: str = ""
     check: bool = False
 
-    def enroll(self, target: Target, key_line: str) -> Row:
+    def enroll(self, target: SshTarget, key_line: str) -> Row:
         """Enroll one host; whatever is wrong with it is in the row."""
         row = Row(host=target.name, address=f"{target.user}@{target.lookup}")
         sessions: list[Session] = []
@@ -153,7 +153,7 @@ class Enrolment:
     def _trust(
         self,
         row: Row,
-        target: Target,
+        target: SshTarget,
         key: HostKey,
         trusted: Sequence[HostKey],
         revoked: Sequence[HostKey],
@@ -185,7 +185,7 @@ class Enrolment:
         return replace(row, host_key="pinned", changed=True)
 
     def _login(
-        self, row: Row, target: Target, key: HostKey, sessions: list[Session], key_line: str
+        self, row: Row, target: SshTarget, key: HostKey, sessions: list[Session], key_line: str
     ) -> Row:
         if sessions[0].login_with_key():
             return replace(row, login="key")
@@ -221,7 +221,7 @@ class Enrolment:
             )
         return replace(row, login="key installed", changed=True)
 
-    def _again(self, target: Target, key: HostKey) -> Session:
+    def _again(self, target: SshTarget, key: HostKey) -> Session:
         session = self.connect(target, [key.kind])
         if session.host_key != key:
             session.close()
@@ -232,7 +232,7 @@ class Enrolment:
             )
         return session
 
-    def _look(self, row: Row, target: Target, session: Session) -> Row:
+    def _look(self, row: Row, target: SshTarget, session: Session) -> Row:
         if row.login == "key to be installed":
             return row
         words = f"{target.become_password}\n" if target.become_password else ""
@@ -297,7 +297,7 @@ def interpreters(stated: str) -> list[list[str]]:
     return [shlex.split(stated)]
 
 
-def look_script(target: Target) -> str:
+def look_script(target: SshTarget) -> str:
     """Return the script that tries sudo and Python: of one line, for any log-in shell.
 
     It prints ``MARK sudo STATUS WORDS`` and ``MARK python STATUS WORDS``.
@@ -332,7 +332,7 @@ def _answer_of(name: str, stdout: str) -> tuple[str, str]:
     return (found[-1][0], found[-1][1].strip()) if found else ("", "")
 
 
-def _no_sudo(target: Target, said: str) -> FleetError:
+def _no_sudo(target: SshTarget, said: str) -> FleetError:
     known = why_no_sudo(said, user=target.user)
     if known:
         return FleetError(known.cause, found=said[-200:], remedy=known.remedy)

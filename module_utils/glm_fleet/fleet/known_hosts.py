@@ -17,7 +17,7 @@ NO_FILE = ("none", "/dev/null")
 
 
 @dataclass(frozen=True)
-class Target:
+class SshTarget:
     """A host as Ansible's ssh would reach it, and what the inventory says of it."""
 
     name: str
@@ -48,7 +48,7 @@ class HostKey:
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def public_key(target: Target, stated: Path | None, runner: Runner) -> str:
+def public_key(target: SshTarget, stated: Path | None, runner: Runner) -> str:
     """Return the public key to install, as its line; '' if there is none."""
     if stated:
         try:
@@ -87,7 +87,7 @@ class KnownHosts:
         self._runner = runner
         self._lock = threading.Lock()
 
-    def find(self, target: Target) -> tuple[list[HostKey], list[HostKey]]:
+    def find(self, target: SshTarget) -> tuple[list[HostKey], list[HostKey]]:
         """Return the keys that are trusted for a host, and those that are revoked."""
         trusted: list[HostKey] = []
         revoked: list[HostKey] = []
@@ -105,7 +105,7 @@ class KnownHosts:
                 keys.append(HostKey(fields[1], fields[2]))
         return trusted, revoked
 
-    def add(self, target: Target, key: HostKey) -> None:
+    def add(self, target: SshTarget, key: HostKey) -> None:
         """Trust a key from now on."""
         path = target.known_hosts[0].resolve()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

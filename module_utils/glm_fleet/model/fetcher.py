@@ -286,7 +286,7 @@ class Fetcher:
             raise short
 
 
-def find_published(store: Store, source: Source) -> Manifest | None:
+def published_model(store: Store, source: Source) -> Manifest | None:
     """Return the published model that is wanted, the one that was published last."""
     commit = pinned(store, source)
     found = [
@@ -301,7 +301,7 @@ def find_published(store: Store, source: Source) -> Manifest | None:
 def known_plan(store: Store, source: Source) -> Manifest | None:
     """Return the manifest of what is wanted if this host has it, also of a damaged model."""
     commit = pinned(store, source)
-    known = [find_published(store, source), *store.published(KIND), *store.plans(KIND)]
+    known = [published_model(store, source), *store.published(KIND), *store.plans(KIND)]
     return next(
         (each for each in known if each and same_model(each.provenance, source, commit)), None
     )

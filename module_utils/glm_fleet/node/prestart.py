@@ -29,7 +29,7 @@ from ..core.files import write_atomically
 from ..core.format import parse_count
 from ..core.procfs import Process, is_vllm, list_processes
 from ..core.runner import Runner, run_program
-from ..serving.record import RECORD, make_record
+from ..serving.record import START_RECORD, make_record
 
 
 def left_over(processes: Iterable[Process], uid: int) -> list[Process]:
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-link", type=Path, required=True)
     parser.add_argument("--unit", type=Path, required=True)
     parser.add_argument("--environment", type=Path, required=True)
-    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--record", type=Path, default=START_RECORD)
     options = parser.parse_args(argv)
     try:
         wait_until_clear(

@@ -27,7 +27,7 @@ from ..serving.attestation import Wanted, attest
 from ..serving.deployment import ENVIRONMENT, POLICY, UNIT, Deployments, Places
 from ..serving.evidence import EVIDENCE
 from ..serving.policy import read_api_key, read_policy
-from ..serving.record import RECORD, read_note, read_record
+from ..serving.record import START_RECORD, read_note, read_record
 
 # Names the start of which the watch sees that it makes no progress.
 STALLED = Path("/run/glm-fleet/stalled")
@@ -36,7 +36,7 @@ _GRACE_S = 10.0
 _LONGEST_PAUSE_S = 900.0
 
 
-def answer(record: Path = RECORD, evidence: Path = EVIDENCE, stalled: Path = STALLED) -> str:
+def answer(record: Path = START_RECORD, evidence: Path = EVIDENCE, stalled: Path = STALLED) -> str:
     """Return the line for HAProxy: ``up``, or ``down`` with the reason.
 
     HAProxy (2.6) takes no notice of a word that the reason follows without a space.

@@ -33,7 +33,7 @@ from ..core.procfs import Process, list_processes
 from ..core.runner import Runner, run_program
 from ..core.systemd import journal, unit_state
 from ..serving.client import complete
-from ..serving.engine import ENVIRONMENT, POLICY, progress_mark, read_sample
+from ..serving.engine import ENVIRONMENT_PATH, POLICY_PATH, progress_mark, read_sample
 from ..serving.policy import read_api_key, read_policy
 from ..serving.record import read_note
 from .prestart import left_over
@@ -139,8 +139,8 @@ class Settings:
     restarts_per_hour: int
     incidents: Path
     py_spy: str
-    policy: Path = POLICY
-    environment: Path = ENVIRONMENT
+    policy: Path = POLICY_PATH
+    environment: Path = ENVIRONMENT_PATH
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .recipe import DISTRIBUTION, RELEASE_SCHEMA, Recipe
 from .wheel_lock import gather
 
 
-def find_published(store: Store, key: str) -> Manifest | None:
+def published_release(store: Store, key: str) -> Manifest | None:
     """Return the published release made of the same inputs, if its files are all there."""
     for manifest in store.published("release"):
         if manifest.provenance.get("inputs_key") == key and store.is_published(manifest):

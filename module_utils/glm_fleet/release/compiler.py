@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.check import Check
 from ..core.errors import FleetError
 from .conflict import MARKER_SIZE, Join, Versions
 from .corrections import Correction, correct
@@ -22,7 +23,7 @@ from .corrections import fitting as fitting_corrections
 from .git import PullRequest, Repository, Resolved
 from .merge import Resolver
 from .recorded import Recorded, Resolution, fitting
-from .verify.model import Check, Expectations, FileVersions
+from .verify.model import FileVersions, SourceExpectations
 from .verify.tree import verify_tree
 
 # What a manifest names where a person resolved a conflict.
@@ -63,7 +64,7 @@ class Compiler:
 
     repository: Repository
     resolver: Resolver
-    expectations: Expectations
+    expectations: SourceExpectations
     resolutions: tuple[Resolution, ...] = ()
     corrections: tuple[Correction, ...] = ()
 

@@ -57,7 +57,7 @@ class Join:
 
 
 @dataclass(frozen=True)
-class Resolution:
+class Joined:
     """The joined text and the rules that made it."""
 
     text: str

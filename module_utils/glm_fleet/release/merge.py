@@ -20,9 +20,9 @@ from .conflict import (
     Conflict,
     Document,
     Join,
+    Joined,
     Merge,
     RefusedError,
-    Resolution,
     Versions,
     code_lines,
     parse_segments,
@@ -53,7 +53,7 @@ class Resolver:
             "addition-after-change": self._addition_after_change,
         }
 
-    def resolve(self, path: str, versions: Versions, merge: Merge) -> Resolution:
+    def resolve(self, path: str, versions: Versions, merge: Merge) -> Joined:
         """Join every conflict of a file.
 
         ``merge`` is git's three-way merge. Raises `FleetError` with ``details["conflicts"]``
@@ -91,7 +91,7 @@ class Resolver:
             joins.append(Join(path, "dispatch-join", join.ours.first, conflicts))
         if path.endswith(".py"):
             require_python(path, text)
-        return Resolution(text, tuple(sorted(joins, key=lambda join: join.line)))
+        return Joined(text, tuple(sorted(joins, key=lambda join: join.line)))
 
     def _apply(
         self, document: Document, ancestry: Document, index: int, dispatch: _Dispatch

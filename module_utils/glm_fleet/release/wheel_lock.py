@@ -43,7 +43,7 @@ class Locked:
 
 
 @dataclass(frozen=True)
-class Target:
+class WheelTarget:
     """The node that wheels are for: Python ``3.12``, platform ``x86_64-manylinux_2_31``."""
 
     python_version: str
@@ -83,7 +83,7 @@ class Packages:
     runner: Runner
     uv: str
     python: str
-    target: Target
+    target: WheelTarget
     store: Path
     exclude_newer: str = ""
     index_url: str = ""

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.check import Check
 from ..core.files import exclusive, write_atomically
 from ..core.http import Http
 from ..core.runner import Runner
 from ..core.systemd import journal
 from .client import ANSWER_TOKENS, Answer, complete, served_model
 from .diagnosis import diagnose, lower_graphs_help, relevant_lines
-from .evidence import EVIDENCE, Check, check_journal, read_evidence
+from .evidence import EVIDENCE, check_journal, read_evidence
 from .metrics import read_metrics
 from .probe import Canary, Probe
-from .record import RECORD, read_running, running_release
+from .record import START_RECORD, read_running, running_release
 from .startup import CHECKED_LINES
 
 _LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a short test
@@ -103,7 +104,7 @@ def attest(
     wanted: Wanted,
     *,
     thorough: bool,
-    record_path: Path = RECORD,
+    record_path: Path = START_RECORD,
     evidence_path: Path = EVIDENCE,
     proc: Path = Path("/proc"),
 ) -> Probe:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, TypedDict
 
+from ..core.check import Check
 from ..core.decode import Count, Words, parse
 from ..core.errors import FleetError
 from ..core.http import Http
-from .evidence import Check
 
 ANSWER_TOKENS = 24
 # Far more than the lines of any answer that is asked for here.

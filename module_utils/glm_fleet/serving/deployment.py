@@ -35,11 +35,11 @@ from .policy import parse_policy
 UNIT = "glm-serving.service"
 ENVIRONMENT = "serving.env"
 POLICY = "attestation.json"
-RECORD = "deployment.json"
+_SUMMARY = "deployment.json"
 REFUSED = "refused.json"
 ATTESTED = "attested"
-# What `artifact.protected_by` reads.
-PREVIOUS = "previous.json"
+# What a roll-back needs: `retention.protected_by` reads it.
+_TO_GO_BACK = "previous.json"
 # How long the last starts took, in seconds.
 STARTS = "starts.json"
 _STARTS = 8
@@ -160,7 +160,7 @@ class Deployments:
         """Return a deployment; raises `FleetError` when the node does not have it."""
         folder = self._root / identifier
         try:
-            record = read(_Recorded, folder / RECORD)
+            record = read(_Recorded, folder / _SUMMARY)
             return Deployment(
                 identifier,
                 record["release"],
@@ -223,7 +223,7 @@ class Deployments:
         write_atomically(folder / ENVIRONMENT, wanted.environment, 0o600)
         write_atomically(folder / POLICY, wanted.policy)
         # Last: a folder without it is not a deployment.
-        write_atomically(folder / RECORD, json.dumps(wanted.summary(), indent=1) + "\n")
+        write_atomically(folder / _SUMMARY, json.dumps(wanted.summary(), indent=1) + "\n")
 
     def note_attested(self, identifier: str) -> None:
         """Remember that a deployment passed: it is what a failure goes back to."""
@@ -267,7 +267,7 @@ class Deployments:
         """Write down which release and model a roll-back would need, so that they are kept."""
         found = self.find(self.before(self.current()))
         parts = {"release": found.release, "model": found.model} if found else {}
-        write_atomically(self.places.etc / PREVIOUS, json.dumps(parts, indent=1) + "\n")
+        write_atomically(self.places.etc / _TO_GO_BACK, json.dumps(parts, indent=1) + "\n")
 
     def before(self, identifier: str) -> str:
         """Return the newest attested deployment other than ``identifier`` that can still run."""

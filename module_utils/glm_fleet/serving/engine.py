@@ -20,17 +20,17 @@ from ..core.http import Http, local_http
 from ..core.runner import Runner
 from ..core.systemd import UnitState, journal, last_words, unit_state
 from .attestation import Wanted, attest
-from .deployment import Deployments, Places
+from .deployment import ENVIRONMENT, POLICY, Deployments, Places
 from .diagnosis import diagnose, relevant_lines
 from .evidence import EVIDENCE
 from .metrics import parse_metrics
 from .policy import Modes, Policy, read_api_key, read_policy
 from .probe import CheckOutcome, EngineLook, EngineState, Graphs, Nothing, Probe, Sample
-from .record import RECORD
+from .record import START_RECORD
 from .startup import start_phase
 
-POLICY = Path("/etc/glm-fleet/attestation.json")
-ENVIRONMENT = Path("/etc/glm-fleet/serving.env")
+POLICY_PATH = Places().etc / POLICY
+ENVIRONMENT_PATH = Places().etc / ENVIRONMENT
 # What the server says of itself is in its memory and comes at once, also under load.
 _QUICK_S = 5.0
 _GAUGES = {
@@ -151,9 +151,9 @@ def look(
     release: str = "",
     model: str = "",
     canary_timeout_s: float = 20.0,
-    policy_path: Path = POLICY,
-    environment_path: Path = ENVIRONMENT,
-    record_path: Path = RECORD,
+    policy_path: Path = POLICY_PATH,
+    environment_path: Path = ENVIRONMENT_PATH,
+    record_path: Path = START_RECORD,
     evidence_path: Path = EVIDENCE,
     proc: Path = Path("/proc"),
     client: Callable[..., Http] = local_http,

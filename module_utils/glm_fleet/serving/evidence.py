@@ -5,24 +5,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.check import Check
 from .record import read_note
 
 # The last word of a start: the web server's own line, or vLLM's where that one is not logged.
 READY = re.compile(r"Application startup complete|Starting vLLM server on")
 _WEB_SERVER_IS_UP = re.compile(r"^(\([^()]*\) )?(INFO: +)?Application startup complete\.?$")
 EVIDENCE = Path("/run/glm-fleet/attested.json")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One point of the attestation: its name, outcome and the value that decided."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def read_evidence(path: Path, invocation: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..core.errors import FleetError
 from ..core.runner import Runner
 from ..core.systemd import unit_state
 
-RECORD = Path("/run/glm-fleet/serving.json")
+START_RECORD = Path("/run/glm-fleet/serving.json")
 
 
 class StartRecord(TypedDict, total=False):
@@ -67,7 +67,7 @@ def running_release(main_pid: int, proc: Path = Path("/proc")) -> str:
     return found.group(1) if found else ""
 
 
-def read_record(path: Path = RECORD) -> StartRecord:
+def read_record(path: Path = START_RECORD) -> StartRecord:
     """Return what the pre-start check wrote down, {} if there is nothing that can be used.
 
     Then nothing proves what runs, which is what everybody who asks takes {} for.
@@ -86,7 +86,7 @@ def read_note(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_running(runner: Runner, unit: str, record: Path = RECORD) -> dict[str, Any]:
+def read_running(runner: Runner, unit: str, record: Path = START_RECORD) -> dict[str, Any]:
     """Say what runs: {active, invocation, record, unit}."""
     state = unit_state(runner, unit)
     return {

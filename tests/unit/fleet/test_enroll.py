@@ -33,7 +33,7 @@ from glm_fleet.fleet.enroll import (
     render_enrolment,
     sentence,
 )
-from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, Target, public_key
+from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, SshTarget, public_key
 
 _SPEC = importlib.util.spec_from_file_location(
     "enroll_action", Path(__file__).resolve().parents[3] / "plugins/action/enroll.py"
@@ -87,7 +87,7 @@ class Host:
         self.said: list[tuple[str, str]] = []
         self.open = 0
 
-    def connect(self, target: Target, kinds: Sequence[str]) -> HostSession:
+    def connect(self, target: SshTarget, kinds: Sequence[str]) -> HostSession:
         self.asked_for.append(list(kinds))
         self.open += 1
         return HostSession(self)
@@ -119,8 +119,8 @@ class HostSession:
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Target:
-    return Target(
+def target(tmp_path: Path) -> SshTarget:
+    return SshTarget(
         name="gpu01",
         address="192.0.2.11",
         port=22,
@@ -131,8 +131,8 @@ def target(tmp_path: Path) -> Target:
 
 
 @pytest.fixture
-def go(target: Target) -> Callable[..., Row]:
-    def enroll(host: Host, changed: Target = target, **settings: Any) -> Row:
+def go(target: SshTarget) -> Callable[..., Row]:
+    def enroll(host: Host, changed: SshTarget = target, **settings: Any) -> Row:
         row = Enrolment(host.connect, KnownHosts(run_program), **settings).enroll(changed, LINE)
         assert host.open == 0, "a connection was left open"
         return row
@@ -141,7 +141,7 @@ def go(target: Target) -> Callable[..., Row]:
 
 
 def test_a_new_host_is_pinned_once(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     first = go(Host(keys[0]))
     assert (first.host_key, first.login, first.sudo, first.python) == (
@@ -156,7 +156,7 @@ def test_a_new_host_is_pinned_once(
 
 
 def test_what_is_in_known_hosts_stays(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     path = target.known_hosts[0]
     path.parent.mkdir()
@@ -177,7 +177,7 @@ def test_a_fingerprint_is_the_one_of_ssh_keygen(keys: list[HostKey], tmp_path: P
 
 @pytest.mark.parametrize("found", [1, 2])
 def test_a_changed_key_is_refused_before_a_word_is_said(
-    go: Callable[..., Row], target: Target, keys: list[HostKey], found: int
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey], found: int
 ) -> None:
     go(Host(keys[0]))
     before = target.known_hosts[0].read_text()
@@ -192,7 +192,7 @@ def test_a_changed_key_is_refused_before_a_word_is_said(
 
 
 def test_hashed_names_ports_and_global_files_are_known(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     own, shared = target.known_hosts
     own.parent.mkdir()
@@ -206,14 +206,14 @@ def test_hashed_names_ports_and_global_files_are_known(
 
 
 def test_a_revoked_key_is_refused(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     target.known_hosts[1].write_text(f"@revoked * {keys[0].kind} {keys[0].blob}\n")
     assert go(Host(keys[0])).problem == "its host key is revoked"
 
 
 def test_the_fingerprint_of_the_inventory_decides(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     stated = replace(target, fingerprint=keys[1].fingerprint)
     row = go(Host(keys[0]), stated)
@@ -223,7 +223,7 @@ def test_the_fingerprint_of_the_inventory_decides(
 
 
 def test_check_mode_pins_nothing_and_sends_no_password(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     host = Host(keys[0], takes_key=False, password="secret")
     row = go(host, password="secret", check=True)
@@ -307,7 +307,7 @@ def test_what_a_shell_or_a_python_says_by_itself_does_not_matter(
 
 
 def test_the_password_of_sudo_goes_in_by_the_input(
-    go: Callable[..., Row], target: Target, keys: list[HostKey]
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
 ) -> None:
     host = Host(keys[0])
     assert go(host, replace(target, become_password="secret")).problem == ""
@@ -335,7 +335,7 @@ class RealHost(Host):
         self.environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
         self.environment["BASH_ENV"] = str(CASES / "09-shell-that-talks/bashrc")
 
-    def connect(self, target: Target, kinds: Sequence[str]) -> HostSession:
+    def connect(self, target: SshTarget, kinds: Sequence[str]) -> HostSession:
         session = super().connect(target, kinds)
 
         def run(command: str, input_text: str = "") -> RunResult:
@@ -354,7 +354,7 @@ class RealHost(Host):
 
 
 def real(
-    keys: list[HostKey], folder: Path, target: Target, sudo: str = "exit 0", **changes: Any
+    keys: list[HostKey], folder: Path, target: SshTarget, sudo: str = "exit 0", **changes: Any
 ) -> Row:
     host = RealHost(keys[0], folder, sudo, ["bash", "-c"])
     return Enrolment(host.connect, KnownHosts(run_program)).enroll(replace(target, **changes), LINE)
@@ -365,7 +365,7 @@ def real(
     [sys.executable, "/usr/bin/env python3", "auto", "auto_silent", "auto_legacy", ""],
 )
 def test_the_check_runs_in_a_shell_that_talks_with_every_form_of_interpreter(
-    keys: list[HostKey], target: Target, tmp_path: Path, interpreter: str
+    keys: list[HostKey], target: SshTarget, tmp_path: Path, interpreter: str
 ) -> None:
     row = real(keys, tmp_path, target, interpreter=interpreter)
     assert (row.problem, row.sudo) == ("", "yes")
@@ -397,7 +397,7 @@ def test_the_check_runs_in_a_shell_that_talks_with_every_form_of_interpreter(
     ],
 )
 def test_the_words_of_sudo_lead_to_their_cause(
-    keys: list[HostKey], target: Target, tmp_path: Path, sudo: str, words: str, remedy: str
+    keys: list[HostKey], target: SshTarget, tmp_path: Path, sudo: str, words: str, remedy: str
 ) -> None:
     row = real(keys, tmp_path, target, sudo, interpreter=sys.executable, become_password="x")
     assert words in row.problem
@@ -407,7 +407,7 @@ def test_the_words_of_sudo_lead_to_their_cause(
 
 @pytest.mark.parametrize("text", ["/no/such/python", "/usr/bin/env no-such-python", "false"])
 def test_a_python_that_is_not_there_is_named_as_the_inventory_names_it(
-    keys: list[HostKey], target: Target, tmp_path: Path, text: str
+    keys: list[HostKey], target: SshTarget, tmp_path: Path, text: str
 ) -> None:
     row = real(keys, tmp_path, target, interpreter=text)
     assert row.problem.startswith(f"{text} is no Python 3.9 or newer")
@@ -521,14 +521,14 @@ def test_jump_hosts_are_passed_by_ssh_s_own_command(jump: str, tmp_path: Path) -
     assert [each for each in found if each not in ("-o", "BatchMode=yes")] == wanted
 
 
-def target_of(inventory: Path, host: str) -> Target:
+def target_of(inventory: Path, host: str) -> SshTarget:
     """Return how the plugin would reach a host of an inventory file."""
     loader = DataLoader()
     hosts = InventoryManager(loader=loader, sources=[str(inventory)])
     manager = VariableManager(loader=loader, inventory=hosts)
     action = object.__new__(plugin.ActionModule)
     action._play_context = SimpleNamespace(become_pass="")
-    found: Target = action._target(host, manager.get_vars(host=hosts.get_host(host)))
+    found: SshTarget = action._target(host, manager.get_vars(host=hosts.get_host(host)))
     return found
 
 
@@ -553,7 +553,7 @@ def test_the_interpreters_of_a_real_inventory_are_tried_as_they_are() -> None:
     assert target_of(legacy, "gpu02").address == "10.20.0.12"
 
 
-def test_a_way_that_ends_at_once_says_why(target: Target) -> None:
+def test_a_way_that_ends_at_once_says_why(target: SshTarget) -> None:
     said = "ssh: Could not resolve hostname jump1: Name or service not known"
     proxy = f"sh -c 'echo {said} >&2; exit 255'"
     begun = time.monotonic()
@@ -566,7 +566,7 @@ def test_a_way_that_ends_at_once_says_why(target: Target) -> None:
     assert caught.value.found == said
 
 
-def test_a_way_that_is_silent_is_no_better_than_a_silent_host(target: Target) -> None:
+def test_a_way_that_is_silent_is_no_better_than_a_silent_host(target: SshTarget) -> None:
     with pytest.raises(FleetError, match=r"does not answer within 0\.5 s"):
         plugin.Connection(replace(target, proxy="sleep 30"), [], 0.5)
 
@@ -587,7 +587,7 @@ def test_ssh_that_keeps_no_host_keys_is_refused() -> None:
         read_target("gpu01", "192.0.2.11", [], runner_of(text, []))
 
 
-def test_the_public_key_is_found_beside_the_private_one(target: Target, tmp_path: Path) -> None:
+def test_the_public_key_is_found_beside_the_private_one(target: SshTarget, tmp_path: Path) -> None:
     private = tmp_path / "id"
     assert public_key(target, None, run_program) == ""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
@@ -647,14 +647,14 @@ def listener(words: bytes | None) -> Iterator[int]:
     ],
 )
 def test_what_is_no_ssh_server_is_named(
-    target: Target, words: bytes | None, timeout: float, problem: str
+    target: SshTarget, words: bytes | None, timeout: float, problem: str
 ) -> None:
     with listener(words) as port, pytest.raises(FleetError) as caught:
         plugin.Connection(replace(target, address="127.0.0.1", port=port), [], timeout)
     assert caught.value.message == problem
 
 
-def test_a_port_where_nobody_listens_is_named(target: Target) -> None:
+def test_a_port_where_nobody_listens_is_named(target: SshTarget) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with pytest.raises(FleetError, match=f"refuses connections to port {port}"):

@@ -27,7 +27,7 @@ from glm_fleet.model.client import (
     UnreachableError,
     clock_remark,
 )
-from glm_fleet.model.fetcher import Fetcher, find_published, missing_space
+from glm_fleet.model.fetcher import Fetcher, missing_space, published_model
 from glm_fleet.model.partfile import Span
 from glm_fleet.model.pins import pin, pinned
 from glm_fleet.model.source import (
@@ -156,7 +156,7 @@ def test_the_manifest_is_known_before_the_large_files_are_there(store: Store) ->
     assert folder.name == plan.id
     assert client.sent == {name: len(data) for name, data in CONTENT.items()}
     assert plan.provenance["revision"] == OLD
-    assert find_published(store, SOURCE) == plan
+    assert published_model(store, SOURCE) == plan
 
 
 def test_a_plan_is_made_once(store: Store) -> None:
@@ -328,7 +328,7 @@ def test_a_damaged_model_gets_only_the_damage_again(store: Store) -> None:
     (folder / "model-4.safetensors").write_bytes(b"short")
     client.sent.clear()
     client.asked.clear()
-    assert find_published(store, SOURCE) is None
+    assert published_model(store, SOURCE) is None
     assert fetcher(store, client).plan() == plan
     fetcher(store, client).fetch(plan)
     store.publish(plan)

@@ -14,9 +14,9 @@ from glm_fleet.release.compiler import Compiler, Patched
 from glm_fleet.release.git import PullRequest, Repository, without_secret
 from glm_fleet.release.merge import Resolver
 from glm_fleet.release.recorded import read_resolution
-from glm_fleet.release.verify.model import Expectations
+from glm_fleet.release.verify.model import SourceExpectations
 
-EXPECT = Expectations()
+EXPECT = SourceExpectations()
 KERNELS = "vllm/v1/attention/ops/mqa_logits_triton.py"
 BACKEND = "vllm/v1/attention/backends/mla/triton_mla_sparse.py"
 STUB = "csrc/fp4/entry.cu"

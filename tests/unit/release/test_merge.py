@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import run_program
-from glm_fleet.release.conflict import MARKER_SIZE, Resolution, Versions, refuse_file
+from glm_fleet.release.conflict import MARKER_SIZE, Joined, Versions, refuse_file
 from glm_fleet.release.merge import Resolver
 
 START, BASE, MIDDLE, END = (char * MARKER_SIZE for char in "<|=>")
@@ -34,7 +34,7 @@ def merge(base: str, ours: str, theirs: str) -> tuple[str, str]:
     return merged[0], merged[1]
 
 
-def resolution(base: str, ours: str, theirs: str, conflicts: int = 1) -> Resolution:
+def resolution(base: str, ours: str, theirs: str, conflicts: int = 1) -> Joined:
     return Resolver().resolve("x.py", Versions(base, ours, theirs, conflicts), merge)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from glm_fleet.release.verify.model import Expectations, FileVersions
+from glm_fleet.release.verify.model import FileVersions, SourceExpectations
 from glm_fleet.release.verify.tree import verify_tree
 from test_compiler import (
     BACKEND,
@@ -48,7 +48,9 @@ def joined() -> str:
 RIGHT[IX] = joined()
 
 
-def outcome(folder: Path, result: dict[str, str], expect: Expectations = EXPECT) -> dict[str, str]:
+def outcome(
+    folder: Path, result: dict[str, str], expect: SourceExpectations = EXPECT
+) -> dict[str, str]:
     """Verify a result; return the failed checks with their detail."""
     before = {**BASE_FILES, **MAIN_FILES}
     head = {**BASE_FILES, **PULL_FILES}

@@ -13,7 +13,7 @@ from glm_fleet.core.runner import RunResult
 from glm_fleet.release.wheel_lock import (
     Locked,
     Packages,
-    Target,
+    WheelTarget,
     check_pins,
     final_lock,
     parse_lock,
@@ -47,7 +47,7 @@ class FakePrograms:
 
 
 def packages(runner: FakePrograms, store: Path, **more: Any) -> Packages:
-    target = Target("3.11", "x86_64-manylinux_2_28")
+    target = WheelTarget("3.11", "x86_64-manylinux_2_28")
     return Packages(runner, "uv", "python3", target, store, **more)
 
 
@@ -65,11 +65,11 @@ def test_entry_without_a_hash_is_refused() -> None:
 
 
 def test_platform_tags() -> None:
-    tags = Target("3.11", "x86_64-manylinux_2_28").platform_tags()
+    tags = WheelTarget("3.11", "x86_64-manylinux_2_28").platform_tags()
     assert tags[0] == "manylinux_2_28_x86_64"
     assert {"manylinux2014_x86_64", "manylinux1_x86_64", "linux_x86_64"} < set(tags)
     with pytest.raises(FleetError, match="manylinux_2_N"):
-        Target("3.11", "windows").platform_tags()
+        WheelTarget("3.11", "windows").platform_tags()
 
 
 def test_pins() -> None:

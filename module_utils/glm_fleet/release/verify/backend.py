@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Union
 
+from ...core.check import Check
 from ..dispatch import functions
-from .model import Check, Expectations, FunctionNode, make_check
+from .model import FunctionNode, SourceExpectations, make_check
 from .names import Modules, bound_names
 
 
 def backend_checks(
-    tree: Path, before: Mapping[str, str | None], expect: Expectations
+    tree: Path, before: Mapping[str, str | None], expect: SourceExpectations
 ) -> list[Check]:
     trees: dict[str, ast.Module] = {}
     for path in (expect.registry, expect.priorities, expect.indexer):
@@ -34,7 +35,7 @@ def backend_checks(
     ]
 
 
-def _not_registered(tree: Path, registry: ast.Module, expect: Expectations) -> list[str]:
+def _not_registered(tree: Path, registry: ast.Module, expect: SourceExpectations) -> list[str]:
     for node in registry.body:
         if isinstance(node, ast.ClassDef) and node.name == expect.registry_class:
             for item in node.body:
@@ -44,7 +45,7 @@ def _not_registered(tree: Path, registry: ast.Module, expect: Expectations) -> l
     return [f"{expect.registry} has no {expect.registry_class}"]
 
 
-def _class_missing(tree: Path, value: ast.expr, expect: Expectations) -> list[str]:
+def _class_missing(tree: Path, value: ast.expr, expect: SourceExpectations) -> list[str]:
     if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
         return [f"{expect.backend} is not a class path"]
     module, _, name = value.value.rpartition(".")
@@ -57,7 +58,7 @@ def _class_missing(tree: Path, value: ast.expr, expect: Expectations) -> list[st
     return [f"{expect.backend}: {module} has no class {name}"]
 
 
-def _not_in_priorities(priorities: ast.Module, expect: Expectations) -> list[str]:
+def _not_in_priorities(priorities: ast.Module, expect: SourceExpectations) -> list[str]:
     for node in ast.walk(priorities):
         if isinstance(node, FunctionNode) and node.name == expect.priorities_function:
             for part in _reached(node.body, expect.capability_major):
@@ -103,7 +104,7 @@ _Branch = tuple[Union[ast.expr, None], list[ast.stmt]]
 class _Dispatch:
     """The choice between platforms in the indexer: tests in order and what each calls."""
 
-    def __init__(self, indexer: ast.Module, expect: Expectations, before: str) -> None:
+    def __init__(self, indexer: ast.Module, expect: SourceExpectations, before: str) -> None:
         self._expect = expect
         self._function = self._find(indexer)
         self._before = self._find(ast.parse(before))
@@ -266,7 +267,7 @@ def _errors_left(indexer: ast.Module) -> list[str]:
     return found
 
 
-def _warning_missing(indexer: ast.Module, expect: Expectations) -> list[str]:
+def _warning_missing(indexer: ast.Module, expect: SourceExpectations) -> list[str]:
     for node in ast.walk(indexer):
         if isinstance(node, ast.If) and f"not {expect.support_call}()" in ast.unparse(node.test):
             for statement in node.body:

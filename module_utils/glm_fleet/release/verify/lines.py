@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 
 from ..conflict import Conflict, Merge, parse_segments
 from ..dispatch import functions, split_lines
-from .model import ERROR_LINES, Expectations, FileVersions
+from .model import ERROR_LINES, FileVersions, SourceExpectations
 
 
 def _added_runs(old: str, new: str) -> list[list[str]]:
@@ -26,7 +26,7 @@ def _added_runs(old: str, new: str) -> list[list[str]]:
     ]
 
 
-def _plain(line: str, expect: Expectations) -> str:
+def _plain(line: str, expect: SourceExpectations) -> str:
     """Read ``elif B:`` as ``if B:``: the one word that a dispatch join changes."""
     stripped = line.strip()
     return f"if {expect.second_test}:" if stripped == f"elif {expect.second_test}:" else stripped
@@ -42,7 +42,7 @@ class _Plain:
     problems: tuple[str, ...] = ()
 
 
-def without_joins(file: FileVersions, expect: Expectations) -> _Plain:
+def without_joins(file: FileVersions, expect: SourceExpectations) -> _Plain:
     """Take the pull request's choice out of every ``if A / elif B / else`` of the result.
 
     The branch ``else`` must be that of the pull request, line by line.
@@ -108,7 +108,7 @@ def _shape(body: Sequence[ast.stmt]) -> list[str]:
     return [ast.dump(node) for node in body]
 
 
-def missing_lines(plain: Sequence[_Plain], expect: Expectations) -> list[str]:
+def missing_lines(plain: Sequence[_Plain], expect: SourceExpectations) -> list[str]:
     problems = []
     for file in (each.file for each in plain):
         if file.head is None:

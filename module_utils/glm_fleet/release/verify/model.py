@@ -7,21 +7,11 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...core.check import Check
+
 # An `if`, a `raise RuntimeError(`, its message over some lines, and a `)`.
 ERROR_LINES = 8
 FunctionNode = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question about the result and its answer."""
-
-    name: str
-    passed: bool
-    detail: str
-
-    def as_dict(self) -> dict[str, object]:
-        return {"name": self.name, "passed": self.passed, "detail": self.detail}
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class FileVersions:
 
 
 @dataclass(frozen=True)
-class Expectations:
+class SourceExpectations:
     """What the result must have. An empty ``backend`` skips the checks about it."""
 
     backend: str = "TRITON_MLA_SPARSE"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...core.errors import FleetError
-from .model import Expectations, FunctionNode
+from .model import FunctionNode, SourceExpectations
 
 
 def undefined_names(python: Mapping[str, str], before: Mapping[str, str | None]) -> list[str]:
@@ -155,7 +155,7 @@ def missing_imports(
     tree: Path,
     python: Mapping[str, str],
     before: Mapping[str, str | None],
-    expect: Expectations,
+    expect: SourceExpectations,
 ) -> list[str]:
     modules = Modules(tree)
     problems = []

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from ...core.check import Check
 from ..conflict import Merge
 from ..corrections import blob_id
 from .backend import backend_checks
 from .lines import foreign_changes, missing_lines, without_joins
-from .model import Check, Expectations, FileVersions, make_check
+from .model import FileVersions, SourceExpectations, make_check
 from .names import missing_imports, undefined_names
 
 
@@ -24,7 +25,7 @@ def verify_tree(
     changed: Sequence[str],
     before: Mapping[str, str | None],
     versions: Sequence[FileVersions],
-    expectations: Expectations,
+    expectations: SourceExpectations,
     merge: Merge,
     decided: Collection[str] = (),
     corrected: Mapping[str, str] | None = None,
@@ -61,7 +62,7 @@ def verify_tree(
     return checks
 
 
-def _foreign_files(changed: Sequence[str], expect: Expectations) -> list[str]:
+def _foreign_files(changed: Sequence[str], expect: SourceExpectations) -> list[str]:
     return [
         f"{path} is neither Python nor a test nor documentation"
         for path in changed
