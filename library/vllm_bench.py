@@ -144,13 +144,14 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.bench import client
+from ansible.module_utils.glm_fleet.bench.stream import Server
 from ansible.module_utils.glm_fleet.core.errors import FleetError
 from ansible.module_utils.glm_fleet.serving.record import read_record
 
 
-def _server(params: dict[str, Any]) -> client.Server:
+def _server(params: dict[str, Any]) -> Server:
     key = Path(params["api_key_file"])
-    return client.Server(
+    return Server(
         address=params["address"],
         port=params["port"],
         model=params["model"],

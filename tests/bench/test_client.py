@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from glm_fleet.bench import client
+from glm_fleet.bench.stream import Server, send_wave
 
 from lab.hosts import ssh_command
 from lab.settings import ALL_HOSTS, INVENTORY
@@ -55,7 +56,7 @@ def stub() -> Iterator[int]:
 
 @pytest.mark.parametrize("streams", [1, 32])
 def test_the_ceiling_is_far_above_a_node(streams: int, stub: int, record: Record) -> None:
-    server = client.Server("127.0.0.1", stub, "glm-5.2")
+    server = Server("127.0.0.1", stub, "glm-5.2")
     bodies = [
         client.request_body("glm-5.2", client.Load(), number, tokens=TOKENS, salt="bench")
         for number in range(streams)
@@ -63,7 +64,7 @@ def test_the_ceiling_is_far_above_a_node(streams: int, stub: int, record: Record
     # The client is one thread: what it does in a second of its processor is its ceiling,
     # however busy this machine is.
     begun = time.process_time()
-    answers = client.send_wave(server, bodies, 300)
+    answers = send_wave(server, bodies, 300)
     ceiling = sum(answer.tokens for answer in answers) / (time.process_time() - begun)
     assert [answer.problem for answer in answers] == [""] * streams
     record(

@@ -5,6 +5,9 @@ Which one explains a journal is decided in `diagnosis`; here is what there is to
 words come from stands with each: vLLM's own were looked up in the sources of 0.20.2, 0.23.0,
 0.27.1, 0.30.0 and 0.33.0. A sample of every one, with its public source, is in
 tests/unit/fixtures/vllm-logs/signatures.yml.
+
+This file may be longer than others: it is one list, its order decides, and a list in two files has
+no order that one can see.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from glm_fleet.bench import client
-from glm_fleet.bench.client import Clients, Counters, Load, Server, Stream
+from glm_fleet.bench.client import Clients, Counters, Load
+from glm_fleet.bench.figures import percentile, summarize
 from glm_fleet.bench.report import GATEWAY, NODE, benchmark_json, judge_target, render_benchmark
+from glm_fleet.bench.stream import Server, Stream, send_wave, wave
 from glm_fleet.core.errors import FleetError
 
 from tests.stub import Stub, serving
@@ -71,7 +73,7 @@ def test_a_server_that_runs_them_one_by_one_is_noticed() -> None:
 
 def test_tokens_are_counted_by_the_server_not_by_events() -> None:
     with serving(gap_s=0.001, per_event=4) as stub:
-        (answer,) = client.send_wave(
+        (answer,) = send_wave(
             server(stub), [client.request_body("m", LOAD, 0, tokens=16, salt="run")], 60
         )
     assert (answer.tokens, len(answer.arrivals)) == (16, 4)
@@ -159,7 +161,7 @@ def test_an_answer_is_read_however_it_is_cut(piece: int) -> None:
         listener = await asyncio.start_server(talk, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
         async with listener:
-            (found,) = await client._wave(Server("127.0.0.1", port, "m"), [{"a": {}}], 60)
+            (found,) = await wave(Server("127.0.0.1", port, "m"), [{"a": {}}], 60)
         return found
 
     found = asyncio.run(read())
@@ -169,7 +171,7 @@ def test_an_answer_is_read_however_it_is_cut(piece: int) -> None:
 def test_figures_of_streams_that_are_known() -> None:
     # Two streams of 11 tokens, 0.1 s apart; the second begins 0.5 s later than the first.
     waves = [[stream(0.0, 0.2, 0.1, 11), stream(0.0, 0.7, 0.1, 11)]]
-    level = client.summarize(waves)
+    level = summarize(waves)
     assert level["decode_per_stream"] == pytest.approx(10)
     # Both decode from 0.7 to 1.2 s: 5 tokens each.
     assert level["decode_together"] == pytest.approx(20)
@@ -180,13 +182,13 @@ def test_figures_of_streams_that_are_known() -> None:
 
 
 def test_tokens_that_share_an_event_count_all() -> None:
-    level = client.summarize([[stream(0.0, 0.1, 0.4, 9, events=3)]])
+    level = summarize([[stream(0.0, 0.1, 0.4, 9, events=3)]])
     assert level["decode_per_stream"] == pytest.approx(10)
     assert level["decode_together"] == pytest.approx(10)
 
 
 def test_streams_one_after_the_other_are_counted_over_the_whole_time() -> None:
-    level = client.summarize([[stream(0.0, 0.0, 0.1, 11), stream(0.0, 1.0, 0.1, 11)]])
+    level = summarize([[stream(0.0, 0.0, 0.1, 11), stream(0.0, 1.0, 0.1, 11)]])
     assert not level["all_at_once"]
     assert level["decode_together"] == pytest.approx(10)
 
@@ -199,8 +201,8 @@ def held(begun: float, at: float, tokens: int, events: int) -> Stream:
 @pytest.mark.parametrize("events", [1, 11])
 def test_an_answer_in_one_piece_among_others_counts_its_tokens_only(events: int) -> None:
     streams = [stream(0.0, 0.2, 0.1, 11), stream(0.0, 0.2, 0.1, 11), held(0.0, 0.9, 11, events)]
-    assert client._checked(Server("127.0.0.1", 1, "m"), streams, 11) == streams
-    level = client.summarize([streams])
+    assert client.check_wave(Server("127.0.0.1", 1, "m"), streams, 11) == streams
+    level = summarize([streams])
     assert level["decode_per_stream"] == pytest.approx(10)
     assert level["decode_together"] == pytest.approx(30)
     assert level["output_rate"] == pytest.approx(33 / 1.2, abs=1e-3)
@@ -210,13 +212,13 @@ def test_an_answer_in_one_piece_among_others_counts_its_tokens_only(events: int)
 def test_most_answers_in_one_piece_are_refused() -> None:
     streams = [stream(0.0, 0.2, 0.1, 11), held(0.0, 0.9, 11, 1), held(0.0, 0.9, 11, 1)]
     with pytest.raises(FleetError, match="2 failed; the first: the whole answer came in one piece"):
-        client._checked(Server("127.0.0.1", 1, "m"), streams, 11)
+        client.check_wave(Server("127.0.0.1", 1, "m"), streams, 11)
 
 
 def test_percentiles_are_interpolated() -> None:
-    assert client.percentile([3.0], 0.99) == 3.0
-    assert client.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
-    assert client.percentile([float(each) for each in range(101)], 0.95) == 95.0
+    assert percentile([3.0], 0.99) == 3.0
+    assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+    assert percentile([float(each) for each in range(101)], 0.95) == 95.0
 
 
 @pytest.mark.parametrize(
