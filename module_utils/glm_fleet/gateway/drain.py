@@ -55,7 +55,7 @@ def ensure_state(
     With ``endpoint`` (``address:port``) a server that becomes ready is reached there from then on,
     and counts as ready when its check has passed there.
     """
-    server = _Server(haproxy, backend, name, state_file, timeout)
+    server = _Server(haproxy, backend, name, state_file, timeout, clock, sleep)
     known = haproxy.server(backend, name)
     before, moved = known.admin_state, bool(endpoint) and not known.is_at(endpoint)
     changed = before != state or moved
@@ -65,33 +65,16 @@ def ensure_state(
     if moved:
         haproxy.set_endpoint(backend, name, endpoint)
     if changed and state != "ready":
-        with state_lock(state_file.with_name(f"{state_file.name}.turn")):
-            _wait_while(lambda: server.too_few_others(min_ready), _MENDING_S, clock, sleep)
-            haproxy.set_state(backend, name, state)
+        server.take_out(state, min_ready)
     elif changed:
         haproxy.set_state(backend, name, state)
     if wait and state == "ready":
-        try:
-            _wait_while(lambda: server.not_up(before), timeout, clock, sleep)
-        except FleetError:
-            if moved:
-                haproxy.set_endpoint(backend, name, known.address)
-            haproxy.set_state(backend, name, before)
-            raise
+        server.await_up(before, known.address if moved else "")
     # Before the long wait for the last request: should HAProxy restart meanwhile, the
     # server stays out.
-    try:
-        saved = save_states(haproxy, state_file)
-    except FleetError:
-        # What is not on disk would be another thing after a restart of HAProxy.
-        haproxy.set_state(backend, name, before)
-        raise
+    saved = server.save(before)
     if wait and state != "ready":
-        try:
-            _wait_while(lambda: server.not_idle(state), timeout, clock, sleep)
-        except FleetError:
-            if fail_when_busy:
-                raise
+        server.await_idle(state, fail_when_busy)
     return Change(before, state, changed or saved, haproxy.sessions(backend, name))
 
 
@@ -104,6 +87,41 @@ class _Server:
     name: str
     state_file: Path
     timeout: float
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+
+    def take_out(self, state: str, min_ready: int) -> None:
+        """Let the server take no more requests, as soon as enough others take them."""
+        with state_lock(self.state_file.with_name(f"{self.state_file.name}.turn")):
+            self._wait_while(lambda: self.too_few_others(min_ready), _MENDING_S)
+            self.haproxy.set_state(self.backend, self.name, state)
+
+    def await_up(self, before: str, endpoint_before: str) -> None:
+        """Wait until the gateway sends it requests; put it back where it does not."""
+        try:
+            self._wait_while(lambda: self.not_up(before), self.timeout)
+        except FleetError:
+            if endpoint_before:
+                self.haproxy.set_endpoint(self.backend, self.name, endpoint_before)
+            self.haproxy.set_state(self.backend, self.name, before)
+            raise
+
+    def save(self, before: str) -> bool:
+        """Keep the state on disk; put the server back where that fails."""
+        try:
+            return save_states(self.haproxy, self.state_file)
+        except FleetError:
+            # What is not on disk would be another thing after a restart of HAProxy.
+            self.haproxy.set_state(self.backend, self.name, before)
+            raise
+
+    def await_idle(self, state: str, fail_when_busy: bool) -> None:
+        """Wait for its last request."""
+        try:
+            self._wait_while(lambda: self.not_idle(state), self.timeout)
+        except FleetError:
+            if fail_when_busy:
+                raise
 
     def too_few_others(self, min_ready: int) -> FleetError | None:
         """Return why a server that takes requests must go on taking them."""
@@ -156,16 +174,10 @@ class _Server:
             details={"sessions": sessions},
         )
 
-
-def _wait_while(
-    problem: Callable[[], FleetError | None],
-    timeout: float,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> None:
-    """Ask for the problem until there is none, or raise it after ``timeout`` seconds."""
-    deadline = clock() + timeout
-    while (error := problem()) is not None:
-        if clock() >= deadline:
-            raise error
-        sleep(0.5)
+    def _wait_while(self, problem: Callable[[], FleetError | None], timeout: float) -> None:
+        """Ask for the problem until there is none, or raise it after ``timeout`` seconds."""
+        deadline = self.clock() + timeout
+        while (error := problem()) is not None:
+            if self.clock() >= deadline:
+                raise error
+            self.sleep(0.5)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..core.errors import split_remedy
@@ -13,18 +13,62 @@ from .verdict import BROKEN, DEGRADED, Finding, GatewayHealth
 _EXPIRES_SOON_S = 21 * 86400.0
 
 
-def _certificate_findings(gateway: GatewayAnswer, now: float) -> list[Finding]:
-    findings = []
+def _certificate_findings(gateway: GatewayAnswer, now: float) -> Iterator[Finding]:
     for each in gateway.get("certificates", ()):
         left = each["expires_s"] - now
         step = f"put a new one at {each['path']} and run playbooks/gateway.yml"
         if left <= 0:
             cause = f"the certificate {each['path']} has expired: clients refuse it"
-            findings.append(Finding("certificate", BROKEN, cause, step))
+            yield Finding("certificate", BROKEN, cause, step)
         elif left < _EXPIRES_SOON_S:
             cause = f"the certificate {each['path']} expires in {left / 86400:.0f} days"
-            findings.append(Finding("certificate", DEGRADED, cause, step))
-    return findings
+            yield Finding("certificate", DEGRADED, cause, step)
+
+
+def _program_findings(gateway: GatewayAnswer) -> Iterator[Finding]:
+    errors = gateway.get("errors", ())
+    for error in errors:
+        cause, step = split_remedy(str(error), "on the gateway: journalctl -u haproxy")
+        yield Finding("HAProxy", BROKEN, cause, step)
+    if not gateway.get("valid") and not errors:
+        yield Finding("HAProxy", BROKEN, "HAProxy does not answer", "run playbooks/gateway.yml")
+    if gateway.get("held_error"):
+        cause, _, step = gateway["held_error"].partition(" What to do: ")
+        cause = f"it cannot be told which nodes are held: {cause.rstrip('.')}"
+        yield Finding("holds", BROKEN, cause, step.rstrip("."))
+
+
+def _configuration_findings(gateway: GatewayAnswer) -> Iterator[Finding]:
+    if gateway.get("config_error"):
+        yield Finding(
+            "configuration",
+            DEGRADED,
+            f"the configuration on disk is not valid: {gateway['config_error']}",
+            "run playbooks/gateway.yml before HAProxy is restarted",
+        )
+    if gateway.get("config_edited"):
+        yield Finding(
+            "configuration",
+            DEGRADED,
+            "haproxy.cfg was changed by hand since it was written",
+            "put what it needs into the gateway_ variables; playbooks/gateway.yml writes the "
+            "file anew",
+        )
+
+
+def _traffic_findings(gateway: GatewayAnswer, up: int) -> Iterator[Finding]:
+    if not up and gateway.get("valid"):
+        step = "mend the nodes, then run site.yml: it attests and joins them"
+        yield Finding("servers", BROKEN, "no server is UP", step)
+    client = gateway.get("client") or {}
+    if up and client and client.get("status") != 200:
+        found = client.get("error") or f"HTTP {client.get('status')}"
+        yield Finding(
+            "clients' path",
+            BROKEN,
+            f"a request through the front door failed: {found}",
+            "on the gateway: journalctl -u haproxy; check certificate, port and firewall",
+        )
 
 
 def judge_gateway(
@@ -42,59 +86,19 @@ def judge_gateway(
         # A reload counts anew.
         servers.append({**server, "sent": total - earlier if total >= earlier else total})
     up = sum(server["status"] == "UP" for server in servers)
-    findings = []
-    for error in gateway.get("errors", ()):
-        cause, step = split_remedy(str(error), "on the gateway: journalctl -u haproxy")
-        findings.append(Finding("HAProxy", BROKEN, cause, step))
-    if not gateway.get("valid") and not findings:
-        findings.append(
-            Finding("HAProxy", BROKEN, "HAProxy does not answer", "run playbooks/gateway.yml")
-        )
-    if gateway.get("config_error"):
-        findings.append(
-            Finding(
-                "configuration",
-                DEGRADED,
-                f"the configuration on disk is not valid: {gateway['config_error']}",
-                "run playbooks/gateway.yml before HAProxy is restarted",
-            )
-        )
-    if gateway.get("config_edited"):
-        findings.append(
-            Finding(
-                "configuration",
-                DEGRADED,
-                "haproxy.cfg was changed by hand since it was written",
-                "put what it needs into the gateway_ variables; playbooks/gateway.yml writes the "
-                "file anew",
-            )
-        )
-    if gateway.get("held_error"):
-        cause, _, step = gateway["held_error"].partition(" What to do: ")
-        cause = f"it cannot be told which nodes are held: {cause.rstrip('.')}"
-        findings.append(Finding("holds", BROKEN, cause, step.rstrip(".")))
-    findings += _certificate_findings(gateway, now)
-    if not up and gateway.get("valid"):
-        step = "mend the nodes, then run site.yml: it attests and joins them"
-        findings.append(Finding("servers", BROKEN, "no server is UP", step))
-    client = gateway.get("client") or {}
-    if up and client and client.get("status") != 200:
-        found = client.get("error") or f"HTTP {client.get('status')}"
-        findings.append(
-            Finding(
-                "clients' path",
-                BROKEN,
-                f"a request through the front door failed: {found}",
-                "on the gateway: journalctl -u haproxy; check certificate, port and firewall",
-            )
-        )
+    findings = [
+        *_program_findings(gateway),
+        *_configuration_findings(gateway),
+        *_certificate_findings(gateway, now),
+        *_traffic_findings(gateway, up),
+    ]
     return GatewayHealth(
         name,
         findings,
         str(gateway.get("version") or ""),
         up,
         servers,
-        client,
+        gateway.get("client") or {},
         {"sent": {server["name"]: server.get("sessions_total", 0) for server in servers}},
         list(gateway.get("clients", ())),
     )

@@ -25,9 +25,10 @@ from ..artifact.store import Store
 from ..core.errors import FleetError, from_os_error
 from ..core.files import sha256_file
 from ..core.progress import Meter
-from .client import LONGEST_PAUSE_S, Client, Patience, UnavailableError, UnreachableError
+from .client import LONGEST_PAUSE_S, Client, Patience, UnreachableError
 from .partfile import Part
 from .pins import pin, pinned
+from .refusal import UnavailableError
 from .source import (
     KIND,
     HubFile,

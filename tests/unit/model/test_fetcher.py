@@ -20,16 +20,11 @@ from glm_fleet.artifact.store import Store
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.progress import Meter
 from glm_fleet.model.adopt import adopt, folder_manifest
-from glm_fleet.model.client import (
-    HubClient,
-    Patience,
-    UnavailableError,
-    UnreachableError,
-    clock_remark,
-)
+from glm_fleet.model.client import HubClient, Patience, UnreachableError
 from glm_fleet.model.fetcher import Fetcher, missing_space, published_model
 from glm_fleet.model.partfile import Span
 from glm_fleet.model.pins import pin, pinned
+from glm_fleet.model.refusal import UnavailableError, clock_remark
 from glm_fleet.model.source import (
     HubFile,
     Source,
