@@ -86,7 +86,7 @@ def failed(
         before=before,
         versions=versions,
         expectations=SourceExpectations(),
-        merge=compiler._merge,
+        merge=compiler.repository.merge,
     )
     return {check.name for check in checks if not check.passed} - {"vllm_imports_exist"}
 

@@ -9,9 +9,8 @@ inputs give the same commit ids.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,18 @@ class Patched:
         }
 
 
+@dataclass
+class _Done:
+    """What the pull requests so far left; ``blobs`` are {path: blob} of corrected files."""
+
+    joins: list[Join] = field(default_factory=list)
+    picked: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    versions: list[FileVersions] = field(default_factory=list)
+    corrected: list[Correction] = field(default_factory=list)
+    blobs: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Compiler:
     """Puts pull requests onto a ref: cherry-pick, join, verify, export."""
@@ -77,62 +88,69 @@ class Compiler:
         """
         repo = self.repository
         with repo.lock(), repo.worktree(resolved.sha) as tree:
-            joins: list[Join] = []
-            picked: list[str] = []
-            dropped: list[str] = []
-            versions: list[FileVersions] = []
-            corrected: list[Correction] = []
-            blobs: dict[str, str] = {}
+            done = _Done()
             for pull in pulls:
-                before = self._head(tree)
-                base = self._merge_base(before, pull)
-                recorded = fitting(self.resolutions, resolved.sha, pull.head)
-                commits = self._commits(base, pull)
-                if pull.squash:
-                    commits = [self._squashed(base, pull)]
-                for commit in commits:
-                    joins += self._pick(tree, commit, pull, recorded)
-                _require_used(recorded, joins)
-                dropped += self._drop(tree, before, pull)
-                picked += commits
-                added = self._versions(base, pull, before, tree)
-                versions += added
-                blobs = {path: blob for path, blob in blobs.items()
-                         if path not in {file.path for file in added}}  # fmt: skip
-                found = self._correct(tree, resolved.sha, pull)
-                blobs |= {change.path: change.after for each in found for change in each.changes}
-                corrected += found
+                self._put_on(tree, resolved, pull, done)
             commit = self._head(tree)
             changed = self._changed(resolved.sha, commit)
-            checks = verify_tree(
-                tree,
-                changed=tuple(changed),
-                before={path: self._text(resolved.sha, path) for path in changed},
-                versions=versions,
-                expectations=self.expectations,
-                merge=self._merge,
-                decided={join.path for join in joins if join.rule == RECORDED},
-                corrected=blobs,
-            )
-            failed = [check for check in checks if not check.passed]
-            if failed:
-                raise FleetError(
-                    f"The patched source did not pass {len(failed)} of {len(checks)} checks",
-                    expected="every check passed",
-                    found="; ".join(f"{check.name}: {check.detail}" for check in failed),
-                    remedy="do not ship this merge: name a rebased pull request or another ref",
-                    details={"checks": [check.as_dict() for check in checks]},
-                )
+            checks = self._verify(tree, resolved, changed, done)
             _export(tree, changed, dest)
             return Patched(
                 commit=commit,
                 changed=tuple(changed),
-                dropped=tuple(dropped),
-                joins=tuple(joins),
+                dropped=tuple(done.dropped),
+                joins=tuple(done.joins),
                 checks=tuple(checks),
-                commits=tuple(picked),
-                corrections=tuple(corrected),
+                commits=tuple(done.picked),
+                corrections=tuple(done.corrected),
             )
+
+    def _put_on(self, tree: Path, resolved: Resolved, pull: PullRequest, done: _Done) -> None:
+        """Put one pull request onto what the tree has, with its corrections."""
+        before = self._head(tree)
+        base = self._merge_base(before, pull)
+        recorded = fitting(self.resolutions, resolved.sha, pull.head)
+        commits = self._commits(base, pull)
+        if pull.squash:
+            commits = [self._squashed(base, pull)]
+        for commit in commits:
+            done.joins += self._pick(tree, commit, pull, recorded)
+        _require_used(recorded, done.joins)
+        done.dropped += self._drop(tree, before, pull)
+        done.picked += commits
+        added = self._versions(base, pull, before, tree)
+        done.versions += added
+        # What a later pull request changes once more is not what the correction made of it.
+        for file in added:
+            done.blobs.pop(file.path, None)
+        found = self._correct(tree, resolved.sha, pull)
+        done.blobs |= {change.path: change.after for each in found for change in each.changes}
+        done.corrected += found
+
+    def _verify(
+        self, tree: Path, resolved: Resolved, changed: Sequence[str], done: _Done
+    ) -> list[Check]:
+        """Return the checks of the whole result; raise where one did not pass."""
+        checks = verify_tree(
+            tree,
+            changed=tuple(changed),
+            before={path: self._text(resolved.sha, path) for path in changed},
+            versions=done.versions,
+            expectations=self.expectations,
+            merge=self.repository.merge,
+            decided={join.path for join in done.joins if join.rule == RECORDED},
+            corrected=done.blobs,
+        )
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            raise FleetError(
+                f"The patched source did not pass {len(failed)} of {len(checks)} checks",
+                expected="every check passed",
+                found="; ".join(f"{check.name}: {check.detail}" for check in failed),
+                remedy="do not ship this merge: name a rebased pull request or another ref",
+                details={"checks": [check.as_dict() for check in checks]},
+            )
+        return checks
 
     def _head(self, tree: Path) -> str:
         return self.repository.git("rev-parse", "HEAD", cwd=tree).stdout.strip()
@@ -259,7 +277,9 @@ class Compiler:
         texts = [git("cat-file", "blob", f":{stage}:{path}", cwd=tree) for stage in (1, 2, 3)]
         base, ours, theirs = (_require_text(text.stdout, path) for text in texts)
         left = _count_conflicts((tree / path).read_bytes())
-        resolution = self.resolver.resolve(path, Versions(base, ours, theirs, left), self._merge)
+        resolution = self.resolver.resolve(
+            path, Versions(base, ours, theirs, left), self.repository.merge
+        )
         (tree / path).write_bytes(resolution.text.encode())
         git("add", "--", path, cwd=tree)
         return resolution.joins
@@ -339,27 +359,6 @@ class Compiler:
     ) -> FileVersions:
         texts = [self._text(commit, path) for commit in (before, base, pull.head, after)]
         return FileVersions(path, pull.number, *texts)
-
-    def _merge(self, base: str, ours: str, theirs: str) -> tuple[str, str]:
-        """Merge three texts as git does; give the result in style merge and in style diff3."""
-        shown = []
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in (("ours", ours), ("base", base), ("theirs", theirs)):
-                Path(folder, name).write_bytes(text.encode())
-            for style in ((), ("--diff3",)):
-                done = self.repository.git(
-                    "merge-file",
-                    "-p",
-                    *style,
-                    f"--marker-size={MARKER_SIZE}",
-                    *(str(Path(folder, name)) for name in ("ours", "base", "theirs")),
-                    check=False,
-                )
-                # The status is the number of conflicts; from 128 on it is an error.
-                if not 0 <= done.rc < 128:
-                    raise FleetError("git cannot merge a file", found=done.stderr.strip()[-300:])
-                shown.append(done.stdout)
-        return shown[0], shown[1]
 
 
 def _refuse_all(refused: Sequence[FleetError]) -> FleetError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,6 +254,27 @@ class Repository:
         listing = self.git("ls-tree", "-r", "-z", commit, "--", *below).stdout
         rows = (row.split("\t", 1) for row in listing.split("\0") if row)
         return {path: head.split()[2] for head, path in rows if head.split()[1] == "blob"}
+
+    def merge(self, base: str, ours: str, theirs: str) -> tuple[str, str]:
+        """Merge three texts as git does; give the result in style merge and in style diff3."""
+        shown = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("ours", ours), ("base", base), ("theirs", theirs)):
+                Path(folder, name).write_bytes(text.encode())
+            for style in ((), ("--diff3",)):
+                done = self.git(
+                    "merge-file",
+                    "-p",
+                    *style,
+                    f"--marker-size={MARKER_SIZE}",
+                    *(str(Path(folder, name)) for name in ("ours", "base", "theirs")),
+                    check=False,
+                )
+                # The status is the number of conflicts; from 128 on it is an error.
+                if not 0 <= done.rc < 128:
+                    raise FleetError("git cannot merge a file", found=done.stderr.strip()[-300:])
+                shown.append(done.stdout)
+        return shown[0], shown[1]
 
     @contextmanager
     def lock(self) -> Iterator[None]:
