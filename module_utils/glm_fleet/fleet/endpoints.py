@@ -16,6 +16,8 @@ from ..core.net import join_endpoint
 SSH_PORT = 22
 ADDRESS_VARIABLES = ("ansible_ssh_host", "ansible_host")
 PORT_VARIABLES = ("ansible_ssh_port", "ansible_port")
+# What `reached_at` reads.
+REACHED_BY = ("gateway_node_address", *ADDRESS_VARIABLES)
 _USER = ("ansible_ssh_user", "ansible_user")
 _KEY = ("ansible_ssh_private_key_file", "ansible_private_key_file")
 

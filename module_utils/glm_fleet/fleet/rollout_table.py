@@ -15,13 +15,13 @@ from .outcome import SERVES, UNTOUCHED, State
 from .rollout import JOIN, RESTART, NodeState, Plan, foresee
 
 
-def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line]:
-    """Return the table of what will be done to each node, in order."""
+def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int, remark: str = "") -> list[Line]:
+    """Return the table of what will be done to each node, in order, and a remark below it."""
     by_name = {each.name: each for each in nodes}
     rows: list[tuple[str, str, str, str]] = []
     tones: list[str] = []
     restarts = [turn for turn in plan.turns if turn.kind == RESTART]
-    lines = _outage(nodes, plan)
+    below = [Line(remark, "warning")] if remark else []
     for turn in plan.turns:
         node = by_name[turn.node]
         what = "drain, switch, attest, join"
@@ -47,6 +47,7 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line
         return [
             Line(f"Roll: nothing to do, {len(nodes)} of {len(nodes)} run what they should."),
             *(Line(f"  {each.name} stays out, held: {each.held}") for each in nodes if each.held),
+            *below,
         ]
     return [
         Line(
@@ -54,8 +55,9 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int) -> list[Line
             f"{len(plan.turns) - len(restarts)} only joined."
         ),
         *_forecast(nodes, plan),
-        *lines,
+        *_outage(nodes, plan),
         *render_table(("batch", "node", "what", "why"), rows, width, tones),
+        *below,
     ]
 
 

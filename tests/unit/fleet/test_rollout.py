@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet import outcome, rollout, rollout_table
 from glm_fleet.fleet.rollout import JOIN, RESTART, NodeState, Plan, plan_roll
+from glm_fleet.fleet.rollout_facts import NodeAnswers, endings, found_or_staged, plan_fleet
 from glm_fleet.fleet.rollout_table import Ending
 
 CHANGE = ("release r1 -> r2",)
@@ -226,14 +225,6 @@ def test_the_end_in_one_sentence() -> None:
 
 # -- what the controller makes of the answers ------------------------------------------
 
-_SPEC = importlib.util.spec_from_file_location(
-    "fleet_roll_action", Path(__file__).resolve().parents[3] / "plugins/action/fleet_roll.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-plugin = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(plugin)
-
 
 def gateway(**states: str) -> dict[str, Any]:
     """What a gateway answers; a state is admin state and status."""
@@ -249,21 +240,32 @@ def info(*changes: str, **more: Any) -> dict[str, Any]:
     return {"__serving_info": {**found, **more}}
 
 
+def answers(hosts: dict[str, dict[str, Any]]) -> list[NodeAnswers]:
+    """What is known of nodes that have these variables, as the action plugin gathers it."""
+    return [
+        NodeAnswers(
+            name,
+            found_or_staged(said.get("__serving_info", {}), said.get("__serving_staged", {})),
+            said,
+            said.get("__serving_turn", {}).get("outcome", {}),
+        )
+        for name, said in hosts.items()
+    ]
+
+
 def planned(
-    hosts: dict[str, dict[str, Any]], *gateways: dict[str, Any], **given: Any
+    hosts: dict[str, dict[str, Any]], *gateways: dict[str, Any], remark: str = "", **given: Any
 ) -> dict[str, Any]:
-    options = {
-        "nodes": list(hosts),
-        "gateways": list(gateways),
-        "held": {},
-        "batch": "1",
-        "min_ready": "1",
-        "canary": "",
-        "remark": "",
-        **given,
+    options = {"held": {}, "batch": "1", "min_ready": "1", **given}
+    found = plan_fleet(answers(hosts), [each["gateway"] for each in gateways], **options)
+    return {
+        "lines": rollout_table.render_plan(found.nodes, found.plan, 120, remark),
+        "turns": [each.node for each in found.plan.turns],
+        "batches": list(found.plan.batches),
+        "moved": found.moved,
+        "targets": found.targets,
+        "backs": found.backs,
     }
-    found: dict[str, Any] = plugin._plan(options, hosts)
-    return found
 
 
 def test_the_plan_remembers_where_every_node_goes_and_came_from() -> None:
@@ -408,10 +410,14 @@ def test_the_end_names_who_had_a_turn_and_who_had_none() -> None:
         "gpu02": info("x", running={"record": OLD}),
         "gpu03": info(running={"record": NEW}),
     }
-    found = plugin._end(list(hosts), hosts)
-    rows = [line.text for line in found["lines"] if line.text.startswith("gpu")]
-    assert not found["good"]
-    assert found["sentence"].startswith("The roll stopped at gpu01 (rolled back); 2 nodes")
+    ended = endings(answers(hosts))
+    rows = [
+        line.text for line in rollout_table.render_end(ended, 120) if line.text.startswith("gpu")
+    ]
+    assert [each.good for each in ended] == [False, True, True]
+    assert rollout_table.end_sentence(ended).startswith(
+        "The roll stopped at gpu01 (rolled back); 2 nodes"
+    )
     assert rows[1].split()[:4] == ["gpu02", "untouched", "r1", "m"]
     assert "its turn did not come" in rows[1]
     assert "runs what it should" in rows[2]
