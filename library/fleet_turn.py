@@ -55,6 +55,14 @@ options:
     description: Options of M(deployment) that say where things are on the node.
     type: dict
     default: {}
+  neighbours:
+    description:
+      - Nodes of the fleet, in order. The known answers of up to three of them, which V(answers)
+        of M(vllm_probe) returns there, are those that this node's are compared with after a
+        restart.
+    type: list
+    elements: str
+    default: []
   min_ready:
     description: A node that takes requests is only drained while so many others take them.
     type: int

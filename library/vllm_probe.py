@@ -22,9 +22,10 @@ options:
       - V(watch) looks at a start for O(seconds).
       - V(check) is the attestation with one short canary request, fit for a node under load.
       - V(attest) waits until a start is ready, then runs the whole attestation. Progress is
-        shown while it waits.
+        shown while it waits, and while it asks.
+      - V(answers) asks nothing, and returns the known answers that the node keeps.
     type: str
-    choices: [watch, check, attest]
+    choices: [watch, check, attest, answers]
     default: check
   unit:
     description: Name of the unit.
@@ -58,6 +59,17 @@ options:
       the journal says of it.
     type: str
     default: ""
+  neighbours:
+    description: Known answers of other nodes by their names, as V(answers) returned them there.
+    type: dict
+    default: {}
+  again:
+    description: Whether V(attest) asks for known answers again that this start has proven.
+    type: bool
+    default: false
+  progress_file:
+    description: Where V(attest) says what it does, for whoever watches it.
+    type: path
   stall_timeout:
     description: V(attest) gives up when a start makes no progress for so many seconds.
     type: float
@@ -78,7 +90,13 @@ attestation:
       C(started_at), C(unit), C(canary) (tokens_per_second, time_to_first_token_s in seconds,
       completion_tokens, text), C(metrics), C(diagnosis), C(step_down) (whether a lower mode of
       CUDA graphs may help) and C(journal).
+    - C(answers) are the known answers, and C(apart) how far they are from others, as C(whom),
+      C(release), C(mean) (of the differences of log probabilities), C(moved) and C(prompts).
   returned: with V(check) and V(attest)
+  type: dict
+answers:
+  description: The known answers of the deployment that was activated last, {} if none are kept.
+  returned: with V(answers)
   type: dict
 start:
   description: Where the time of this start went, in seconds by phase; {} if it cannot be told.
@@ -97,11 +115,15 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core import http as core_http
 from ansible.module_utils.glm_fleet.core import systemd
+from ansible.module_utils.glm_fleet.core.decode import decode
 from ansible.module_utils.glm_fleet.core.errors import FleetError
+from ansible.module_utils.glm_fleet.core.progress import Meter, ProgressFile
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.serving import attestation, startup
 from ansible.module_utils.glm_fleet.serving import policy as serving_policy
+from ansible.module_utils.glm_fleet.serving.answers import Answers
 from ansible.module_utils.glm_fleet.serving.deployment import Deployments, Places
+from ansible.module_utils.glm_fleet.serving.kept_answers import Known
 from ansible.module_utils.glm_fleet.serving.phases import start_phases
 
 
@@ -109,15 +131,14 @@ def _attest(
     module: AnsibleModule, http: core_http.Http, policy: serving_policy.Policy
 ) -> dict[str, Any]:
     params = module.params
-    wanted = attestation.Wanted(
-        unit=params["unit"],
-        model_name=policy["served_model_name"],
-        release=params["release"],
-        model=params["model"],
-        required=policy["required"],
-        forbidden=policy["forbidden"],
+    meter = Meter("the attestation")
+    known = _known(params, policy["answers"], meter) if policy["answers"] else None
+    wanted = attestation.wanted_by(
+        policy, params["unit"], release=params["release"], model=params["model"], known=known
     )
-    found = attestation.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
+    progress = Path(params["progress_file"]) if params["progress_file"] else None
+    with ProgressFile(progress, meter):
+        found = attestation.attest(run_program, http, wanted, thorough=params["mode"] == "attest")
     if not found["passed"]:
         failed = [
             f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]
@@ -143,6 +164,20 @@ def _attest(
     return {"attestation": found, "start": phases}
 
 
+def _known(params: Mapping[str, Any], limits: serving_policy.AnswerLimits, meter: Meter) -> Known:
+    neighbours = {
+        str(name): decode(Answers, answers, what=f"The known answers of {name}")
+        for name, answers in params["neighbours"].items()
+    }
+    return Known(
+        limits,
+        Deployments(Places()),
+        neighbours,
+        again=params["again"],
+        say=lambda what: setattr(meter, "what", what),
+    )
+
+
 def _start(found: Mapping[str, Any]) -> dict[str, float]:
     lines = systemd.journal(run_program, found["invocation_id"])
     phases = start_phases(lines, found["started_at"])
@@ -157,7 +192,7 @@ def main() -> None:
         argument_spec={
             "mode": {
                 "type": "str",
-                "choices": ["watch", "check", "attest"],
+                "choices": ["watch", "check", "attest", "answers"],
                 "default": "check",
             },
             "unit": {"type": "str", "default": "glm-serving.service"},
@@ -167,11 +202,17 @@ def main() -> None:
             "environment_file": {"type": "path", "default": "/etc/glm-fleet/serving.env"},
             "seconds": {"type": "float", "default": 10.0},
             "give_up": {"type": "str", "default": ""},
+            "neighbours": {"type": "dict", "default": {}},
+            "again": {"type": "bool", "default": False},
+            "progress_file": {"type": "path"},
             "stall_timeout": {"type": "float", "default": 900.0},
         },
         supports_check_mode=True,
     )
     params = module.params
+    if params["mode"] == "answers":
+        kept = Deployments(Places())
+        module.exit_json(changed=False, answers=kept.answers(kept.current()) or {})
     try:
         policy = serving_policy.read_policy(Path(params["policy"]))
         http = core_http.local_http(

@@ -16,6 +16,8 @@ from ansible.utils.display import Display
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_delegate import DelegatingAction
+from glm_fleet.core.decode import decode
+from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet.endpoints import reached_at
 from glm_fleet.fleet.outcome import outcome
 from glm_fleet.fleet.turn import (
@@ -24,10 +26,12 @@ from glm_fleet.fleet.turn import (
     Order,
     Step,
     Turn,
+    neighbours_of,
     next_step,
     read_answer,
     record,
 )
+from glm_fleet.serving.answers import Answers
 from glm_terminal import plain
 
 _display = Display()
@@ -66,6 +70,7 @@ class ActionModule(DelegatingAction):
                 "read_ahead": {"type": "path", "default": ""},
                 "read_rate": {"type": "int", "default": 1_000_000_000},
                 "places": {"type": "dict", "default": {}},
+                "neighbours": {"type": "list", "elements": "str", "default": []},
                 "min_ready": {"type": "int", "default": 0},
                 "drain_timeout": {"type": "int", "default": 600},
                 "stall_timeout": {"type": "int", "default": 1800},
@@ -120,7 +125,26 @@ class ActionModule(DelegatingAction):
         if step.action == "join" and port != "0":
             # Where the server that was just attested listens.
             arguments["endpoint"] = reached_at(variables["hostvars"], node, port)
+        if step.action == "attest" and (turn.order.restart or turn.order.purpose == "return"):
+            arguments["neighbours"] = self._neighbours(node, settings, variables)
         return {host: self.ask(host, module, arguments, variables) for host in hosts}
+
+    def _neighbours(
+        self, node: str, settings: Mapping[str, Any], variables: dict[str, Any]
+    ) -> dict[str, Answers]:
+        """Return the known answers of other nodes. One that cannot be asked is left out."""
+        found: dict[str, Answers] = {}
+        others = [] if self._task.check_mode else settings["neighbours"]
+        for other in neighbours_of(node, others):
+            answer = self.ask(other, "vllm_probe", {"mode": "answers"}, variables)
+            if not answer.get("answers"):
+                continue
+            try:
+                what = f"What {other} keeps of its answers"
+                found[other] = decode(Answers, plain(answer["answers"]), what=what)
+            except FleetError as error:
+                _display.warning(str(error))
+        return found
 
 
 def _call(
@@ -137,7 +161,10 @@ def _call(
     made = [*turn.attempts("switch"), *turn.attempts("go back")]
     if step.action == "attest":
         ids = {kind: turn.runs.get(kind, "") for kind in ("release", "model")}
-        return "vllm_probe", {"mode": "attest", "stall_timeout": settings["stall_timeout"], **ids}
+        # Nobody is disturbed on a node that comes back, and its hardware may be another.
+        again = {"again": True} if turn.order.purpose == "return" else {}
+        options = {"mode": "attest", "stall_timeout": settings["stall_timeout"], **again}
+        return "vllm_probe", {**options, **ids}
     arguments = {
         "state": "active",
         "id": step.deployment,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows how far a cold start has come while the attestation waits for it."""
+"""Shows how far a cold start has come, and then its attestation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ansible.utils.display import Display
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
-from glm_action import FleetAction
+from glm_background import BackgroundAction
 
 _display = Display()
 _LOOK_S = 10.0
 _PATIENCE_S = 60.0
 
 
-class ActionModule(FleetAction):
+class ActionModule(BackgroundAction):
     """Runs the module; with ``mode: attest`` watches the start first."""
 
     def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +31,7 @@ class ActionModule(FleetAction):
             watched = self._watch(arguments, variables)
             if watched.get("failed") or not watched["watched"]["ready"]:
                 return watched
+            return self.watch("vllm_probe", arguments, variables)
         return self.module("vllm_probe", arguments, variables)
 
     def _watch(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:

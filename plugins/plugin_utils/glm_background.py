@@ -78,6 +78,24 @@ class BackgroundAction(FleetAction):
         }
         return work
 
+    def watch(
+        self, module: str, arguments: dict[str, Any], variables: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Run a module in the background, show how far it is, and return its result."""
+        alone = len(variables.get("ansible_play_hosts", [])) == 1
+        reporter = Reporter(
+            str(variables.get("inventory_hostname", "")), terminal=bool(ANSIBLE_COLOR) and alone
+        )
+        work = self.start_work(module, arguments, variables)
+        try:
+            while work.result is None:
+                time.sleep(work.pause)
+                if self.look_at(work, variables) is None and work.progress:
+                    _say(reporter.show(work.progress))
+        finally:
+            _say(reporter.end())
+        return work.result
+
     def look_at(self, work: Work, task_vars: dict[str, Any] | None) -> dict[str, Any] | None:
         """Look once: None while it works, then the module's result."""
         if work.result is None:
@@ -154,19 +172,7 @@ class WatchedAction(BackgroundAction):
         """Return the module's result."""
         if self._task.check_mode or not self.is_long(arguments):
             return self.module(self.MODULE, arguments, variables)
-        alone = len(variables.get("ansible_play_hosts", [])) == 1
-        reporter = Reporter(
-            str(variables.get("inventory_hostname", "")), terminal=bool(ANSIBLE_COLOR) and alone
-        )
-        work = self.start_work(self.MODULE, arguments, variables)
-        try:
-            while work.result is None:
-                time.sleep(work.pause)
-                if self.look_at(work, variables) is None and work.progress:
-                    _say(reporter.show(work.progress))
-        finally:
-            _say(reporter.end())
-        return work.result
+        return self.watch(self.MODULE, arguments, variables)
 
 
 def _say(text: str) -> None:

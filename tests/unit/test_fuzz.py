@@ -65,7 +65,8 @@ from glm_fleet.node.watchdog import Settings as WatchSettings
 from glm_fleet.node.xid import faults
 from glm_fleet.release.environment import read_recipe
 from glm_fleet.release.installed import COMPLETE, find_damage, is_complete
-from glm_fleet.serving import engine
+from glm_fleet.serving import answers, engine, needles
+from glm_fleet.serving.answers import Prompt
 from glm_fleet.serving.client import complete, served_model
 from glm_fleet.serving.deployment import UNIT, Deployments, Places
 from glm_fleet.serving.evidence import read_evidence
@@ -331,7 +332,18 @@ COMPLETION = (
 MODELS = json.dumps({"data": [{"id": "glm-5.2", "max_model_len": 32768}]})
 POLICY = json.dumps(
     {"address": "::1", "port": 8000, "served_model_name": "glm-5.2",
-     "required": ["TRITON_MLA"], "forbidden": ["Enforce eager"]}
+     "required": ["TRITON_MLA"], "forbidden": ["Enforce eager"],
+     "answers": {"tolerance": 0.5, "drift": 0.15, "needles": True}}
+)  # fmt: skip
+PROMPT = Prompt("3 tokens", [7, 8, 9])
+LIKELY = json.dumps(
+    {"choices": [{"logprobs": {"tokens": ["a"] * 16, "top_logprobs": [{"a": -0.5, "b": -2}] * 16}}]}
+)
+SPOKEN = json.dumps({"choices": [{"message": {"role": "assistant", "content": "KESTREL-4096"}}]})
+STEPS = [{"token": "a", "listed": {"a": -0.5, "b": -2.0}}]
+KEPT_ANSWERS = json.dumps(
+    {"prompts": "x", "release": "r", "model": "m", "invocation": "i1",
+     "said": [{"prompt": "3 tokens", "steps": STEPS}]}
 )  # fmt: skip
 RECORD = json.dumps(
     {"release": "vllm-1", "model": "glm-1", "unit_sha256": "0", "environment_sha256": "1",
@@ -643,6 +655,13 @@ READERS = (
     Reader("completion", COMPLETION, lambda text, _: complete(server(text), "glm-5.2", "x")),
     Reader("served model", MODELS, lambda text, _: served_model(server(text), "glm-5.2")),
     Reader("policy", POLICY, in_file(read_policy)),
+    Reader("likely tokens", LIKELY, lambda text, _: answers.ask(server(text), "m", PROMPT, "s")),
+    Reader("code words", SPOKEN, lambda text, _: needles.check_needles(server(text), "m", 8192)),
+    Reader(
+        "kept answers",
+        KEPT_ANSWERS,
+        deployments_of(f"{DEPLOYMENT}/answers.json", lambda known: known.answers(DEPLOYMENT)),
+    ),
     Reader("api key", "# x\nVLLM_API_KEY='a b'\n", in_file(read_api_key)),
     Reader("start record", RECORD, in_file(read_record)),
     Reader("evidence", RECORD, in_file(lambda path: read_evidence(path, "i1"))),

@@ -190,6 +190,15 @@ class Turn:
         return made[-1].switched.runs if made else {}
 
 
+def neighbours_of(node: str, nodes: Sequence[str], most: int = 3) -> list[str]:
+    """Return the nodes whose known answers a node's are compared with: the next ones in order.
+
+    A majority of three decides. All of a big fleet would take longer to ask than the node itself.
+    """
+    at = nodes.index(node) + 1 if node in nodes else 0
+    return [each for each in (*nodes[at:], *nodes[:at]) if each != node][:most]
+
+
 def record(turn: Turn, step: Step, answers: Sequence[Answer]) -> Turn:
     """Return the turn with one more step that was done."""
     return replace(turn, done=(*turn.done, (step, tuple(answers))))

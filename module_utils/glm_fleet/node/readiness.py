@@ -23,9 +23,10 @@ from typing import Callable
 from ..core.errors import FleetError
 from ..core.http import local_http
 from ..core.runner import run_program
-from ..serving.attestation import Wanted, attest
+from ..serving.attestation import attest, wanted_by
 from ..serving.deployment import ENVIRONMENT, POLICY, UNIT, Deployments, Places
 from ..serving.evidence import EVIDENCE
+from ..serving.kept_answers import Known
 from ..serving.policy import read_api_key, read_policy
 from ..serving.record import START_RECORD, read_note, read_record
 
@@ -91,17 +92,11 @@ def attest_now(places: Places) -> bool:
             address=policy["address"],
             api_key=read_api_key(places.etc / ENVIRONMENT),
         )
-        wanted = Wanted(
-            unit=UNIT,
-            model_name=policy["served_model_name"],
-            release="",
-            model="",
-            required=policy["required"],
-            forbidden=policy["forbidden"],
-        )
-        found = attest(run_program, http, wanted, thorough=True)
+        deployments = Deployments(places)
+        known = Known(policy["answers"], deployments) if policy["answers"] else None
+        found = attest(run_program, http, wanted_by(policy, UNIT, known=known), thorough=True)
         if found["passed"]:
-            Deployments(places).note_passed(found["release_id"], found["model_id"])
+            deployments.note_passed(found["release_id"], found["model_id"])
     except FleetError as error:
         sys.stderr.write(f"sentry: {error}\n")
         return False

@@ -17,10 +17,13 @@ from ..core.files import exclusive, write_atomically
 from ..core.http import Http
 from ..core.runner import Runner
 from ..core.systemd import journal
+from .answers import ASKED
 from .client import ANSWER_TOKENS, Answer, complete, served_model
 from .diagnosis import diagnose, lower_graphs_help, relevant_lines
 from .evidence import EVIDENCE, check_journal, read_evidence
+from .kept_answers import Known, Proof, Start, prove
 from .metrics import read_metrics
+from .policy import Policy
 from .probe import Canary, Probe
 from .record import START_RECORD, read_running, running_release
 from .startup import CHECKED_LINES
@@ -88,7 +91,10 @@ _METRICS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the attestation expects of a node; empty ids mean: whatever runs."""
+    """What the attestation expects of a node; empty ids mean: whatever runs.
+
+    ``known`` says how known answers are judged, None where none are asked for.
+    """
 
     unit: str
     model_name: str
@@ -96,6 +102,22 @@ class Wanted:
     model: str
     required: Sequence[str]
     forbidden: Sequence[str]
+    known: Known | None = None
+
+
+def wanted_by(
+    policy: Policy, unit: str, *, release: str = "", model: str = "", known: Known | None = None
+) -> Wanted:
+    """Return what a node's policy expects."""
+    return Wanted(
+        unit=unit,
+        model_name=policy["served_model_name"],
+        release=release,
+        model=model,
+        required=policy["required"],
+        forbidden=policy["forbidden"],
+        known=known,
+    )
 
 
 def attest(
@@ -110,9 +132,9 @@ def attest(
 ) -> Probe:
     """Check everything and return the attestation.
 
-    A thorough one that passes leaves the lines of the journal that prove it in
-    ``evidence_path``, for later checks of the same start. Two of them wait for each other:
-    beside other requests a greedy answer need not repeat itself.
+    A thorough one asks for known answers. If it passes it keeps them, and leaves the lines of the
+    journal that prove it in ``evidence_path``, for later checks of the same start. Two of them
+    wait for each other: beside other requests a greedy answer need not repeat itself.
     """
     if thorough:
         evidence_path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +164,7 @@ def _attest(
     canary: Canary = {}
     proof: list[Check] = []
     metrics: dict[str, float] = {}
+    answers = Proof()
     release = running_release(unit["main_pid"], proc)
     recorded = record.get("invocation") == running["invocation"]
     model_id = record.get("model", "") if recorded else ""
@@ -154,6 +177,11 @@ def _attest(
         if served.passed:
             more, canary = run_canary(http, wanted.model_name, context, thorough=thorough)
             checks += more
+            # What does not answer at all need not be asked for more.
+            if thorough and wanted.known and all(check.passed for check in checks):
+                start = Start(release, model_id, running["invocation"], context)
+                answers = prove(http, wanted.model_name, start, wanted.known)
+                checks += answers.checks
         told = read_metrics(http)
         metrics = {key: told[key] for key in _METRICS if key in told}
     passed = all(check.passed for check in checks)
@@ -162,7 +190,9 @@ def _attest(
         write_atomically(
             evidence_path, json.dumps({**evidence, "invocation": running["invocation"]})
         )
-    return {
+        if answers.answers and wanted.known:
+            wanted.known.store.note_answers(answers.answers)
+    found: Probe = {
         "passed": passed,
         "checks": [
             {"name": each.name, "passed": each.passed, "detail": each.detail} for each in checks
@@ -174,10 +204,18 @@ def _attest(
         "unit": unit,
         "canary": canary,
         "metrics": metrics,
-        "diagnosis": "" if passed else diagnose(lines),
+        "diagnosis": "" if passed else _wrong_answers(answers) or diagnose(lines),
         "step_down": not passed and lower_graphs_help(lines),
         "journal": [] if passed else relevant_lines(lines),
+        "apart": answers.apart,
     }
+    return {**found, "answers": answers.answers} if answers.answers else found
+
+
+def _wrong_answers(proof: Proof) -> str:
+    """Say in which way a server that answers is wrong, '' if it is not."""
+    failed = [each for each in proof.checks if not each.passed and each.name != ASKED]
+    return "; ".join(f"it answers wrongly: {each.name}: {each.detail}" for each in failed)
 
 
 def _what_runs(

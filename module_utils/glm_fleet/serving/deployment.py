@@ -9,6 +9,7 @@ below one root (``/etc/glm-fleet/deployments`` on a node)::
     <id>/glm-serving.service, serving.env, attestation.json
     <id>/refused.json         why it does not run on this node, if that is known
     <id>/attested             it passed the attestation
+    <id>/answers.json         what it answered then: see `answers`
     current                   -> <id>, the one that was activated last
     attested.json             ids that passed the attestation, newest last
 
@@ -30,6 +31,7 @@ from typing import Annotated, TypedDict
 from ..core.decode import Range, Words, read
 from ..core.errors import FleetError
 from ..core.files import exclusive, write_atomically
+from .answers import Answers
 from .policy import parse_policy
 
 UNIT = "glm-serving.service"
@@ -38,6 +40,7 @@ POLICY = "attestation.json"
 _SUMMARY = "deployment.json"
 REFUSED = "refused.json"
 ATTESTED = "attested"
+ANSWERS = "answers.json"
 # What a roll-back needs: `retention.protected_by` reads it.
 _TO_GO_BACK = "previous.json"
 # How long the last starts took, in seconds.
@@ -241,6 +244,30 @@ class Deployments:
         current = self.find(self.current())
         if current and (current.release, current.model) == (release, model):
             self.note_attested(current.id)
+
+    def note_answers(self, answers: Answers) -> None:
+        """Keep the known answers of what runs, unless something else was activated meanwhile."""
+        current = self.find(self.current())
+        if current and (current.release, current.model) == (answers["release"], answers["model"]):
+            write_atomically(self._root / current.id / ANSWERS, json.dumps(answers) + "\n")
+
+    def answers(self, identifier: str) -> Answers | None:
+        """Return the known answers of a deployment, None where none are kept."""
+        try:
+            return read(Answers, self._root / identifier / ANSWERS) if identifier else None
+        except (FileNotFoundError, FleetError):
+            return None
+
+    def answers_before(self, model: str) -> Answers | None:
+        """Return the newest known answers of this node with these weights.
+
+        Those of the deployment that runs come first: it passed with them at an earlier start.
+        """
+        for identifier in (self.current(), *reversed(self.attested())):
+            found = self.answers(identifier)
+            if found and found["model"] == model:
+                return found
+        return None
 
     def note_start(self, invocation: str, seconds: float) -> None:
         """Remember how long a start took until its first answer, for the plan of the next roll.

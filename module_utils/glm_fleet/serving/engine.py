@@ -19,7 +19,7 @@ from typing import Any, Callable
 from ..core.http import Http, local_http
 from ..core.runner import Runner
 from ..core.systemd import UnitState, journal, last_words, unit_state
-from .attestation import Wanted, attest
+from .attestation import attest, wanted_by
 from .deployment import ENVIRONMENT, POLICY, Deployments, Places
 from .diagnosis import diagnose, relevant_lines
 from .evidence import EVIDENCE
@@ -180,18 +180,10 @@ def look(
     before = read_sample(ask)
     if not before:
         return _without_answer(run, state, unit)
-    wanted = Wanted(
-        unit=unit,
-        model_name=policy["served_model_name"],
-        release=release,
-        model=model,
-        required=policy["required"],
-        forbidden=policy["forbidden"],
-    )
     found = attest(
         run,
         ask,
-        wanted,
+        wanted_by(policy, unit, release=release, model=model),
         thorough=False,
         record_path=record_path,
         evidence_path=evidence_path,

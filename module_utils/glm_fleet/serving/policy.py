@@ -20,9 +20,21 @@ class Modes(TypedDict, total=False):
     wanted: str
 
 
+class AnswerLimits(TypedDict):
+    """How known answers are judged: see `answers.check_crowd` and `kept_answers.judge`."""
+
+    # By how much a log probability may differ between alone and in a crowd.
+    tolerance: Annotated[float, Range(0.0, 100.0)]
+    # By how much they may differ on average from before and from other nodes.
+    drift: Annotated[float, Range(0.0, 100.0)]
+    # Whether the model follows instructions, so that it can be asked for code words.
+    needles: bool
+
+
 class _PolicyOptional(TypedDict, total=False):
     address: str | None
     cuda_graphs: Modes
+    answers: AnswerLimits | None
 
 
 class _Written(_PolicyOptional):
@@ -43,6 +55,8 @@ class Policy(TypedDict):
     forbidden: Sequence[str]
     # {} from a version that did not say.
     cuda_graphs: Modes
+    # None where no known answers are asked for, as of a version that had none.
+    answers: AnswerLimits | None
 
 
 def read_api_key(environment_file: Path) -> str:
@@ -101,6 +115,7 @@ def parse_policy(text: str) -> Policy:
             "required": written["required"],
             "forbidden": written["forbidden"],
             "cuda_graphs": written.get("cuda_graphs") or {},
+            "answers": written.get("answers"),
         }
     except (re.error, RecursionError, OverflowError) as error:
         raise FleetError(

@@ -11,6 +11,8 @@ from typing import Annotated, Literal, NoReturn, TypedDict
 
 from ..core.decode import Amount, Count, Range, Size, Words
 from ..core.systemd import UnitState
+from .answers import Answers
+from .kept_answers import Apart
 
 EngineState = Literal["serving", "busy", "hung", "starting", "silent", "down", ""]
 Speed = Annotated[float, Range(0.0, 1e7)]
@@ -99,3 +101,6 @@ class Probe(TypedDict, total=False):
     journal: Annotated[Sequence[Words], Size(10_000)]
     cuda_graphs: Graphs
     engine: EngineLook
+    # What was answered, and how far that is from before and from other nodes.
+    answers: Answers
+    apart: Annotated[Sequence[Apart], Size(100)]

@@ -31,6 +31,8 @@ answers = {
     "active": {"deployment": {"id": given.get("id"), "port": 8003, "release": "r", "model": "m"}},
     "watch": {"watched": {"ready": True, "phase": "ready", "progress": ""}},
     "attest": {"attestation": {"passed": True}},
+    "answers": {"answers": {"prompts": "p", "release": f"r of {host}", "model": "m",
+                            "invocation": "i", "said": []}},
     "drain": {"before": "ready", "sessions": 0},
     "ready": {"before": "drain", "sessions": 0},
 }
@@ -48,6 +50,7 @@ PLAY = """
         read_ahead: "{{ ahead | default('') }}"
         held: "{{ held | default('') }}"
         places: {release_root: /opt/x}
+        neighbours: "{{ groups['gpu_nodes'] + ['gone'] }}"
         min_ready: 2
         drain_timeout: 30
         stall_timeout: 40
@@ -69,7 +72,10 @@ NODES: dict[str, tuple[Values, Values]] = {
     "leaves": ({"purpose": "leave", "held": "new fans"}, {}),
     "busy": (
         {"purpose": "leave", "through": ["gw02"]},
-        {"gw02 drain": {"failed": True, "msg": "requests still run"}},
+        {
+            "gw02 drain": {"failed": True, "msg": "requests still run"},
+            "busy answers": {"answers": {"said": "nothing that could be compared"}},
+        },
     ),
     "returns": ({"purpose": "return"}, {}),
     "broken": ({"purpose": "return"}, {"broken attest": {"failed": True, "msg": "not passed"}}),
@@ -81,8 +87,9 @@ class Taken:
 
     def __init__(self, folder: Path, node: str, output: str) -> None:
         calls = (folder / f"calls-{node}").read_text().splitlines()
-        # Looks at a start are not steps.
-        self.calls = [each for each in map(json.loads, calls) if each[1] != "watch"]
+        # Looks at a start, and what others ask, are not steps.
+        aside = ("watch", "answers")
+        self.calls = [each for each in map(json.loads, calls) if each[1] not in aside]
         self.asked = [f"{host} {asked}" for host, asked, _ in self.calls]
         self.options: list[Values] = [each[2] for each in self.calls]
         self.result: Values = json.loads((folder / f"turn-{node}").read_text())
@@ -154,8 +161,10 @@ def test_a_switch_asks_every_gateway_and_the_node(turns: Mapping[str, Taken]) ->
     assert taken.options[3] == {
         "state": "active", "id": "new", "rungs": ["new", "old"], "release_root": "/opt/x",
     }  # fmt: skip
-    attest = {"mode": "attest", "release": "r", "model": "m", "stall_timeout": 40}
-    assert taken.options[4] == attest
+    attest = taken.options[4]
+    assert attest.pop("progress_file").startswith("/run/glm-fleet/")
+    assert set(attest.pop("neighbours")) == {"broken"}, "one is gone, one talks nonsense"
+    assert attest == {"mode": "attest", "release": "r", "model": "m", "stall_timeout": 40}
     assert taken.options[5] == {
         "server": "through", "state": "ready", "timeout": 50, "endpoint": "through:8003",
     }  # fmt: skip
@@ -178,6 +187,18 @@ def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) ->
     assert not taken.result["failed"]
     assert (taken.outcome["state"], taken.outcome["good"]) == ("drained", False)
     assert taken.outcome["why"] == "out of memory; going back failed too: out of memory"
+
+
+def test_neighbours_that_cannot_be_asked_or_say_nothing_are_left_out(
+    turns: Mapping[str, Taken],
+) -> None:
+    assert set(turns["fails"].options[3]["neighbours"]) == {"leaves", "refused", "returns"}
+    (asked, *_) = turns["returns"].options
+    assert {name: each["release"] for name, each in asked["neighbours"].items()} == {
+        "broken": "r of broken",
+        "through": "r of through",
+    }
+    assert asked["again"], "its hardware may be another"
 
 
 def test_a_gateway_that_is_gone_ends_a_turn_before_anything_stops(

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 from glm_fleet.core import http as core_http
+from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.serving import attestation, client, diagnosis, metrics, startup
 from glm_fleet.serving import evidence as serving_evidence
+from glm_fleet.serving.deployment import Deployments, Places, make
+from glm_fleet.serving.kept_answers import Known
+from glm_fleet.serving.policy import parse_policy
 
 from tests.defaults import defaults
 
@@ -308,6 +312,94 @@ def test_a_good_node_passes_with_every_canary(host: Path) -> None:
     assert found["release_id"] == "rel-1"
     assert [len(prompt) for prompt in server.prompts[2:]] == [2304, 2304]
     assert found["canary"]["completion_tokens"] == 24
+
+
+class Answering(Server):
+    """Lists the likely tokens too; ``forgets`` makes all of a crowd answer otherwise."""
+
+    forgets = False
+
+    def __init__(self, *, fault: str = "") -> None:
+        super().__init__(fault=fault)
+        self.salts: list[str] = []
+
+    def __call__(
+        self, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[int, Iterator[str]]:
+        status, lines = super().__call__(path, body)
+        if body is None or "logprobs" not in body or status != 200:
+            return status, lines
+        beside_others = body["cache_salt"] in self.salts
+        self.salts.append(body["cache_salt"])
+        likely = (
+            {"a": -3.0, "b": -0.1} if beside_others and self.forgets else {"a": -0.1, "b": -3.0}
+        )
+        best = max(likely, key=lambda token: likely[token])
+        told = {"tokens": [best] * 16, "top_logprobs": [likely] * 16}
+        return 200, iter([json.dumps({"choices": [{"logprobs": told}]})])
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Known:
+    places = Places(deployments=tmp_path / "deployments", etc=tmp_path)
+    places.deployments.mkdir()
+    deployments = Deployments(places)
+    policy = '{"port": 8000, "served_model_name": "glm-5.2", "required": [], "forbidden": []}'
+    made = make(
+        release="rel-1", model="mod-1", cuda_graphs="eager", unit="", environment="", policy=policy
+    )
+    deployments.stage(made)
+    (places.deployments / "current").symlink_to(places.deployments / made.id)
+    return Known({"tolerance": 0.5, "drift": 0.15, "needles": False}, deployments)
+
+
+def test_known_answers_are_asked_and_kept_once(host: Path, known: Known) -> None:
+    server = Answering()
+    found = run(host, server, known=known)
+    assert found["passed"], failed(found)
+    assert "same answers alone and in a crowd" in [each["name"] for each in found["checks"]]
+    assert known.store.answers_before("mod-1") == found["answers"]
+    assert found["answers"]["release"] == "rel-1"
+    assert known.store.answers_before("mod-2") is None
+    asked = len(server.salts)
+    again = run(host, server, known=known)
+    assert again["passed"]
+    assert len(server.salts) == asked, "this start has proven them"
+    assert "answers" not in again
+
+
+def test_wrong_answers_are_the_reason_that_is_told_and_are_not_kept(
+    host: Path, known: Known
+) -> None:
+    server = Answering()
+    server.forgets = True
+    found = run(host, server, known=known)
+    assert failed(found) == ["same answers alone and in a crowd"]
+    assert found["diagnosis"].startswith("it answers wrongly: same answers alone and in a crowd: ")
+    assert known.store.answers_before("mod-1") is None
+    assert not (host / "attested.json").exists(), "the sentry says that it was not attested"
+
+
+def test_an_engine_that_does_not_answer_is_not_asked_for_more(host: Path, known: Known) -> None:
+    server = Answering(fault="unsteady")
+    assert failed(run(host, server, known=known)) == ["greedy answer repeats"]
+    assert server.salts == []
+
+
+def test_a_health_check_asks_for_no_known_answers(host: Path, known: Known) -> None:
+    server = Answering()
+    assert run(host, server, known=known, thorough=False)["passed"]
+    assert server.salts == []
+
+
+def test_a_policy_without_known_answers_is_attested_as_before(host: Path) -> None:
+    old = {"port": 8000, "served_model_name": "glm-5.2", "required": [], "forbidden": []}
+    assert parse_policy(json.dumps(old))["answers"] is None
+    assert parse_policy(json.dumps({**old, "answers": None}))["answers"] is None
+    limits = {"tolerance": 0.5, "drift": 0.15, "needles": True}
+    assert parse_policy(json.dumps({**old, "answers": limits}))["answers"] == limits
+    with pytest.raises(FleetError, match="drift"):
+        parse_policy(json.dumps({**old, "answers": {**limits, "drift": -1}}))
 
 
 def test_a_node_under_load_is_asked_once(host: Path) -> None:
