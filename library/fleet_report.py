@@ -36,8 +36,8 @@ options:
       - Path of a JSON file to write on the controller, replaced atomically. Not written in
         check mode.
       - Its schema is C(glm-fleet/health/1), which docs/health.md describes, or
-        C(glm-fleet/preflight/1) with schema, time, hosts, problems and summary (errors,
-        warnings).
+        C(glm-fleet/preflight/1) with schema, time, hosts, problems, summary (errors,
+        warnings) and memory.
       - For O(kind=health) the same is written beside it as a page (C(.html)) and as
         Prometheus text (C(.prom)); C(targets.json) tells Prometheus where the fleet is; and
         the folder C(history) keeps the reports of the last checks, without their raw facts.
@@ -56,6 +56,35 @@ options:
       C(gpu_temperature_c) and C(slow_ratio), from where on a figure is a fault.
     type: dict
     default: {}
+  memory:
+    description: For O(kind=preflight), how the model is served and how large it is. Without it,
+      nobody looks whether it fits the GPUs.
+    type: dict
+    suboptions:
+      tensor_parallel:
+        description: Number of GPUs that share the model.
+        type: int
+        required: true
+      utilisation:
+        description: Share of each GPU's memory that the engine may use.
+        type: float
+        required: true
+      context:
+        description: Longest context in tokens; empty takes the model's own.
+        type: str
+        default: ""
+      release:
+        description: The release of vLLM that is built on, such as C(v0.24.0).
+        type: str
+        required: true
+      size:
+        description: What M(model_size) returns.
+        type: dict
+        default: {}
+      unknown:
+        description: Why there is no size.
+        type: str
+        default: ""
   fail_on:
     description: For O(kind=health), the mildest verdict that fails the run. An unknown host
       counts as broken.

@@ -15,13 +15,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_action import ROOT, ControllerAction
 from glm_fleet.core.errors import FleetError, from_os_error
-from glm_fleet.core.table import Line
+from glm_fleet.core.table import Line, wrap
 from glm_fleet.health import history
 from glm_fleet.health.exposition import exposition, targets
 from glm_fleet.health.hardware import ERROR
 from glm_fleet.health.html import RUNS_DRAWN, render_page
 from glm_fleet.health.judge import judge_fleet
-from glm_fleet.health.preflight import judge_hosts
+from glm_fleet.health.memory import Memory, judge_memory
+from glm_fleet.health.preflight import judge_hosts, without_model
 from glm_fleet.health.records import LEFT
 from glm_fleet.health.tables import (
     health_json,
@@ -56,6 +57,17 @@ class ActionModule(ControllerAction):
                 "dest": {"type": "path"},
                 "keep": {"type": "int", "default": 300},
                 "limits": {"type": "dict", "default": {}},
+                "memory": {
+                    "type": "dict",
+                    "options": {
+                        "tensor_parallel": {"type": "int", "required": True},
+                        "utilisation": {"type": "float", "required": True},
+                        "context": {"type": "str", "default": ""},
+                        "release": {"type": "str", "required": True},
+                        "size": {"type": "dict", "default": {}},
+                        "unknown": {"type": "str", "default": ""},
+                    },
+                },
                 "textfile_dir": {"type": "str", "default": ""},
                 "fail_on": {"type": "str", "default": "degraded", "choices": list(_FAILING)},
             }
@@ -66,7 +78,7 @@ class ActionModule(ControllerAction):
         dest = Path(arguments["dest"]) if arguments["dest"] else None
         try:
             if arguments["kind"] == "preflight":
-                lines, report, failure = _preflight(records)
+                lines, report, failure = _preflight(records, arguments["memory"])
                 if dest and not self._task.check_mode:
                     write_json(dest, report)
             else:
@@ -96,14 +108,18 @@ class ActionModule(ControllerAction):
 
 
 def _preflight(
-    records: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Mapping[str, Any]], told: Mapping[str, Any] | None
 ) -> tuple[list[Line], dict[str, Any], str]:
-    problems = judge_hosts(records)
+    memory = judge_memory(records, told, without_model(records)) if told else Memory()
+    problems = [*judge_hosts(records), *memory.problems]
     hosts = list(records)
     failed = any(each.severity == ERROR for each in problems)
+    lines = render_preflight(hosts, problems, width())
+    if memory.line:
+        lines += wrap(f"The model takes {memory.line}.", width(), "")
     return (
-        render_preflight(hosts, problems, width()),
-        preflight_json(hosts, problems, _now()),
+        lines,
+        {**preflight_json(hosts, problems, _now()), "memory": memory.figures},
         preflight_sentence(hosts, problems) if failed else "",
     )
 

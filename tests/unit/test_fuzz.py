@@ -41,6 +41,7 @@ from glm_fleet.health.exposition import exposition
 from glm_fleet.health.hardware import Problem
 from glm_fleet.health.html import render_page, view
 from glm_fleet.health.judge import judge_fleet
+from glm_fleet.health.memory import judge_memory
 from glm_fleet.health.notify import find_events, notify
 from glm_fleet.health.preflight import judge_hosts
 from glm_fleet.health.tables import health_json, preflight_json, render_health, render_preflight
@@ -48,6 +49,7 @@ from glm_fleet.health.verdict import GatewayHealth, Limits, NodeHealth
 from glm_fleet.model import source
 from glm_fleet.model.adopt import CLIENT_RECORDS, folder_manifest
 from glm_fleet.model.client import read_listing
+from glm_fleet.model.fit import read_config, read_header
 from glm_fleet.model.partfile import Part
 from glm_fleet.model.pins import pinned
 from glm_fleet.node.answer import decode_facts
@@ -455,7 +457,50 @@ LISTING = json.dumps(
     }
 )
 INDEX = json.dumps({"metadata": {}, "weight_map": {"a.b": "model-1.safetensors"}})
+MODEL_CONFIG = json.dumps(
+    {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "hidden_size": 64,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "index_topk": 32,
+        "index_topk_freq": 2,
+        "index_topk_pattern": "FSSF",
+        "max_position_embeddings": 4096,
+        "quantization_config": {"config_groups": {"a": {"weights": {"symmetric": False}}}},
+    }
+)
+SHARD_HEADER = json.dumps(
+    {
+        "__metadata__": {"format": "pt"},
+        "model.layers.0.a.weight": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]},
+    }
+)
+MODEL_SIZE = json.dumps(
+    {
+        "repository": "a/b",
+        "commit": COMMIT,
+        "config": json.loads(MODEL_CONFIG),
+        "sharded": 8_000_000,
+        "replicated": 1000,
+        "indexers": {"0": 7},
+    }
+)
 TOLD = json.dumps({"told": {"gpu01": "broken"}, "waiting": [{"id": "x", "text": "y"}]})
+
+
+def sized(text: str, _: Path) -> object:
+    """Judge the memory of a node by what was kept of a model's size."""
+    told = {
+        "tensor_parallel": 2,
+        "utilisation": 0.9,
+        "context": "4096",
+        "release": "v0.24.0",
+        "size": parse(dict[str, Any], text, what="The size of the model"),
+        "unknown": "",
+    }
+    return judge_memory(fleet_records(1), told)
 
 
 def haproxy_of(**answers: str) -> Haproxy:
@@ -704,6 +749,9 @@ READERS = (
     Reader("kernel log", KERNEL, kernel_log),
     Reader("tools", f"{UNITS}\nMemTotal: 7 kB\nID=debian\n7.5 8.5\n", node),
     Reader("hub", LISTING, listing),
+    Reader("config", MODEL_CONFIG, lambda text, _: read_config(text, "config.json")),
+    Reader("header of a shard", SHARD_HEADER, lambda text, _: read_header(text, "it")),
+    Reader("size of a model", MODEL_SIZE, sized),
     Reader("index", INDEX, adopted),
     Reader("part", "[25, 25, 0, 7]", part),
     Reader("pins", json.dumps({"a/b@main": COMMIT}), pins),

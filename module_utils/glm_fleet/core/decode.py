@@ -423,6 +423,8 @@ class _Unions(ast.NodeTransformer):
     """Writes X | Y as Union[X, Y], because Python 3.9 has no | between types."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        if not isinstance(node.op, ast.BitOr):
+            return node
         pair = ast.Tuple([self.visit(node.left), self.visit(node.right)], ast.Load())
         return ast.Subscript(ast.Name("Union", ast.Load()), pair, ast.Load())
 

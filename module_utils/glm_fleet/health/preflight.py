@@ -149,6 +149,17 @@ def judge_hosts(records: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     return problems
 
 
+def without_model(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the nodes that answered and do not have the wanted model yet."""
+    found = []
+    for host, record in read_records(records).items():
+        parts = [each for each in record.expect if each["gpu_node"] and record.answered]
+        needs = [need for part in parts for need in Expectations.from_dict(part["expect"]).disk]
+        if any(need.kind == "model" and not _published(need, record.facts) for need in needs):
+            found.append(host)
+    return found
+
+
 def evaluate(host: str, facts: Facts, expect: Expectations, *, gpu_node: bool) -> list[Problem]:
     """Return every problem of one host; ``gpu_node`` is false for a gateway."""
     problems = [*_system(host, facts, expect), *_disk(host, facts, expect)]
