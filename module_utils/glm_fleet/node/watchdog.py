@@ -34,7 +34,8 @@ from ..core.runner import Runner, run_program
 from ..core.systemd import journal, unit_state
 from ..serving.client import complete
 from ..serving.engine import ENVIRONMENT_PATH, POLICY_PATH, progress_mark, read_sample
-from ..serving.policy import read_api_key, read_policy
+from ..serving.policy import Policy, read_api_key, read_policy
+from ..serving.probe import Nothing, Sample
 from ..serving.record import read_note
 from .prestart import left_over
 from .readiness import STALLED
@@ -49,6 +50,9 @@ _KILL_AFTER_S = 10.0
 _JOURNAL_LINES = 500
 _INCIDENTS_KEPT = 20
 _STACK_TIMEOUT_S = 20.0
+# What the server says of itself comes at once, but for one that is very busy.
+_QUICK_S = 5.0
+_PATIENCE_S = 20.0
 
 
 @dataclass
@@ -73,10 +77,15 @@ class EngineProgress:
             return FINE
         if self.wanted_at is None:
             self.wanted_at = now
-        waited = now - max(self.moved_at, self.wanted_at)
-        if waited >= self.timeout_s:
+        left = self.seconds_left(now)
+        if left <= 0:
             return HUNG
-        return SUSPECT if waited >= self.timeout_s / 4 else FINE
+        return SUSPECT if left <= self.timeout_s * 3 / 4 else FINE
+
+    def seconds_left(self, now: float) -> float:
+        """Return the seconds until the engine counts as hung if nothing moves from now on."""
+        since = now if self.wanted_at is None else max(self.moved_at, self.wanted_at)
+        return self.timeout_s - (now - since)
 
     def idle_for(self, now: float) -> float:
         """Return the seconds since the engine moved last."""
@@ -180,7 +189,7 @@ class Watchdog:
             policy = read_policy(self.settings.policy)
         except FleetError:
             return "starting"
-        sample = read_sample(self._http(policy, 5.0))
+        sample = self._sample(policy, now)
         self.ready = self.ready or bool(sample)
         if not self.ready:
             return "starting"
@@ -197,6 +206,18 @@ class Watchdog:
             self.given_up = False
             self.flag.let_in()
         return seen
+
+    def _sample(self, policy: Policy, now: float) -> Sample | Nothing:
+        """Ask the server for its figures; {} when it is silent.
+
+        A busy server misses a short look now and then. It is asked again with the patience that a
+        canary has, as long as there is time left before the verdict.
+        """
+        sample = read_sample(self._http(policy, _QUICK_S))
+        patience = min(_PATIENCE_S, self.progress.seconds_left(now))
+        if not sample and self.ready and patience > _QUICK_S:
+            sample = read_sample(self._http(policy, patience))
+        return sample
 
     def _quiet(self, now: float) -> bool:
         return self.progress.idle_for(now) >= min(self.settings.stall_timeout_s / 4, 60.0)

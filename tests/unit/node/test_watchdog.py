@@ -44,6 +44,9 @@ class Node:
         self.steps, self.step, self.running = 0.0, 1.0, 0
         self.answers, self.serves = True, True
         self.kv, self.kv_step = 0.0, 0.0
+        # Other counts by their names, and how long the server takes to tell them.
+        self.counts: dict[str, float] = {}
+        self.late = 0.0
         self.invocation = 1
         self.commands: list[list[str]] = []
         self.out = ""
@@ -94,12 +97,16 @@ class Node:
             return RunResult(int("--nonblocking" not in argv), f"stack of {argv[3]}", "stopped")
         return RunResult(0, "", "")
 
-    def client(self, port: int, **_: Any) -> Any:
+    def client(self, port: int, *, timeout_s: float, **_: Any) -> Any:
         def ask(path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Iterator[str]]:
             if not self.serves:
                 return 0, iter(["refused"])
             if path == "/metrics":
+                self.now += min(self.late, timeout_s)
+                if self.late > timeout_s:
+                    return 0, iter(["TimeoutError: timed out"])
                 text = METRICS.format(running=self.running, steps=self.steps, kv=self.kv)
+                text += "".join(f"{name} {count}\n" for name, count in self.counts.items())
                 return 200, iter(text.splitlines())
             if not self.answers:
                 self.stopped.wait(20)
@@ -143,6 +150,50 @@ def test_a_lone_long_prefill_is_no_hang(node: Node) -> None:
     assert (node.out, node.commands) == ("", [])
     node.kv_step, node.answers = 0.0, False
     assert "hung" in {node.look() for _ in range(12)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm:kv_cache_usage_perc",
+        "vllm:generation_tokens_total",
+        "vllm:prompt_tokens_total",
+        "vllm:request_success_total",
+        "vllm:num_preemptions_total",
+    ],
+)
+def test_one_count_that_moves_now_and_then_is_work(node: Node, name: str) -> None:
+    """240 s, six times the time-out, in which nothing else moves: a chunk takes up to 9 s."""
+    node.running, node.step, node.answers = 1, 0, False
+    begun, seen = node.now, set()
+    while node.now - begun < 240:
+        node.counts[name] = (node.now - begun) // 9 / 1000
+        seen.add(node.look())
+    assert seen == {"fine"}
+    assert (node.out, node.commands) == ("", [])
+    stopped = node.now
+    while node.look() != "hung":
+        assert node.now - stopped <= 40 + 5, "the time-out, and one look"
+    assert node.out
+
+
+def test_a_server_that_is_late_is_not_silent(node: Node) -> None:
+    """Its process has too much to do to answer within 5 s, and answers within 20."""
+    node.running = 32
+    node.look()
+    node.late = 12.0
+    assert {node.look() for _ in range(30)} == {"fine"}
+    assert (node.out, node.commands) == ("", [])
+
+
+@pytest.mark.parametrize("late", [12.0, 1e9])
+def test_an_engine_that_hangs_behind_a_late_server_is_found(node: Node, late: float) -> None:
+    node.running = 1
+    node.look()
+    node.late, node.step, node.answers = late, 0, False
+    hung = node.now
+    while node.look() != "hung":
+        assert node.now - hung <= 40 + 12, "the patience for its answers does not add up"
 
 
 def test_an_idle_node_is_asked_for_a_token_and_left_alone(node: Node) -> None:
