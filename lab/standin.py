@@ -225,6 +225,7 @@ PULL_REQUEST_EDITS: dict[str, Edit] = {
 
 ENGINE = "vllm/v1/engine/core.py"
 SAMPLER = "vllm/v1/sample/sampler.py"
+ATTENTION = "vllm/v1/attention/backends/cpu_attn.py"
 
 
 def _at_engine_start(*lines: str) -> Edit:
@@ -232,6 +233,38 @@ def _at_engine_start(*lines: str) -> Edit:
     anchor = "        self.vllm_config = vllm_config\n        if not vllm_config.parallel_config."
     added = "".join(f"        {line}\n" for line in lines)
     return lambda text: replace_once(text, anchor, added + anchor)
+
+
+def _forget(text: str) -> str:
+    """Keep nothing of the first 40 tokens of a request that is read while another one runs."""
+    anchor = (
+        "        if self.attn_type in (AttentionType.ENCODER_ONLY, AttentionType.ENCODER):\n"
+        "            return\n\n"
+    )
+    added = """\
+        from vllm.forward_context import get_forward_context
+
+        about = get_forward_context().attn_metadata
+        batch = about[layer.layer_name] if isinstance(about, dict) else None
+        if batch is not None and len(batch.seq_lens) > 1:
+            starts = batch.query_start_loc.tolist()
+            key, value = key.clone(), value.clone()
+            for row, length in enumerate(batch.seq_lens.tolist()):
+                first, end = starts[row], starts[row + 1]
+                lost = min(end, max(first, first + 40 - (length - (end - first))))
+                key[first:lost] = 0
+                value[first:lost] = 0
+
+"""
+    return replace_once(text, anchor, anchor + added)
+
+
+def _scale(text: str) -> str:
+    """Scale one head of the attention by half of what it should be."""
+    anchor = "        num_actual_tokens = attn_metadata.num_actual_tokens\n\n"
+    added = "        query = query.clone()\n        query[:, 0] *= 0.5\n\n"
+    after = "        is_encoder_attention = "
+    return replace_once(text, anchor + after, anchor + added + after)
 
 
 # Pull requests that make another release: one that works, and one for each way to fail.
@@ -273,6 +306,9 @@ VARIANTS: dict[str, tuple[int, str, str, Edit]] = {
             '    raise RuntimeError("CUDA error: an illegal instruction was encountered")',
         ),
     ),
+    # These start, answer, repeat themselves, and are wrong.
+    "forget": (106, "Forget how a request began while another one runs", ATTENTION, _forget),
+    "scale": (107, "Scale one head of the attention wrongly", ATTENTION, _scale),
 }
 
 
