@@ -32,6 +32,7 @@ from glm_fleet.fleet.turn import (
     record,
 )
 from glm_fleet.serving.answers import Answers
+from glm_fleet.serving.kept_answers import COMPARED
 from glm_terminal import plain
 
 _display = Display()
@@ -99,6 +100,8 @@ class ActionModule(DelegatingAction):
             found = self._do(step, turn, settings, variables)
             changed = changed or any(each.get("changed") for each in found.values())
             diffs += [each["diff"] for each in found.values() if each.get("diff")]
+            if step.action == "attest":
+                _show(variables["inventory_hostname"], found)
             answers = [read_answer(host, plain(each)) for host, each in found.items()]
             turn = record(turn, step, answers)
         ended = outcome(turn)
@@ -145,6 +148,16 @@ class ActionModule(DelegatingAction):
             except FleetError as error:
                 _display.warning(str(error))
         return found
+
+
+def _show(node: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show how far known answers are from others: what their tolerances are chosen by."""
+    for result in found.values():
+        attestation = result.get("attestation")
+        checks = attestation.get("checks") if isinstance(attestation, Mapping) else None
+        for each in checks if isinstance(checks, list) else ():
+            if isinstance(each, Mapping) and each.get("name") in COMPARED:
+                _display.display(f"  {node}: {each['name']}: {plain(each.get('detail'))}")
 
 
 def _call(

@@ -44,6 +44,8 @@ _FIRST_ID, _IDS = 16, 480
 # How many likely tokens are listed at each place.
 _LISTED = 5
 
+# Whether each prompt has one answer, whoever runs beside it.
+ALONE_AND_IN_A_CROWD = "same answers alone and in a crowd"
 # The check that fails where the server could not be asked.
 ASKED = "known answers"
 
@@ -244,7 +246,7 @@ def ask_all(
 def check_crowd(found: Sequence[Difference], tolerance: float) -> Check:
     """Check that each prompt has the same answer alone and in a crowd."""
     wrong = [each for each in found if each.worst > tolerance]
-    name = "same answers alone and in a crowd"
+    name = ALONE_AND_IN_A_CROWD
     if wrong:
         prompts_ = ", ".join(f"{each.prompt} by {each.worst:.2f}" for each in wrong)
         detail = (

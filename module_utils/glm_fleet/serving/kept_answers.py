@@ -11,9 +11,23 @@ from typing import Annotated, Callable, Protocol, TypedDict
 from ..core.check import Check
 from ..core.decode import Amount, Count, Size, Words
 from ..core.http import Http
-from .answers import ASKED, Answers, Difference, ask_all, difference, name_of, prompts
+from .answers import (
+    ALONE_AND_IN_A_CROWD,
+    ASKED,
+    Answers,
+    Difference,
+    ask_all,
+    difference,
+    name_of,
+    prompts,
+)
 from .needles import check_needles
 from .policy import AnswerLimits
+
+AS_NEIGHBOURS = "same answers as the neighbours"
+AS_BEFORE = "same answers as before"
+# The checks whose figures tell how far right answers are apart.
+COMPARED = (ALONE_AND_IN_A_CROWD, AS_NEIGHBOURS, AS_BEFORE)
 
 
 class Apart(TypedDict):
@@ -142,12 +156,12 @@ def judge(
     agreeing = [each for each in neighbours if each["mean"] <= drift]
     if neighbours:
         passed = 2 * len(agreeing) >= len(neighbours)
-        checks.append(Check("same answers as the neighbours", passed, _say(neighbours, drift)))
+        checks.append(Check(AS_NEIGHBOURS, passed, _say(neighbours, drift)))
     before = compare(mine, "this node before", kept, drift) if kept else None
     if before:
         backed = any(each["release"] == mine["release"] for each in agreeing)
         passed = before["mean"] <= drift or backed
-        checks.append(Check("same answers as before", passed, _say([before], drift)))
+        checks.append(Check(AS_BEFORE, passed, _say([before], drift)))
     return checks, [*([before] if before else []), *neighbours]
 
 
