@@ -90,8 +90,8 @@ attestation:
       C(started_at), C(unit), C(canary) (tokens_per_second, time_to_first_token_s in seconds,
       completion_tokens, text), C(metrics), C(diagnosis), C(step_down) (whether a lower mode of
       CUDA graphs may help) and C(journal).
-    - C(answers) are the known answers, and C(apart) how far they are from others, as C(whom),
-      C(release), C(mean) (of the differences of log probabilities), C(moved) and C(prompts).
+    - C(answers) are the known answers. Their C(apart) says how far they are from others, as
+      C(whom), C(release), C(mean) (of the differences of log probabilities), C(moved), C(prompts).
   returned: with V(check) and V(attest)
   type: dict
 answers:

@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Annotated, Any, Callable, TypedDict
 
 from ..core.check import Check
-from ..core.decode import Range, Size, Words, parse
+from ..core.decode import Amount, Count, Range, Size, Words, parse
 from ..core.errors import FleetError
 from ..core.http import Http
 
@@ -67,8 +67,26 @@ class Said(TypedDict):
     steps: Annotated[Sequence[Step], Size(256)]
 
 
-class Answers(TypedDict):
-    """The answers of one start, each prompt asked alone.
+class Apart(TypedDict):
+    """How far the answers are from those of ``whom``: see `kept_answers.compare`."""
+
+    whom: Words
+    release: Words
+    # Mean difference of the log probabilities, over all prompts.
+    mean: Amount
+    # Prompts that differ by more than the tolerance, and how many were compared.
+    moved: Annotated[Sequence[Words], Size(64)]
+    prompts: Count
+
+
+class _Figures(TypedDict, total=False):
+    # The largest difference of a log probability between alone and in a crowd.
+    crowd: Amount
+    apart: Annotated[Sequence[Apart], Size(100)]
+
+
+class Answers(_Figures):
+    """The answers of one start, each prompt asked alone, and the figures by which they were judged.
 
     ``prompts`` names the set of prompts; ``invocation`` is systemd's id of the start.
     """
@@ -208,10 +226,14 @@ def _apart(token: str, mine: Mapping[str, float], theirs: Mapping[str, float]) -
 
 @dataclass(frozen=True)
 class Found:
-    """What asking gave: the checks, and what each prompt was answered alone."""
+    """What asking gave: the checks, and what each prompt was answered alone.
+
+    ``crowd`` is the largest difference of a log probability between alone and in a crowd.
+    """
 
     checks: Sequence[Check]
     said: Sequence[Said] = ()
+    crowd: float = 0.0
 
 
 def ask_all(
@@ -240,7 +262,8 @@ def ask_all(
     except FleetError as error:
         return Found([Check(ASKED, False, str(error))])
     found = [difference(one, other) for one, other in zip(alone, crowd)]
-    return Found([check_crowd(found, tolerance)], alone)
+    worst = max(each.worst for each in found)
+    return Found([check_crowd(found, tolerance)], alone, round(worst, 4))
 
 
 def check_crowd(found: Sequence[Difference], tolerance: float) -> Check:

@@ -207,7 +207,6 @@ def _attest(
         "diagnosis": "" if passed else _wrong_answers(answers) or diagnose(lines),
         "step_down": not passed and lower_graphs_help(lines),
         "journal": [] if passed else relevant_lines(lines),
-        "apart": answers.apart,
     }
     return {**found, "answers": answers.answers} if answers.answers else found
 

@@ -25,7 +25,16 @@ from .diagnosis import diagnose, relevant_lines
 from .evidence import EVIDENCE
 from .metrics import parse_metrics
 from .policy import Modes, Policy, read_api_key, read_policy
-from .probe import CheckOutcome, EngineLook, EngineState, Graphs, Nothing, Probe, Sample
+from .probe import (
+    CheckOutcome,
+    EngineLook,
+    EngineState,
+    Graphs,
+    KnownAnswers,
+    Nothing,
+    Probe,
+    Sample,
+)
 from .record import START_RECORD
 from .startup import start_phase
 
@@ -33,6 +42,7 @@ POLICY_PATH = Places().etc / POLICY
 ENVIRONMENT_PATH = Places().etc / ENVIRONMENT
 # What the server says of itself is in its memory and comes at once, also under load.
 _QUICK_S = 5.0
+_PLACES = Places()
 _GAUGES = {
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
@@ -156,6 +166,7 @@ def look(
     record_path: Path = START_RECORD,
     evidence_path: Path = EVIDENCE,
     proc: Path = Path("/proc"),
+    places: Places = _PLACES,
     client: Callable[..., Http] = local_http,
 ) -> Probe:
     """Look at the service of this node once, without disturbing it.
@@ -189,7 +200,10 @@ def look(
         evidence_path=evidence_path,
         proc=proc,
     )
-    found["cuda_graphs"] = _graphs(policy["cuda_graphs"], found["release_id"], found["model_id"])
+    deployments = Deployments(places)
+    ran = (found["release_id"], found["model_id"])
+    found["cuda_graphs"] = _graphs(policy["cuda_graphs"], *ran, deployments)
+    found["known_answers"] = _known_answers(found["invocation_id"], deployments)
     found["engine"] = _judge(before, read_sample(ask), found["checks"])
     found["engine"]["seconds"] = round(time.monotonic() - begun, 3)
     return found
@@ -239,13 +253,21 @@ def _down(run: Runner, state: UnitState, unit: str) -> Probe:
     }
 
 
-def _graphs(modes: Modes, release: str, model: str) -> Graphs:
+def _graphs(modes: Modes, release: str, model: str, deployments: Deployments) -> Graphs:
     """Say which CUDA graphs run, which were wanted, and why they differ."""
     runs, wanted = modes.get("runs", ""), modes.get("wanted", "")
     reason = ""
     if runs != wanted:
-        reason = Deployments(Places()).why_not(release, model, wanted)
+        reason = deployments.why_not(release, model, wanted)
     return {"runs": runs, "wanted": wanted, "reason": reason}
+
+
+def _known_answers(invocation: str, deployments: Deployments) -> KnownAnswers:
+    """Return the figures of the known answers of this start, {} where none were asked for."""
+    kept = deployments.answers(deployments.current())
+    if not kept or kept["invocation"] != invocation:
+        return {}
+    return {"crowd": kept.get("crowd", 0.0), "apart": kept.get("apart", ())}
 
 
 def _without_answer(run: Runner, state: UnitState, unit: str) -> Probe:

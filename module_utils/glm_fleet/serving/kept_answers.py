@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Annotated, Callable, Protocol, TypedDict
+from typing import Callable, Protocol
 
 from ..core.check import Check
-from ..core.decode import Amount, Count, Size, Words
 from ..core.http import Http
 from .answers import (
     ALONE_AND_IN_A_CROWD,
     ASKED,
     Answers,
+    Apart,
     Difference,
     ask_all,
     difference,
@@ -28,18 +28,6 @@ AS_NEIGHBOURS = "same answers as the neighbours"
 AS_BEFORE = "same answers as before"
 # The checks whose figures tell how far right answers are apart.
 COMPARED = (ALONE_AND_IN_A_CROWD, AS_NEIGHBOURS, AS_BEFORE)
-
-
-class Apart(TypedDict):
-    """How far the answers are from those of ``whom``: see `compare`."""
-
-    whom: Words
-    release: Words
-    # Mean difference of the log probabilities, over all prompts.
-    mean: Amount
-    # Prompts that differ by more than the tolerance, and how many were compared.
-    moved: Annotated[Sequence[Words], Size(64)]
-    prompts: Count
 
 
 class Store(Protocol):
@@ -79,11 +67,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Proof:
-    """What known answers gave: checks, the answers to keep if all passes, and the figures."""
+    """What known answers gave: checks, and the answers to keep if all passes."""
 
     checks: Sequence[Check] = ()
     answers: Answers | None = None
-    apart: Sequence[Apart] = ()
 
 
 def prove(http: Http, model_name: str, start: Start, known: Known) -> Proof:
@@ -110,9 +97,10 @@ def prove(http: Http, model_name: str, start: Start, known: Known) -> Proof:
         model=start.model,
         invocation=start.invocation,
         said=found.said,
+        crowd=found.crowd,
     )
-    more, apart = judge(answers, before, known.neighbours, limits["drift"])
-    return Proof([*checks, *more], answers, apart)
+    more, answers["apart"] = judge(answers, before, known.neighbours, limits["drift"])
+    return Proof([*checks, *more], answers)
 
 
 def compare(mine: Answers, whom: str, theirs: Answers, drift: float) -> Apart | None:

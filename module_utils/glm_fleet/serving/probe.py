@@ -11,8 +11,7 @@ from typing import Annotated, Literal, NoReturn, TypedDict
 
 from ..core.decode import Amount, Count, Range, Size, Words
 from ..core.systemd import UnitState
-from .answers import Answers
-from .kept_answers import Apart
+from .answers import Answers, Apart
 
 EngineState = Literal["serving", "busy", "hung", "starting", "silent", "down", ""]
 Speed = Annotated[float, Range(0.0, 1e7)]
@@ -84,6 +83,13 @@ class Graphs(TypedDict, total=False):
     reason: Words
 
 
+class KnownAnswers(TypedDict, total=False):
+    """How far known answers were from others when the start that runs was attested."""
+
+    crowd: Amount
+    apart: Annotated[Sequence[Apart], Size(100)]
+
+
 class Probe(TypedDict, total=False):
     """The attestation of a node, or why there is none."""
 
@@ -101,6 +107,6 @@ class Probe(TypedDict, total=False):
     journal: Annotated[Sequence[Words], Size(10_000)]
     cuda_graphs: Graphs
     engine: EngineLook
-    # What was answered, and how far that is from before and from other nodes.
+    # What was answered, with the figures by which it was judged. A look has the figures alone.
     answers: Answers
-    apart: Annotated[Sequence[Apart], Size(100)]
+    known_answers: KnownAnswers

@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +194,11 @@ def right() -> Answers:
     return {**kept_of(Engine(noise=0.04)), "release": "rel-0"}
 
 
+def apart_of(proof: kept_answers.Proof) -> Sequence[answers.Apart]:
+    assert proof.answers is not None
+    return proof.answers["apart"]
+
+
 def failed(proof: kept_answers.Proof) -> list[str]:
     return [each.name for each in proof.checks if not each.passed]
 
@@ -206,10 +211,11 @@ def test_the_same_engine_answers_as_before_and_as_its_neighbours(right: Answers)
         "same answers as the neighbours",
         "same answers as before",
     ]
-    assert [each["whom"] for each in proof.apart] == ["this node before", "gpu02"]
-    assert all(0 < each["mean"] < 0.15 and not each["moved"] for each in proof.apart)
+    assert [each["whom"] for each in apart_of(proof)] == ["this node before", "gpu02"]
+    assert all(0 < each["mean"] < 0.15 and not each["moved"] for each in apart_of(proof))
     assert proof.answers is not None
     assert proof.answers["invocation"] == "i1"
+    assert 0 < proof.answers["crowd"] < 0.3
 
 
 def test_a_wrong_scale_is_seen_against_what_was_before(right: Answers) -> None:
@@ -253,7 +259,7 @@ def test_other_weights_and_other_prompts_are_not_compared(right: Answers) -> Non
     for change in ({"model": "mod-2"}, {"prompts": "of-another-version"}, {"said": []}):
         proof = prove(Engine(scale=0.5), Known(LIMITS, Store(), {"gpu02": {**right, **change}}))
         assert failed(proof) == []
-        assert not proof.apart
+        assert not apart_of(proof)
 
 
 def test_a_start_is_asked_once_unless_it_has_to_be_again() -> None:

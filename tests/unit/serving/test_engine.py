@@ -12,6 +12,7 @@ import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult
 from glm_fleet.serving import engine
+from glm_fleet.serving.deployment import Places
 
 METRICS = """\
 # HELP vllm:num_requests_running x
@@ -92,6 +93,7 @@ def look(server: Server, policy: Path, run: Any = None) -> dict[str, Any]:
         record_path=policy.with_name("none"),
         evidence_path=policy.with_name("none"),
         proc=policy.parent,
+        places=Places(deployments=policy.parent / "deployments"),
         canary_timeout_s=7.0,
         client=server.client,
     )
@@ -112,6 +114,18 @@ def test_state_of_an_engine_that_was_ready(server: Server, state: str, policy: P
     # A hung engine holds a health check up for as long as the canary may wait, no longer.
     assert server.time_outs == {5.0, 7.0}
     json.dumps(found)
+
+
+def test_a_look_tells_the_known_answers_of_the_start_that_runs(policy: Path) -> None:
+    folder = policy.parent / "deployments/0123456789ab"
+    folder.mkdir(parents=True)
+    (policy.parent / "deployments/current").symlink_to(folder)
+    apart = {"whom": "gpu02", "release": "r", "mean": 0.01, "moved": [], "prompts": 8}
+    kept = {"prompts": "p", "release": "r", "model": "m", "said": [], "crowd": 0.09}
+    for invocation, told in (("abc", {"crowd": 0.09, "apart": [apart]}), ("earlier", {})):
+        text = json.dumps({**kept, "apart": [apart], "invocation": invocation})
+        (folder / "answers.json").write_text(text)
+        assert look(Server(), policy)["known_answers"] == told
 
 
 @pytest.mark.parametrize("missed", range(1, 8))
