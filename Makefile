@@ -32,10 +32,10 @@ test: ## Linters, unit tests, tests with real programs, the release tests and th
 	$(call step,fleet-test,$(MAKE) --no-print-directory fleet-test)
 
 check: ## Linters and unit tests, on two processors: what to run before each commit
-	@$(MAKE) --no-print-directory lint-ansible >.check.log 2>&1 & ansible=$$!; \
-	$(MAKE) --no-print-directory lint-python unit; python=$$?; \
-	wait $$ansible; status=$$?; cat .check.log; rm -f .check.log; \
-	[ $$status -eq 0 ] && [ $$python -eq 0 ]
+	@$(MAKE) --no-print-directory lint >.check.log 2>&1 & lint=$$!; \
+	$(MAKE) --no-print-directory unit; unit=$$?; \
+	wait $$lint; status=$$?; cat .check.log; rm -f .check.log; \
+	[ $$status -eq 0 ] && [ $$unit -eq 0 ]
 
 lint: lint-python lint-ansible ## Linters, type checks and the contracts between packages
 
@@ -47,8 +47,8 @@ lint-python:
 
 lint-ansible:
 	$(call step,yamllint,yamllint --strict .)
-	$(call step,ansible-lint,ansible-lint --profile production --offline --strict)
 	$(call step,syntax check,ansible-playbook -i inventory/example --syntax-check $(PLAYBOOKS) >/dev/null)
+	$(call step,ansible-lint,PATH="$(CURDIR)/.ci/lint:$$PATH" ansible-lint --profile production --offline --strict)
 
 unit: ## Unit tests: no network, no root, no program but git
 	@python -m pytest tests/unit

@@ -227,6 +227,9 @@ def test_one_wrong_value_changes_the_row_of_its_host_only(host: str) -> None:
                 continue
         else:
             taken += 1
+            # Every other one, in a step that no row of wrong values shares.
+            if taken % 2:
+                continue
         answers = {**records, host: {**records[host], "node": facts}}
         found = judged(answers)
         if (refused + taken) % 3 == 0:

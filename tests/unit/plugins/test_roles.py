@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
 
 
+@functools.cache
 def load(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping; {} if there is no such file."""
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
@@ -73,10 +75,11 @@ def test_a_default_has_one_source(role: str) -> None:
         where = path.relative_to(ROOT)
         for name in re.findall(r"\b(\w+) \| default\((?:'[^']+'|\"[^\"]+\"|[\d.]+)", text):
             assert name not in common, f"{where} has a default for {name}, as roles/common has"
-        for name in {name for each in ROLES for name in options(each)} - set(own) - set(common):
-            assert not re.search(rf"(?<![\w.]){name}\b(?!:)", re.sub("(?m)#.*$", "", text)), (
-                f"{where} reads {name} of another role: put its default into roles/common"
-            )
+        read = set(re.findall(r"(?<![\w.])(\w+)\b(?!:)", re.sub("(?m)#.*$", "", text)))
+        others = read & {name for each in ROLES for name in options(each)} - set(own) - set(common)
+        assert not others, (
+            f"{where} reads {', '.join(others)} of another role: put the default into roles/common"
+        )
 
 
 def test_whoever_reads_a_common_variable_depends_on_common() -> None:
@@ -86,9 +89,8 @@ def test_whoever_reads_a_common_variable_depends_on_common() -> None:
 
     for role in ROLES:
         for path, text in texts(role):
-            for name in options("common"):
-                if re.search(rf"(?<![\w.]){name}\b", text):
-                    assert "common" in known(role), f"{path.relative_to(ROOT)} reads {name}"
+            read = set(re.findall(r"(?<![\w.])(\w+)\b", text)) & set(options("common"))
+            assert not read or "common" in known(role), f"{path.relative_to(ROOT)} reads {read}"
 
 
 def test_the_example_sets_only_variables_of_the_roles() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,9 +206,10 @@ def git(folder: Path, *args: str) -> str:
     return run_program(["git", *args], cwd=str(folder), env=environment).stdout.strip()
 
 
-@pytest.fixture
-def upstream(tmp_path: Path) -> Upstream:
-    work, path = tmp_path / "work", tmp_path / "up.git"
+@pytest.fixture(scope="session")
+def first_upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
+    folder = tmp_path_factory.mktemp("upstream")
+    work, path = folder / "work", folder / "up.git"
     work.mkdir()
     git(work, "init", "--quiet", "--initial-branch=main")
     git(work, "init", "--quiet", "--bare", str(path))
@@ -218,6 +220,15 @@ def upstream(tmp_path: Path) -> Upstream:
     git(work, "push", "--quiet", str(path), "main", "v1")
     made.head = made.pull(PULL_FILES).head
     return made
+
+
+@pytest.fixture
+def upstream(first_upstream: Upstream, tmp_path: Path) -> Upstream:
+    """One that a test may change."""
+    work, path = tmp_path / "work", tmp_path / "up.git"
+    shutil.copytree(first_upstream.work, work)
+    shutil.copytree(first_upstream.path, path)
+    return replace(first_upstream, path=path, work=work)
 
 
 def repository(upstream: Upstream, tmp_path: Path) -> Repository:

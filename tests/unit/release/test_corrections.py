@@ -22,12 +22,20 @@ from glm_fleet.release.corrections import (
 )
 from glm_fleet.release.git import PullRequest
 from glm_fleet.release.merge import Resolver
-from test_compiler import EXPECT, KERNELS, PULL_FILES, Upstream, repository, upstream
+from test_compiler import (
+    EXPECT,
+    KERNELS,
+    PULL_FILES,
+    Upstream,
+    first_upstream,
+    repository,
+    upstream,
+)
 
 from lab import standin
 from tests.defaults import defaults
 
-__all__ = ["upstream"]
+__all__ = ["first_upstream", "upstream"]
 ROLE = Path(__file__).resolve().parents[3] / "roles/release"
 DEFAULTS = defaults("release")
 HEAD = DEFAULTS["release_pull_requests"][0]["head"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 Values = dict[str, Any]
 # Stands for every module that a turn calls: writes down who was asked, and answers as it was told.
 MODULE = """#!/usr/bin/python
