@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.check import Check
@@ -172,16 +172,10 @@ def _attest(
         checks += _what_runs(release, model_id, wanted, record.get("release"))
         proof = check_journal(lines, wanted.required, wanted.forbidden, known)
         checks += proof
-        served, context = served_model(http, wanted.model_name)
-        checks.append(served)
-        if served.passed:
-            more, canary = run_canary(http, wanted.model_name, context, thorough=thorough)
-            checks += more
-            # What does not answer at all need not be asked for more.
-            if thorough and wanted.known and all(check.passed for check in checks):
-                start = Start(release, model_id, running["invocation"], context)
-                answers = prove(http, wanted.model_name, start, wanted.known)
-                checks += answers.checks
+        start = Start(release, model_id, running["invocation"], 0)
+        sound = all(check.passed for check in checks)
+        asked, canary, answers = _ask(http, wanted, start, thorough=thorough, sound=sound)
+        checks += asked
         told = read_metrics(http)
         metrics = {key: told[key] for key in _METRICS if key in told}
     passed = all(check.passed for check in checks)
@@ -215,6 +209,26 @@ def _wrong_answers(proof: Proof) -> str:
     """Say in which way a server that answers is wrong, '' if it is not."""
     failed = [each for each in proof.checks if not each.passed and each.name != ASKED]
     return "; ".join(f"it answers wrongly: {each.name}: {each.detail}" for each in failed)
+
+
+def _ask(
+    http: Http, wanted: Wanted, start: Start, *, thorough: bool, sound: bool
+) -> tuple[list[Check], Canary, Proof]:
+    """Ask the server as a client does: for its model, for a canary, and for known answers.
+
+    For the last only a thorough attestation asks, of a start that is ``sound`` so far.
+    """
+    served, context = served_model(http, wanted.model_name)
+    if not served.passed:
+        return [served], {}, Proof()
+    more, canary = run_canary(http, wanted.model_name, context, thorough=thorough)
+    checks = [served, *more]
+    # What does not answer at all need not be asked for more.
+    if not (thorough and wanted.known and sound and all(check.passed for check in checks)):
+        return checks, canary, Proof()
+    start = replace(start, context=context)
+    answers = prove(http, wanted.model_name, start, wanted.known)
+    return [*checks, *answers.checks], canary, answers
 
 
 def _what_runs(
