@@ -24,7 +24,7 @@ from .evidence import EVIDENCE, check_journal, read_evidence
 from .kept_answers import Known, Proof, Start, prove
 from .metrics import read_metrics
 from .policy import Policy
-from .probe import Canary, Probe
+from .probe import Canary, CheckOutcome, Probe
 from .record import START_RECORD, read_running, running_release
 from .startup import CHECKED_LINES
 
@@ -188,9 +188,7 @@ def _attest(
             wanted.known.store.note_answers(answers.answers)
     found: Probe = {
         "passed": passed,
-        "checks": [
-            {"name": each.name, "passed": each.passed, "detail": each.detail} for each in checks
-        ],
+        "checks": _outcomes(checks),
         "release_id": release,
         "model_id": model_id,
         "invocation_id": running["invocation"],
@@ -209,6 +207,10 @@ def _wrong_answers(proof: Proof) -> str:
     """Say in which way a server that answers is wrong, '' if it is not."""
     failed = [each for each in proof.checks if not each.passed and each.name != ASKED]
     return "; ".join(f"it answers wrongly: {each.name}: {each.detail}" for each in failed)
+
+
+def _outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
+    return [{"name": each.name, "passed": each.passed, "detail": each.detail} for each in checks]
 
 
 def _ask(
