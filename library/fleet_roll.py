@@ -76,6 +76,10 @@ batches:
   returned: with V(planned)
   type: list
   elements: int
+first:
+  description: The node that is the first to run what it gets. Empty if another one does already.
+  returned: with V(planned)
+  type: str
 moved:
   description: The nodes that the gateways are to reach at another endpoint.
   returned: with V(planned)

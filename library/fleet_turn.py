@@ -11,8 +11,8 @@ short_description: Takes a node's turn, from the drain until it serves again
 description:
   - Drains the node at every gateway, switches it to what it should run, attests it, and joins it.
     Steps down to a lower mode of CUDA graphs, or goes back to what ran before, where that fails.
-  - Calls M(haproxy_server) at the gateways, M(deployment) and M(vllm_probe) on the node, and
-    M(fleet_lock) at the first gateway. The order of the steps is in C(fleet/turn.py).
+  - Calls M(haproxy_server) at the gateways, M(deployment), M(rehearsal) and M(vllm_probe) on the
+    node, and M(fleet_lock) at the first gateway. The order of the steps is in C(fleet/turn.py).
   - In check mode each of these modules tells what it would change.
 author: glm-fleet contributors (@glm-fleet)
 options:
@@ -41,6 +41,16 @@ options:
     description: Why the node is held out of service, or will be, for V(leave). Not held if empty.
     type: str
     default: ""
+  rehearse:
+    description:
+      - Whether what the node is restarted to is rehearsed before, by M(rehearsal). What is known to
+        run on its GPUs is not rehearsed again.
+    type: bool
+    default: false
+  rehearsal:
+    description: More options of M(rehearsal).
+    type: dict
+    default: {}
   read_ahead:
     description:
       - Folder of the model that a node which serves reads into memory before it is drained, if it

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_action import ControllerAction
 from glm_fleet.fleet.endpoints import REACHED_BY
+from glm_fleet.fleet.rollout import first_to_try
 from glm_fleet.fleet.rollout_facts import NodeAnswers, endings, found_or_staged, plan_fleet
 from glm_fleet.fleet.rollout_table import end_sentence, render_end, render_plan
 from glm_terminal import plain, show, width
@@ -65,6 +66,7 @@ def _plan(nodes: Sequence[NodeAnswers], arguments: Mapping[str, Any]) -> dict[st
     return {
         "lines": render_plan(found.nodes, found.plan, width(), arguments["remark"]),
         "turns": [each.node for each in found.plan.turns],
+        "first": first_to_try(found.nodes, found.plan),
         "batches": list(found.plan.batches),
         "moved": found.moved,
         "targets": found.targets,

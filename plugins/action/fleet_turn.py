@@ -42,6 +42,7 @@ _WORDS: Mapping[str, str] = {
     "drain": "drains",
     "hold": "is held",
     "empty": "finishes its last requests",
+    "rehearse": "rehearses deployment {step.deployment}, unless it is known to run here",
     "switch": "switches to deployment {step.deployment}",
     "attest": "is attested",
     "unhold": "is not held any more",
@@ -68,6 +69,8 @@ class ActionModule(DelegatingAction):
                 "wanted": {"type": "dict", "default": {}},
                 "moved": {"type": "bool", "default": False},
                 "held": {"type": "str", "default": ""},
+                "rehearse": {"type": "bool", "default": False},
+                "rehearsal": {"type": "dict", "default": {}},
                 "read_ahead": {"type": "path", "default": ""},
                 "read_rate": {"type": "int", "default": 1_000_000_000},
                 "places": {"type": "dict", "default": {}},
@@ -86,6 +89,7 @@ class ActionModule(DelegatingAction):
                 ladder=wanted.get("ladder") or [],
                 back=wanted.get("back") or "",
                 read_ahead=bool(settings["read_ahead"] and wanted.get("differences") and serves),
+                rehearse=settings["rehearse"],
                 restart=bool(wanted.get("differences")),
                 moved=settings["moved"],
                 held=settings["held"],
@@ -171,6 +175,9 @@ def _call(
         return "fleet_lock", held if step.action == "hold" else {"state": "unheld", "node": node}
     if step.action == "read ahead":
         return "model_pages", {"path": settings["read_ahead"], "rate": settings["read_rate"]}
+    if step.action == "rehearse":
+        options = {"rungs": list(turn.order.ladder), "drained": True}
+        return "rehearsal", {**options, **plain(settings["rehearsal"]), **plain(settings["places"])}
     made = [*turn.attempts("switch"), *turn.attempts("go back")]
     if step.action == "attest":
         ids = {kind: turn.runs.get(kind, "") for kind in ("release", "model")}

@@ -23,11 +23,12 @@ import json, os, sys
 given = json.load(open(sys.argv[1]))
 host, folder = os.environ["GLM_HOST"], os.environ["GLM_TEST"]
 node = given.get("server") or given.get("node") or host
-asked = given.get("state") or given.get("mode") or "read"
+asked = given.get("state") or given.get("mode") or ("rehearse" if "drained" in given else "read")
 with open(f"{folder}/calls-{node}", "a") as calls:
     options = {key: each for key, each in given.items() if not key.startswith("_ansible")}
     calls.write(json.dumps([host, asked, options]) + "\\n")
 answers = {
+    "rehearse": {"rehearsal": {"id": "new", "words": "rehearsed in 9 s"}},
     "active": {"deployment": {"id": given.get("id"), "port": 8003, "release": "r", "model": "m"}},
     "watch": {"watched": {"ready": True, "phase": "ready", "progress": ""}},
     "attest": {"attestation": {"passed": True}},
@@ -47,6 +48,8 @@ PLAY = """
         purpose: "{{ purpose }}"
         gateways: "{{ through }}"
         wanted: {ladder: [new], back: old, differences: [release], running: {active: true}}
+        rehearse: "{{ rehearse | default(false) }}"
+        rehearsal: {layers: 6}
         read_ahead: "{{ ahead | default('') }}"
         held: "{{ held | default('') }}"
         places: {release_root: /opt/x}
@@ -67,6 +70,8 @@ CRASH = {"failed": True, "msg": "it died", "diagnosis": "out of memory", "journa
 # Each node takes another turn: its variables, and what is answered otherwise than well.
 NODES: dict[str, tuple[Values, Values]] = {
     "through": ({"purpose": "switch", "ahead": "/srv/m"}, {}),
+    "canary": ({"purpose": "switch", "rehearse": True}, {}),
+    "dud": ({"purpose": "switch", "rehearse": True}, {"dud rehearse": CRASH}),
     "fails": ({"purpose": "switch", "held": "fans"}, {"fails attest": CRASH}),
     "refused": ({"purpose": "switch", "through": ["gw01", "gone"]}, {}),
     "leaves": ({"purpose": "leave", "held": "new fans"}, {}),
@@ -111,7 +116,8 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Taken]:
     """All turns at once, as the nodes of one batch take them."""
     folder = tmp_path_factory.mktemp("turns")
     (folder / "library").mkdir()
-    for name in ("haproxy_server", "deployment", "vllm_probe", "fleet_lock", "model_pages"):
+    for name in ("haproxy_server", "deployment", "vllm_probe", "fleet_lock", "model_pages",
+                 "rehearsal"):  # fmt: skip
         (folder / "library" / f"{name}.py").write_text(MODULE)
     for node, (_, told) in NODES.items():
         (folder / f"answers-{node}").write_text(json.dumps(told))
@@ -175,6 +181,27 @@ def test_a_switch_asks_every_gateway_and_the_node(turns: Mapping[str, Taken]) ->
         "is attested",
         "joins",
     ]
+
+
+def test_what_is_new_is_rehearsed_while_the_node_is_drained(turns: Mapping[str, Taken]) -> None:
+    taken = turns["canary"]
+    assert taken.asked == [
+        "gw01 drain", "gw02 drain", "canary rehearse", "canary active", "canary attest",
+        "gw01 ready", "gw02 ready",
+    ]  # fmt: skip
+    options = {"rungs": ["new"], "drained": True, "layers": 6, "release_root": "/opt/x"}
+    assert {key: taken.options[2][key] for key in options} == options
+    assert taken.said[1].startswith("rehearses deployment new")
+    assert taken.outcome["why"] == "rehearsed in 9 s"
+
+
+def test_what_cannot_be_rehearsed_is_never_switched_to(turns: Mapping[str, Taken]) -> None:
+    taken = turns["dud"]
+    assert taken.asked[2:] == ["dud rehearse", "dud active", "dud attest",
+                               "gw01 ready", "gw02 ready"]  # fmt: skip
+    assert taken.options[3]["id"] == "old"
+    assert (taken.outcome["state"], taken.outcome["good"]) == ("rolled back", False)
+    assert taken.outcome["why"] == "the rehearsal failed: out of memory"
 
 
 def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) -> None:

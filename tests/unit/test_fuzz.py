@@ -75,6 +75,7 @@ from glm_fleet.serving.evidence import read_evidence
 from glm_fleet.serving.policy import read_api_key, read_policy
 from glm_fleet.serving.probe import Sample
 from glm_fleet.serving.record import read_record
+from glm_fleet.serving.rehearsal import cut_config, exec_words, read_rehearsals
 from glm_fleet.transfer.rendezvous import AgentAnswer, Meeting, Record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -354,6 +355,17 @@ RECORD = json.dumps(
     {"release": "vllm-1", "model": "glm-1", "unit_sha256": "0", "environment_sha256": "1",
      "invocation": "i1"}
 )  # fmt: skip
+REHEARSALS = json.dumps(
+    [{"gpus": "8 x A100", "driver": "550.54", "release": "vllm-1", "cuda_graphs": "eager",
+      "command": "0a", "passed": True, "problem": "", "seconds": 90.5, "time_s": 1.7e9,
+      "layers": 7, "of_layers": 78}]
+)  # fmt: skip
+CONFIG = json.dumps(
+    {"num_hidden_layers": 4, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+     "first_k_dense_replace": 2, "moe_layer_freq": 1, "index_topk_freq": 2,
+     "index_skip_topk_offset": 1, "index_topk_pattern": "FFSS", "text_config": None}
+)  # fmt: skip
+EXEC = '[Service]\nExecStart=/r/bin/vllm serve /m --port 8000 --c "{\\"a\\":1}"\n'
 UNITS = "Id=glm-serving.service\nActiveState=active\nNRestarts=2\nMainPID=41\nInvocationID=i1\n"
 DEPLOYMENT = "0123456789ab"
 
@@ -712,6 +724,9 @@ READERS = (
     ),
     Reader("api key", "# x\nVLLM_API_KEY='a b'\n", in_file(read_api_key)),
     Reader("start record", RECORD, in_file(read_record)),
+    Reader("rehearsals", REHEARSALS, in_file(read_rehearsals)),
+    Reader("configuration of a model", CONFIG, lambda text, _: cut_config(text)),
+    Reader("unit of a deployment", EXEC, lambda text, _: exec_words(text)),
     Reader("evidence", RECORD, in_file(lambda path: read_evidence(path, "i1"))),
     Reader("readiness", RECORD, in_file(lambda path: readiness_answer(path, path, path))),
     Reader("units", UNITS, lambda text, _: unit_state(program(text), "glm-serving.service")),

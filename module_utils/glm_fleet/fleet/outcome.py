@@ -47,6 +47,8 @@ def outcome(turn: Turn) -> Outcome:
     if refused := _refusals(turn.answers("drain")):
         not_back = _refusals(turn.answers("let back"))
         return Outcome(UNTOUCHED, False, _sentence(dict.fromkeys([*refused, *not_back])))
+    if any(not each.ok for each in turn.answers("rehearse")):
+        return _outcome_of_rehearsal(turn)
     made = turn.attempts("switch")
     if not made:
         gone = _refusals(turn.answers("read ahead"))
@@ -60,6 +62,10 @@ def _outcome_of_switch(turn: Turn, made: Sequence[Attempt]) -> Outcome:
     last, why = made[-1], []
     if busy := sum(each.sessions for each in turn.answers("drain")):
         why.append(f"{busy} requests were still running when it was stopped")
+    for each in turn.answers("rehearse"):
+        if stepped_down := each.rehearsal.get("stepped_down"):
+            why.append(f"stepped down to {each.rehearsal.get('cuda_graphs')}: {stepped_down}")
+        why.append(each.rehearsal.get("words", ""))
     if not last.passed:
         return _outcome_of_failure(turn, last)
     for failed in made[:-1]:
@@ -72,6 +78,18 @@ def _outcome_of_switch(turn: Turn, made: Sequence[Attempt]) -> Outcome:
     if turn.order.held:
         return _ended(HELD, True, [*why, f"held: {turn.order.held}"], last)
     return _ended(SERVES, True, why, last)
+
+
+def _outcome_of_rehearsal(turn: Turn) -> Outcome:
+    """Say how a turn ended whose rehearsal failed: nothing new was put in place."""
+    (answer,) = turn.answers("rehearse")
+    if answer.diagnosis:
+        answer = replace(answer, diagnosis=f"the rehearsal failed: {answer.diagnosis}")
+    failed = Attempt("", answer)
+    if turn.order.back or answer.lost:
+        return _outcome_of_failure(turn, failed)
+    why = [answer.reason, "nothing new was put in place"]
+    return _ended(DRAINED, False, why, failed)
 
 
 def _outcome_of_failure(turn: Turn, failed: Attempt) -> Outcome:

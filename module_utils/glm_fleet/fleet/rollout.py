@@ -143,6 +143,17 @@ def plan_roll(
     return Plan(turns, [len(group) for group in groups])
 
 
+def first_to_try(nodes: Sequence[NodeState], plan: Plan) -> str:
+    """Name the node that is the first to run what it gets, '' if one of them runs it already."""
+    by_name = {each.name: each for each in nodes}
+    proven = {each.wanted.get("id") for each in nodes if each.ready and not each.changes}
+    for turn in plan.turns:
+        node = by_name[turn.node]
+        if turn.kind == RESTART and not _gets_the_same(node):
+            return "" if node.wanted.get("id") in proven else node.name
+    return ""
+
+
 def _gets_the_same(node: NodeState) -> bool:
     wanted = node.wanted.get("id")
     return bool(wanted) and wanted == node.current.get("id")

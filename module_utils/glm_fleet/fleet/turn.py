@@ -3,16 +3,17 @@
 
 A turn that switches a node to what it should run::
 
-    read ahead --> drain ----> switch ----> attest ----> join
-                     | refused    | failed     | failed
-                     v            v            v
-                   let back     switch to the next rung of the ladder, if that may help
-                                keep out ----> go back ----> attest ----> join
+    read ahead --> drain --> rehearse --> switch ----> attest ----> join
+                     | refused  | failed    | failed     | failed
+                     v          v           v            v
+                   let back   go back     switch to the next rung of the ladder, if that may help
+                                          keep out ----> go back ----> attest ----> join
 
 A node that does not have to be restarted begins at the switch, which then changes nothing, unless
-its endpoint moves: then it is drained too. Reading the weights ahead, while the node still serves,
-may fail without harm. A node that is held does not join. A turn that takes a
-node out of service (``leave``) or lets it back (``return``)::
+its endpoint moves: then it is drained too. Only the first node that gets something new rehearses:
+what runs is stopped, and the new release is started with random weights. Reading the weights
+ahead, while the node still serves, may fail without harm. A node that is held does not join. A
+turn that takes a node out of service (``leave``) or lets it back (``return``)::
 
     drain ----> hold ----> empty            attest ----> unhold ----> join
       | refused   | refused
@@ -33,8 +34,8 @@ from typing import Any, Literal
 
 Purpose = Literal["switch", "leave", "return"]
 Action = Literal[
-    "read ahead", "drain", "hold", "empty", "switch", "attest", "unhold", "join", "keep out",
-    "go back", "let back",
+    "read ahead", "drain", "hold", "empty", "rehearse", "switch", "attest", "unhold", "join",
+    "keep out", "go back", "let back",
 ]  # fmt: skip
 AT_GATEWAYS: tuple[Action, ...] = ("drain", "empty", "join", "keep out", "let back")
 AT_LOCK: tuple[Action, ...] = ("hold", "unhold")
@@ -47,14 +48,16 @@ class Order:
     ``ladder`` holds ids of deployments, the wanted one first, then what to step down to, and
     ``back`` the id of what a failure goes back to, '' if there is nothing. ``read_ahead`` says
     whether the node reads the weights of its next start into memory before it is drained,
-    ``restart`` whether it has to be restarted, ``moved`` whether the gateways will reach it
-    somewhere else, ``held`` why it is or will be held out of service.
+    ``rehearse`` whether what it is restarted to is rehearsed before, ``restart`` whether it has
+    to be restarted, ``moved`` whether the gateways will reach it somewhere else, ``held`` why it
+    is or will be held out of service.
     """
 
     purpose: Purpose
     ladder: Sequence[str] = ()
     back: str = ""
     read_ahead: bool = False
+    rehearse: bool = False
     restart: bool = False
     moved: bool = False
     held: str = ""
@@ -76,7 +79,8 @@ class Answer:
     had at a gateway, ``sessions`` counts requests that still ran there. ``runs`` is the
     deployment that was switched to, {id, port, release, model, cuda_graphs}. ``passed`` says that
     the attestation passed, ``start`` where the time of the start went, in seconds by phase,
-    ``pages`` what was read ahead, ``step_down`` that a lower mode of CUDA graphs may help.
+    ``pages`` what was read ahead, ``rehearsal`` what a rehearsal gave, {id, words, stepped_down},
+    ``step_down`` that a lower mode of CUDA graphs may help.
     """
 
     host: str
@@ -90,6 +94,7 @@ class Answer:
     start: Mapping[str, float] = field(default_factory=dict)
     pages: Mapping[str, Any] = field(default_factory=dict)
     canary: Mapping[str, Any] = field(default_factory=dict)
+    rehearsal: Mapping[str, str] = field(default_factory=dict)
     passed: bool = False
     diagnosis: str = ""
     step_down: bool = False
@@ -130,6 +135,7 @@ def read_answer(host: str, result: Mapping[str, Any]) -> Answer:
         start=numbers(result.get("start")),
         pages=dict(mapping(result.get("pages"))),
         canary=dict(mapping(attestation.get("canary"))),
+        rehearsal={str(key): str(each) for key, each in mapping(result.get("rehearsal")).items()},
         passed=ok and attestation.get("passed") is True,
         diagnosis=str(result.get("diagnosis") or ""),
         step_down=result.get("step_down") is True,
@@ -184,6 +190,13 @@ class Turn:
         return [attempt for kind, attempt in made if kind == action]
 
     @property
+    def ladder(self) -> Sequence[str]:
+        """Return the deployments to try: from the one on that passed the rehearsal."""
+        passed = [each.rehearsal.get("id", "") for each in self.answers("rehearse")]
+        ladder = self.order.ladder
+        return ladder[ladder.index(passed[0]) :] if passed and passed[0] in ladder else ladder
+
+    @property
     def runs(self) -> Mapping[str, str]:
         """Return the deployment that was switched to last, {} if none was."""
         made = [*self.attempts("switch"), *self.attempts("go back")]
@@ -231,7 +244,19 @@ def _after_read_ahead(turn: Turn, _ok: bool) -> Step | None:
 def _after_drain(turn: Turn, ok: bool) -> Step | None:
     if not ok:
         return _let_back(turn)
-    return Step("hold") if turn.order.purpose == "leave" else _switch(turn)
+    if turn.order.purpose == "leave":
+        return Step("hold")
+    if turn.order.rehearse and turn.order.restart and turn.order.ladder:
+        return Step("rehearse", turn.order.ladder[0])
+    return _switch(turn)
+
+
+def _after_rehearse(turn: Turn, ok: bool) -> Step | None:
+    """Go on if it passed, else back to what was stopped for it: the node is drained already."""
+    if ok:
+        return _switch(turn)
+    lost = turn.answers("rehearse")[0].lost
+    return Step("go back", turn.order.back) if turn.order.back and not lost else None
 
 
 def _after_hold(turn: Turn, ok: bool) -> Step | None:
@@ -281,6 +306,7 @@ _AFTER: Mapping[Action, Callable[[Turn, bool], Step | None]] = {
     "drain": _after_drain,
     "hold": _after_hold,
     "empty": _end,
+    "rehearse": _after_rehearse,
     "switch": _after_switch,
     "attest": _after_attest,
     "unhold": _after_unhold,
@@ -293,7 +319,7 @@ _AFTER: Mapping[Action, Callable[[Turn, bool], Step | None]] = {
 
 def _switch(turn: Turn) -> Step | None:
     """Return the switch to the next rung: only a crash that a lower one avoids is a reason."""
-    made, ladder = turn.attempts("switch"), turn.order.ladder
+    made, ladder = turn.attempts("switch"), turn.ladder
     if made and (made[-1].last.lost or not made[-1].last.step_down):
         return None
     return Step("switch", ladder[len(made)]) if len(made) < len(ladder) else None

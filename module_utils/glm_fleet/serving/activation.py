@@ -124,11 +124,7 @@ def activate(
             remedy="run site.yml, which brings what is missing",
         )
     begun = clock()
-    if not attested_now:
-        # A start that is still under way serves nobody, and its server does not answer SIGTERM
-        # before its engine is up: the stop would last as long as a drain may.
-        runner(["systemctl", "kill", "--signal=SIGTERM", UNIT], check=False)
-    runner(["systemctl", "stop", UNIT], check=False)
+    stop_engine(runner, attested_now=attested_now)
     stopped = clock()
     mend_links(wanted, places)
     install(wanted, places)
@@ -139,6 +135,15 @@ def activate(
     # Not waited for: the attestation watches the start, and says what became of it.
     runner(["systemctl", "start", "--no-block", UNIT])
     return {"stop_s": round(stopped - begun, 2), "switch_s": round(clock() - stopped, 2)}
+
+
+def stop_engine(runner: Runner, *, attested_now: bool) -> None:
+    """Stop what runs; the node must be drained. See `activate` for ``attested_now``."""
+    if not attested_now:
+        # A start that is still under way serves nobody, and its server does not answer SIGTERM
+        # before its engine is up: the stop would last as long as a drain may.
+        runner(["systemctl", "kill", "--signal=SIGTERM", UNIT], check=False)
+    runner(["systemctl", "stop", UNIT], check=False)
 
 
 def wrong_links(wanted: Deployment, places: Places) -> dict[Path, Path]:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet import outcome, rollout, rollout_table
-from glm_fleet.fleet.rollout import JOIN, RESTART, NodeState, Plan, plan_roll
+from glm_fleet.fleet.rollout import JOIN, RESTART, NodeState, Plan, first_to_try, plan_roll
 from glm_fleet.fleet.rollout_facts import NodeAnswers, endings, found_or_staged, plan_fleet
 from glm_fleet.fleet.rollout_table import Ending
 
@@ -384,6 +384,23 @@ def test_nodes_that_are_down_are_mended_together_before_anything_new_is_tried() 
     answers = gateway(gpu01="ready DOWN", gpu02="ready DOWN", gpu03="ready UP", gpu04="ready UP")
     found = planned(hosts, answers)
     assert (found["turns"], found["batches"]) == (["gpu01", "gpu02", "gpu03"], [2, 1])
+
+
+def test_only_the_first_node_that_gets_something_new_has_to_try_it() -> None:
+    def first(*nodes: NodeState) -> str:
+        each = list(nodes)
+        return first_to_try(each, plan(each, min_ready=0, ready=len(each)))
+
+    new, old = {"id": "new"}, {"id": "old"}
+    a, b = (replace(node(name), wanted=new, current=old) for name in "ab")
+    assert first(a, b) == "a"
+    # A node that is mended gets nothing new, and one that only joins is not restarted.
+    mended = replace(node("m", ready=False), wanted=old, current=old)
+    joins = replace(node("j", changes=False, ready=False), wanted=new, current=new)
+    assert first(mended, joins, a) == "a"
+    assert first(mended) == first() == ""
+    # Another one serves with it: a roll that was stopped goes on.
+    assert first(replace(node("c", changes=False), wanted=new, current=new), b) == ""
 
 
 def test_a_bare_fleet_is_a_first_start_of_every_node() -> None:

@@ -56,16 +56,31 @@ def order(**given: Any) -> Order:
 
 LADDER = ("full", "piecewise", "eager")
 ORDERS = [
-    order(ladder=ladder, back=back, restart=restart, moved=moved, read_ahead=ahead, held=held)
-    for ladder, back, (restart, moved, ahead), held in itertools.product(
+    order(
+        ladder=ladder,
+        back=back,
+        restart=restart,
+        moved=moved,
+        read_ahead=ahead,
+        held=held,
+        rehearse=rehearse,
+    )
+    for ladder, back, (restart, moved, ahead, rehearse), held in itertools.product(
         (("piecewise",), LADDER[:2]),
         ("", "old"),
-        ((False, False, False), (True, False, False), (False, True, False), (True, False, True)),
+        (
+            (False, False, False, True),
+            (True, False, False, False),
+            (False, True, False, False),
+            (True, False, True, False),
+            (True, False, False, True),
+        ),
         ("", "fans"),
     )
 ] + [
     # A third rung is like the second: one such ladder is enough.
     order(ladder=LADDER),
+    order(ladder=LADDER, rehearse=True),
     order(purpose="leave", ladder=(), held="fans"),
     order(purpose="return", ladder=()),
 ]
@@ -77,6 +92,12 @@ def possible(step: Step) -> Mapping[str, Result]:
         return {"passed": PASSED, "crashed": CRASHED, "broken": BROKEN, "gone": GONE, "cut": CUT}
     if step.action in ("switch", "go back"):
         return {"switched": switched(step.deployment), "broken": BROKEN, "gone": GONE}
+    if step.action == "rehearse":
+        passed = {
+            name: {"rehearsal": {"id": name, "words": "rehearsed in 90 s"}}
+            for name in LADDER[LADDER.index(step.deployment) :]
+        }
+        return {**passed, "broken": CRASHED, "gone": GONE}
     if step.action == "read ahead":
         return {"read": {"pages": {"read_bytes": 7}}, "broken": BROKEN, "gone": GONE}
     good = {"before": "ready", "sessions": 0}
@@ -145,12 +166,14 @@ def test_every_turn_that_switches_keeps_the_rules(given: Order) -> None:
             assert bool(end.pages) == (bool(made) and turn.answers("read ahead")[0].ok)
         if given.restart or given.moved:
             assert did[0] == "drain"
-            assert good(turn, "drain") == ("switch" in did)
+            rehearses = given.rehearse and given.restart
+            assert good(turn, "drain") == (("rehearse" if rehearses else "switch") in did)
         else:
             assert "drain" not in did
         if "go back" in did:
             assert given.back
-            assert did[did.index("go back") - 1] == "keep out"
+            # A node that rehearsed was drained, and nobody was let in since.
+            assert did[did.index("go back") - 1] in ("keep out", "rehearse")
             assert all(each.ok or each.lost for each in turn.answers("keep out"))
         # Only what was attested takes requests, and only if nobody holds it.
         if "join" in did:
@@ -165,7 +188,14 @@ def test_every_turn_that_switches_keeps_the_rules(given: Order) -> None:
         assert not any(each.lost for each in asked[:-1])
         # A lower rung only after a crash that it may avoid, in order, each once.
         tried = turn.attempts("switch")
-        assert [each.deployment for each in tried] == list(given.ladder[: len(tried)])
+        rehearsed = turn.answers("rehearse")
+        assert ("rehearse" in did) <= (given.rehearse and given.restart)
+        assert not tried or all(each.ok for each in rehearsed)
+        # From the one on that passed the rehearsal.
+        begun = [each.rehearsal["id"] for each in rehearsed if each.rehearsal.get("id") in LADDER]
+        ladder = list(given.ladder)
+        ladder = ladder[ladder.index(begun[0]) :] if begun and begun[0] in ladder else ladder
+        assert [each.deployment for each in tried] == ladder[: len(tried)]
         assert all(each.last.step_down and not each.last.lost for each in tried[:-1])
         # The outcome says what is.
         assert end.good == (end.state in (SERVES, HELD))
@@ -262,6 +292,35 @@ def test_a_step_down_is_told() -> None:
         "stepped down to piecewise (about a fifth of the speed in one stream and 0.6 of it in 32): "
         "an illegal instruction: graphs"
     )
+
+
+REHEARSED: Result = {"rehearsal": {"id": "piecewise", "words": "rehearsed in 90 s"}}
+
+
+def test_a_rehearsal_is_told_with_what_it_stepped_down_to() -> None:
+    given = order(ladder=LADDER, rehearse=True)
+    stepped = {"cuda_graphs": "piecewise", "stepped_down": "an illegal instruction: graphs"}
+    passed = {"rehearsal": {**REHEARSED["rehearsal"], **stepped}}
+    found = ended(given, FREE, passed, NEW, PASSED, FREE)
+    assert (found.state, found.good) == (SERVES, True)
+    assert found.why == (
+        "stepped down to piecewise: an illegal instruction: graphs; rehearsed in 90 s"
+    )
+    # What is known to run is not told in every roll.
+    known = {"rehearsal": {"id": "full", "known": True}}
+    assert ended(given, FREE, known, switched("full"), PASSED, FREE).why == ""
+
+
+def test_a_rehearsal_that_fails_brings_back_what_was_stopped_for_it() -> None:
+    given = order(rehearse=True)
+    found = ended(given, FREE, CRASHED, OLD, PASSED, FREE)
+    assert (found.state, found.good, found.runs["id"]) == (ROLLED_BACK, False, "old")
+    assert found.why == "the rehearsal failed: an illegal instruction: graphs"
+    assert found.journal == CRASHED["journal"]
+    first = ended(order(rehearse=True, back=""), FREE, CRASHED)
+    assert (first.state, first.good, first.runs) == (DRAINED, False, {})
+    assert first.why.endswith("graphs; nothing new was put in place")
+    assert ended(given, FREE, GONE).state == LOST
 
 
 def test_a_held_node_that_passed_stays_held() -> None:
