@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,14 @@ def say(text: str) -> None:
     """Print a line with the time since the tests began: these tests take minutes."""
     sys.stderr.write(f"[{time.monotonic() - _STARTED:6.0f} s] {text}\n")
     sys.stderr.flush()
+
+
+def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 240) -> None:
+    """Wait until a condition holds; an AssertionError says ``otherwise`` after the time."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{otherwise} within {seconds:.0f} s"
+        time.sleep(0.3)
 
 
 # One fleet for all: it comes to life in the first file, and the last ones take it down.
@@ -170,17 +178,26 @@ class Fleet:
         return Run(process.returncode, output)
 
     def kill_playbook_at(
-        self, marker: str, playbook: str, *arguments: str, pause: float = 3
+        self,
+        marker: str,
+        playbook: str,
+        *arguments: str,
+        until: Callable[[], bool] = lambda: True,
     ) -> str:
-        """Start a playbook and kill the controller (SIGKILL) after it prints ``marker``."""
+        """Start a playbook and kill the controller (SIGKILL) in the middle of something.
+
+        It is killed once it has printed ``marker`` and ``until`` holds. Returns its output.
+        """
         process = self.start_playbook(playbook, *arguments)
         seen = ""
         assert process.stdout is not None
         for line in process.stdout:
             seen += line
             if marker in line:
-                time.sleep(pause)
-                kill_controller(process)
+                try:
+                    wait_until(until, f"{marker!r} did not come so far")
+                finally:
+                    kill_controller(process)
                 break
         process.wait()
         process.stdout.close()

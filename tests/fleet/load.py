@@ -17,7 +17,7 @@ from typing import Any
 
 import openai
 
-from .conftest import Fleet, say
+from .conftest import Fleet, say, wait_until
 
 _MOST_REQUESTS = 5000
 # Two clients ask all the time, yet leave two cores room for the engines that start: a worker of
@@ -91,6 +91,13 @@ class Load:
             elif not since:
                 since = moment
         return [*spans, (since, time.time())] if since else spans
+
+    def wait_ready(self, *nodes: str) -> None:
+        """Wait until the gateway was seen to send requests to these nodes again."""
+        wait_until(
+            lambda: bool(self.states) and all(self.states[-1][1].get(n) == "UP" for n in nodes),
+            f"the gateway does not send requests to {', '.join(nodes)}",
+        )
 
     def say(self, what: str) -> None:
         """Print the figures."""

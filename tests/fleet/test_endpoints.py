@@ -51,6 +51,7 @@ def test_a_node_that_is_left_out_is_asked_for_and_then_leaves(fleet: Fleet, tmp_
     del data["all"]["children"]["gpu_nodes"]["hosts"][gone]
     inventory = tmp_path / "hosts.yml"
     inventory.write_text(yaml.safe_dump(data))
+    (tmp_path / "group_vars").symlink_to(INVENTORY / "group_vars")
     refused = with_inventory(inventory, "playbooks/gateway.yml", *MOVED)
     assert refused.rc != 0
     assert f"-e serve_remove={gone}" in refused.output

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import INVENTORY, ROOT, Fleet, Run, lab, say
+from .conftest import INVENTORY, ROOT, Fleet, Run, lab, say, wait_until
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
@@ -91,7 +91,8 @@ FAULTS = {
         "restart the service",
     ),
     "engine dead": on_node(
-        f"{INVOCATION} >/tmp/start; kill -KILL $({ENGINE}); sleep 4",
+        f"{INVOCATION} >/tmp/start; kill -KILL $({ENGINE}); "
+        "while systemctl is-active --quiet glm-serving; do sleep 0.2; done",
         f'until [ "$({INVOCATION})" != "$(cat /tmp/start)" ]; do sleep 1; done',
         "broken",
         "the engine ",
@@ -162,11 +163,10 @@ def server_line(fleet: Fleet) -> dict[str, str]:
     return dict(zip(heading, row))
 
 
-def wait_until_up(fleet: Fleet, limit_s: float = 240) -> None:
-    end = time.monotonic() + limit_s
-    while server_line(fleet)["status"] != "UP":
-        assert time.monotonic() < end, f"{VICTIM} did not come back at the gateway"
-        time.sleep(1)
+def wait_until_up(fleet: Fleet) -> None:
+    wait_until(
+        lambda: server_line(fleet)["status"] == "UP", f"{VICTIM} did not come back at the gateway"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_hung_engine_comes_back_by_itself(serving: Fleet) -> None:
         return line
 
     with Clients(serving, 3):
-        time.sleep(5)
+        wait_until(lambda: int(server_line(serving)["scur"]) > 0, f"nobody asks {VICTIM}")
         begun = time.monotonic()
         serving.shell(VICTIM, f"kill -STOP $({ENGINE})")
         # "UP 1/2" is a server that misses health checks, and is still asked.

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from .conftest import ROOT, Fleet, Run, lab, say
+from .conftest import ROOT, Fleet, Run, lab, say, wait_until
 
 pytestmark = pytest.mark.fleet
 
@@ -78,7 +78,6 @@ def test_preflight_names_a_full_disk_a_foreign_port_and_a_dead_host(fleet: Fleet
     )
     lab("power", "gpu01", "cut")
     try:
-        time.sleep(1)
         run = fleet.playbook("site.yml", "-e", "ansible_ssh_timeout=5")
     finally:
         fleet.shell("gpu03", "umount /srv")
@@ -93,8 +92,17 @@ def test_preflight_names_a_full_disk_a_foreign_port_and_a_dead_host(fleet: Fleet
 
 
 def test_a_run_that_is_killed_is_continued_by_the_next(fleet: Fleet) -> None:
-    for marker in ("Move what is missing", "Build the environment of the release"):
-        assert "PLAY RECAP" not in fleet.kill_playbook_at(marker, "site.yml")
+    artifacts = "/srv/glm-fleet/artifacts"
+    begun = {
+        "Move what is missing": f"ls -d {artifacts}/{{.staging/,}}{{release,model}}/* | grep -q .",
+        "Build the environment of the release": "ls -A /opt/glm-fleet/releases | grep -q .",
+    }
+    for marker, script in begun.items():
+
+        def until(script: str = script) -> bool:
+            return fleet.shell(fleet.nodes[-1], script).rc == 0
+
+        assert "PLAY RECAP" not in fleet.kill_playbook_at(marker, "site.yml", until=until)
     first = fleet.playbook("site.yml")
     assert_good(first)
     assert all(each["failed"] == each["unreachable"] == 0 for each in first.recap().values())
@@ -178,9 +186,11 @@ def test_a_stopped_node_is_taken_out_and_requests_go_on(fleet: Fleet) -> None:
     victim, *others = fleet.nodes
     fleet.shell(victim, "systemctl stop glm-serving")
     try:
-        end = time.monotonic() + 60
-        while victim in {fleet.chat().node for _ in range(4)}:
-            assert time.monotonic() < end, "the stopped node still gets requests"
+        wait_until(
+            lambda: victim not in {fleet.chat().node for _ in range(4)},
+            "the stopped node still gets requests",
+            60,
+        )
         answers = [fleet.chat() for _ in range(10)]
         assert {answer.status for answer in answers} == {200}
         assert {answer.node for answer in answers} <= set(others)
@@ -189,10 +199,7 @@ def test_a_stopped_node_is_taken_out_and_requests_go_on(fleet: Fleet) -> None:
         assert any(victim in line and "broken" in line for line in health.output.splitlines())
     finally:
         fleet.shell(victim, "systemctl start glm-serving")
-    end = time.monotonic() + 480
-    while fleet.chat().node != victim:
-        assert time.monotonic() < end, "the node did not come back"
-        time.sleep(1)
+    wait_until(lambda: fleet.chat().node == victim, "the node did not come back", 480)
 
 
 def test_health_is_a_table_and_the_same_as_json(fleet: Fleet) -> None:

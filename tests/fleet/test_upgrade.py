@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .conftest import INVENTORY, Fleet, Run, keep, lab, say
+from .conftest import INVENTORY, Fleet, Run, keep, lab, say, wait_until
 from .load import Load, under_load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
@@ -35,17 +36,25 @@ def running(fleet: Fleet) -> dict[str, str]:
     return {node: fleet.shell(node, script).output.strip() for node in fleet.nodes}
 
 
-def ready(fleet: Fleet) -> list[str]:
-    """Name the nodes that the gateway sends requests to."""
+def statuses(fleet: Fleet) -> dict[str, str]:
+    """Return what the gateway says of each node: UP, DOWN, DRAIN, MAINT or one of its phrases."""
     script = (
         "echo 'show stat' | socat stdio /run/haproxy/admin.sock 2>/dev/null"
         " || python3 -c 'import socket; s=socket.socket(socket.AF_UNIX);"
         's.connect("/run/haproxy/admin.sock"); s.sendall(b"show stat\\n");'
         'print(b"".join(iter(lambda: s.recv(65536), b"")).decode())\''
     )
-    rows = fleet.shell(fleet.gateway, script).output.splitlines()
-    return sorted(row.split(",")[1] for row in rows if "glm_nodes," in row and ",UP," in row
-                  and ",BACKEND," not in row)  # fmt: skip
+    lines = fleet.shell(fleet.gateway, script).output.lstrip("# ").splitlines()
+    return {
+        row["svname"]: row["status"]
+        for row in csv.DictReader(lines)
+        if row["pxname"] == "glm_nodes" and row["svname"] != "BACKEND"
+    }
+
+
+def ready(fleet: Fleet) -> list[str]:
+    """Name the nodes that the gateway sends requests to."""
+    return sorted(node for node, status in statuses(fleet).items() if status == "UP")
 
 
 def assert_no_request_was_lost(load: Load) -> None:
@@ -87,7 +96,7 @@ def test_an_upgrade_that_no_client_notices(fleet: Fleet) -> None:
         run = fleet.playbook("playbooks/upgrade.yml", *release("second"), "-e", "serve_batch=1",
                              "-e", "serve_min_ready=2")  # fmt: skip
         assert run.rc == 0, run.output[-6000:]
-        time.sleep(3)
+        load.wait_ready(*fleet.nodes)
     assert_no_request_was_lost(load)
     assert load.fewest_ready() >= 2
     after = running(fleet)
@@ -172,7 +181,7 @@ def test_back_without_any_upstream_and_only_one_run_at_a_time(fleet: Fleet) -> N
                     second = fleet.playbook("playbooks/rollback.yml")
             process.wait()
             run = Run(process.returncode, output)
-            time.sleep(3)
+            load.wait_ready(*fleet.nodes)
     finally:
         lab("upstreams", "on")
     assert run.rc == 0, run.output[-6000:]
@@ -220,10 +229,15 @@ def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> Non
         fleet.shell(fleet.gateway, "systemctl restart haproxy")
 
     with under_load(fleet, "everything breaks") as load:
-        drain, start, rejoin = (f"  {first}: {each}" for each in ("drains", "is attested", "joins"))
-        for marker, pause in ((drain, 1.0), (start, 0.0), (rejoin, 1.0)):
+        middles: dict[str, Callable[[], bool]] = {
+            "drains": lambda: first not in ready(fleet),
             # The start goes on without a controller. The next one attests it.
-            seen = fleet.kill_playbook_at(marker, "site.yml", *FLAGS, pause=pause)
+            "is attested": lambda: True,
+            "joins": lambda: statuses(fleet)[first] not in ("DRAIN", "MAINT"),
+        }
+        for step, until in middles.items():
+            marker = f"  {first}: {step}"
+            seen = fleet.kill_playbook_at(marker, "site.yml", *FLAGS, until=until)
             assert "PLAY RECAP" not in seen
             assert marker in seen
         assert "is taken over: its process is gone" in seen
@@ -241,10 +255,9 @@ def test_whatever_breaks_in_the_middle_the_next_run_goes_on(fleet: Fleet) -> Non
 
         lab("power", third, "off")
         died = time.time()
-        time.sleep(20)
-        assert ready(fleet) == [first, second]
+        wait_until(lambda: ready(fleet) == [first, second], f"{third} is still asked", 20)
         lab("power", third, "on")
-        wait_ready(fleet, third)
+        wait_until(lambda: third in ready(fleet), f"{third} did not come back")
     moments = [*restarted, died]
     for each in load.bad():
         assert any(each.began <= moment + 5 and each.ended >= moment - 1 for moment in moments), (
@@ -273,29 +286,20 @@ def test_a_node_that_loses_its_power_in_its_turn_stays_out(fleet: Fleet) -> None
     assert ready(fleet) == fleet.nodes
 
 
-def wait_ready(fleet: Fleet, node: str, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while node not in ready(fleet):
-        assert time.monotonic() < end, f"{node} did not come back"
-        time.sleep(1)
-
-
 def test_a_killed_server_comes_back_only_when_attested(fleet: Fleet) -> None:
     """kill -9 of the API server alone, as the kernel does when memory runs out."""
     victim = fleet.nodes[0]
     orphan = "exec -a VLLM::EngineCore sleep 600"
-    fleet.shell(victim, f"systemd-run --unit=orphan --uid=glm bash -c '{orphan}'; sleep 1")
+    fleet.shell(victim, f"systemd-run --unit=orphan --uid=glm bash -c '{orphan}'; "
+                 "until pgrep -f '^VLLM::EngineCore 600'; do sleep 0.1; done")  # fmt: skip
     before = fleet.shell(victim, "systemctl show -P InvocationID glm-serving").output.strip()
     with under_load(fleet, "kill -9 of the API server") as load:
-        time.sleep(5)
+        wait_until(lambda: any(each.node == victim for each in load.requests), "nobody asked it")
         killed = time.time()
         fleet.shell(victim, "kill -9 $(systemctl show -P MainPID glm-serving)")
         # Without a request the gateway sees it at its next checks.
-        while victim in ready(fleet):
-            assert time.time() < killed + 20, f"{victim} is dead and takes requests"
-            time.sleep(0.5)
-        wait_ready(fleet, victim)
-        time.sleep(3)
+        wait_until(lambda: victim not in ready(fleet), f"{victim} is dead and takes requests", 20)
+        load.wait_ready(victim)
     units = "-u glm-serving -u glm-sentry -u 'glm-prestart@*'"
     script = f"journalctl {units} -o cat --since -5min"
     journal = fleet.shell(victim, script).output
