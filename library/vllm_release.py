@@ -152,7 +152,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     }
     if params["state"] == "planned":
         store = Store(Path(params["root"]))
-        manifest = published_release(store, recipe.key)
+        manifest = published_release(store, recipe)
         artifact: dict[str, Any] = {}
         if manifest:
             artifact = {

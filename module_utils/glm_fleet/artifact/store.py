@@ -215,12 +215,18 @@ class Store:
     def adopt(
         self, folder: Path, *, kind: str, slug: str, provenance: Mapping[str, Any]
     ) -> Manifest:
-        """Make an artifact of a finished folder on this file system: it moves to its place."""
+        """Make an artifact of a finished folder on this file system: it moves to its place.
+
+        One that is there already stays, and only its provenance becomes that of this one.
+        """
         proven = self.proven(kind, folder.name)
         manifest = make_manifest(folder, kind=kind, slug=slug, provenance=provenance, proven=proven)
         if self.is_published(manifest):
             shutil.rmtree(folder)
             proven.drop()
+            path = self.published_path(kind, manifest.id) / MANIFEST
+            if path.read_text() != manifest.as_json():
+                write_atomically(path, manifest.as_json())
         else:
             final = self.published_path(kind, manifest.id)
             with proven.through(folder):

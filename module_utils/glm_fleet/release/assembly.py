@@ -12,14 +12,24 @@ from typing import Any
 from .. import __version__
 from ..artifact.manifest import Manifest
 from ..artifact.store import Store
-from .recipe import DISTRIBUTION, RELEASE_SCHEMA, Recipe
+from .recipe import DISTRIBUTION, RELEASE_SCHEMA, Recipe, inputs_key
 from .wheel_lock import gather
 
 
-def published_release(store: Store, key: str) -> Manifest | None:
-    """Return the published release made of the same inputs, if its files are all there."""
+def published_release(store: Store, recipe: Recipe) -> Manifest | None:
+    """Return the published release of a recipe, if its files are all there.
+
+    One that was not proven as the recipe asks for is made again: that gives the same release, and
+    a proof.
+    """
     for manifest in store.published("release"):
-        if manifest.provenance.get("inputs_key") == key and store.is_published(manifest):
+        inputs = manifest.provenance.get("inputs")
+        if (
+            isinstance(inputs, Mapping)
+            and inputs_key(inputs) == recipe.key
+            and recipe.proven_by(inputs)
+            and store.is_published(manifest)
+        ):
             return manifest
     return None
 

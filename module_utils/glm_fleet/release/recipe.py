@@ -19,6 +19,10 @@ from .wheel import local_version
 COMPILER = 2
 RELEASE_SCHEMA = "glm-fleet/release/1"
 DISTRIBUTION = "vllm"
+# How a release is proven changes none of its bytes.
+PROVING = ("proofs", "proof_packages", "compute_capabilities", "model_shapes")
+# Parts of the source that 0.1.0 did not know: while they are empty, its release is the same.
+_LATER = ("corrections", "accepted_faults")
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,27 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """First 16 hex digits of the digest of the inputs."""
-        canonical = json.dumps(self.inputs, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        """First 16 hex digits of the digest of the inputs that decide what a node gets."""
+        return inputs_key(self.inputs)
+
+    def proven_by(self, inputs: Mapping[str, Any]) -> bool:
+        """Tell whether a release made of these inputs was proven as this recipe asks for."""
+        return not self.inputs.get("proofs") or all(
+            inputs.get(name) == self.inputs.get(name) for name in PROVING
+        )
+
+
+def inputs_key(inputs: Mapping[str, Any]) -> str:
+    """Return the key of resolved inputs, as a recipe or the manifest of a release has them.
+
+    The key stands in the release, so another key is another release and restarts every engine.
+    """
+    source = inputs.get("source")
+    if isinstance(source, Mapping):
+        source = {name: value for name, value in source.items() if value or name not in _LATER}
+    decisive = {name: value for name, value in inputs.items() if name not in PROVING}
+    canonical = json.dumps({**decisive, "source": source}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def make_recipe(
