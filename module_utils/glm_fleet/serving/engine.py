@@ -267,7 +267,8 @@ def _known_answers(invocation: str, deployments: Deployments) -> KnownAnswers:
     kept = deployments.answers(deployments.current())
     if not kept or kept["invocation"] != invocation:
         return {}
-    return {"crowd": kept.get("crowd", 0.0), "apart": kept.get("apart", ())}
+    figures: KnownAnswers = {"crowd": kept.get("crowd", 0.0), "apart": kept.get("apart", ())}
+    return {**figures, "own": kept["own"]} if "own" in kept else figures
 
 
 def _without_answer(run: Runner, state: UnitState, unit: str) -> Probe:

@@ -20,6 +20,7 @@ from .answers import (
     difference,
     name_of,
     prompts,
+    rounding,
 )
 from .needles import check_needles
 from .policy import AnswerLimits
@@ -99,6 +100,8 @@ def prove(http: Http, model_name: str, start: Start, known: Known) -> Proof:
         said=found.said,
         crowd=found.crowd,
     )
+    if found.own:
+        answers["own"] = found.own
     more, answers["apart"] = judge(answers, before, known.neighbours, limits["drift"])
     return Proof([*checks, *more], answers)
 
@@ -106,10 +109,12 @@ def prove(http: Http, model_name: str, start: Start, known: Known) -> Proof:
 def compare(mine: Answers, whom: str, theirs: Answers, drift: float) -> Apart | None:
     """Compare all answers; None where they are of other weights or other prompts.
 
-    A prompt moved if its log probabilities differ by more than ``drift`` on average.
+    A prompt moved if its log probabilities differ on average by more than ``drift``, or than
+    either engine differs from itself: see `answers.rounding`.
     """
     if (mine["model"], mine["prompts"]) != (theirs["model"], theirs["prompts"]):
         return None
+    drift = _rounding(mine, theirs, drift)
     known = {each["prompt"]: each for each in theirs["said"]}
     found: list[Difference] = [
         difference(each, known[each["prompt"]]) for each in mine["said"] if each["prompt"] in known
@@ -120,6 +125,7 @@ def compare(mine: Answers, whom: str, theirs: Answers, drift: float) -> Apart | 
         "whom": whom,
         "release": theirs["release"],
         "mean": round(fmean(each.mean for each in found), 4),
+        "rounding": round(drift, 4),
         "moved": [each.prompt for each in found if each.mean > drift],
         "prompts": len(found),
     }
@@ -130,7 +136,7 @@ def judge(
 ) -> tuple[list[Check], list[Apart]]:
     """Check the answers against those ``kept`` of this node and of ``others``, with the figures.
 
-    They differ where the mean over all prompts is above ``drift``. From the neighbours' answers
+    They differ where the mean over all prompts is more than rounding (see `compare`). From the neighbours' answers
     they may differ as long as at least half of the neighbours agree: then it is another one that
     is wrong. From those before they may differ where a neighbour with this very release agrees:
     then this node was wrong before, or the change is one that the fleet took.
@@ -141,26 +147,28 @@ def judge(
         for name, theirs in sorted(others.items())
         if (found := compare(mine, name, theirs, drift))
     ]
-    agreeing = [each for each in neighbours if each["mean"] <= drift]
+    agreeing = [each for each in neighbours if each["mean"] <= each["rounding"]]
     if neighbours:
         passed = 2 * len(agreeing) >= len(neighbours)
-        checks.append(Check(AS_NEIGHBOURS, passed, _say(neighbours, drift)))
+        checks.append(Check(AS_NEIGHBOURS, passed, _say(neighbours)))
     before = compare(mine, "this node before", kept, drift) if kept else None
     if before:
         backed = any(each["release"] == mine["release"] for each in agreeing)
-        passed = before["mean"] <= drift or backed
-        checks.append(Check(AS_BEFORE, passed, _say([before], drift)))
+        passed = before["mean"] <= before["rounding"] or backed
+        checks.append(Check(AS_BEFORE, passed, _say([before])))
     return checks, [*([before] if before else []), *neighbours]
 
 
-def _say(found: Sequence[Apart], drift: float) -> str:
+def _rounding(mine: Answers, theirs: Answers, drift: float) -> float:
+    own = [each["own"]["mean"] if "own" in each else 0.0 for each in (mine, theirs)]
+    return rounding(drift, max(own))
+
+
+def _say(found: Sequence[Apart]) -> str:
     told = []
     for each in found:
         text = f"{each['whom']} ({each['release']}) {each['mean']:.3f}"
-        if each["mean"] > drift and each["moved"]:
+        if each["mean"] > each["rounding"] and each["moved"]:
             text += f", {len(each['moved'])} of {each['prompts']} prompts moved"
-        told.append(text)
-    return (
-        f"log probabilities differ on average by: {'; '.join(told)} "
-        f"({drift:g} is taken as rounding)"
-    )
+        told.append(f"{text} ({each['rounding']:g} is taken as rounding)")
+    return f"log probabilities differ on average by: {'; '.join(told)}"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NoReturn, TypedDict
 
 from ..core.decode import Amount, Count, Range, Size, Words
 from ..core.systemd import UnitState
-from .answers import Answers, Apart
+from .answers import Answers, Apart, Own
 
 EngineState = Literal["serving", "busy", "hung", "starting", "silent", "down", ""]
 Speed = Annotated[float, Range(0.0, 1e7)]
@@ -86,6 +86,7 @@ class Graphs(TypedDict, total=False):
 class KnownAnswers(TypedDict, total=False):
     """How far known answers were from others when the start that runs was attested."""
 
+    own: Own
     crowd: Amount
     apart: Annotated[Sequence[Apart], Size(100)]
 

@@ -120,7 +120,14 @@ def test_a_look_tells_the_known_answers_of_the_start_that_runs(policy: Path) -> 
     folder = policy.parent / "deployments/0123456789ab"
     folder.mkdir(parents=True)
     (policy.parent / "deployments/current").symlink_to(folder)
-    apart = {"whom": "gpu02", "release": "r", "mean": 0.01, "moved": [], "prompts": 8}
+    apart: dict[str, Any] = {
+        "whom": "gpu02",
+        "release": "r",
+        "mean": 0.01,
+        "rounding": 0.15,
+        "moved": [],
+    }
+    apart["prompts"] = 8
     kept = {"prompts": "p", "release": "r", "model": "m", "said": [], "crowd": 0.09}
     for invocation, told in (("abc", {"crowd": 0.09, "apart": [apart]}), ("earlier", {})):
         text = json.dumps({**kept, "apart": [apart], "invocation": invocation})
