@@ -138,8 +138,8 @@ def judge(
 
     They differ where the mean over all prompts is more than rounding (see `compare`). From the
     neighbours' answers they may differ as long as at least half of the neighbours agree: then it is
-    another one that is wrong. From those before they may differ where a neighbour with this very release agrees:
-    then this node was wrong before, or the change is one that the fleet took.
+    another one that is wrong. From those before they may differ where a neighbour with this very
+    release agrees: then this node was wrong before, or the change is one that the fleet took.
     """
     checks: list[Check] = []
     neighbours = [
