@@ -58,7 +58,7 @@ class ActionModule(ControllerAction):
         display = Display()
         try:
             targets = [
-                self._target(host, hostvars[host])
+                ssh_target(host, hostvars[host], self._play_context.become_pass or "")
                 for host in arguments["hosts"]
                 if hostvars[host].get("ansible_connection", "ssh") != "local"
             ]
@@ -83,32 +83,33 @@ class ActionModule(ControllerAction):
             "problem": sentence(rows),
         }
 
-    def _target(self, host: str, variables: Mapping[str, Any]) -> SshTarget:
-        def value(*names: str) -> str:
-            found = [variables.get(name) for name in names]
-            return next((str(each) for each in found if each not in (None, "")), "")
 
-        options = context.CLIARGS
-        arguments = shlex.split(value("ansible_ssh_args") or _config("ssh_args"))
-        for name in ("ansible_ssh_common_args", "ansible_ssh_extra_args"):
-            arguments += shlex.split(value(name))
-        port = host_port(variables)
-        user = host_user(variables) or options.get("remote_user")
-        arguments += ["-p", port] if port else []
-        arguments += ["-l", user] if user else []
-        identity = host_key_file(variables) or options.get("private_key_file") or ""
-        return read_target(
-            host,
-            host_address(variables, host),
-            arguments,
-            run_program,
-            identities=[Path(identity).expanduser()] if identity else [],
-            interpreter=value("ansible_python_interpreter") or constants.INTERPRETER_PYTHON,
-            become_password=value("ansible_become_password", "ansible_become_pass")
-            or self._play_context.become_pass
-            or "",
-            fingerprint=value("enrolment_fingerprint"),
-        )
+def ssh_target(host: str, variables: Mapping[str, Any], become_password: str) -> SshTarget:
+    """Return how Ansible would reach a host; ``become_password`` was given for the whole run."""
+
+    def value(*names: str) -> str:
+        found = [variables.get(name) for name in names]
+        return next((str(each) for each in found if each not in (None, "")), "")
+
+    options = context.CLIARGS
+    arguments = shlex.split(value("ansible_ssh_args") or _config("ssh_args"))
+    for name in ("ansible_ssh_common_args", "ansible_ssh_extra_args"):
+        arguments += shlex.split(value(name))
+    port = host_port(variables)
+    user = host_user(variables) or options.get("remote_user")
+    arguments += ["-p", port] if port else []
+    arguments += ["-l", user] if user else []
+    identity = host_key_file(variables) or options.get("private_key_file") or ""
+    return read_target(
+        host,
+        host_address(variables, host),
+        arguments,
+        run_program,
+        identities=[Path(identity).expanduser()] if identity else [],
+        interpreter=value("ansible_python_interpreter") or constants.INTERPRETER_PYTHON,
+        become_password=value("ansible_become_password", "ansible_become_pass") or become_password,
+        fingerprint=value("enrolment_fingerprint"),
+    )
 
 
 def _config(name: str) -> str:

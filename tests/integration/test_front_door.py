@@ -349,7 +349,7 @@ def test_a_key_revoked_is_refused_by_a_worker_from_before_a_reload(
 
 def test_many_clients_are_taken_at_once(gateway: Gateway) -> None:
     keys = tuple(Key(str(number), digest(f"key {number}")) for number in range(2500))
-    gateway.clients = gateway.clients._with(clients.Client("many", keys))
+    gateway.clients = gateway.clients.with_client(clients.Client("many", keys))
     gateway.keep()
     for number in (0, 499, 500, 2499):
         assert gateway.get(headers={"Authorization": f"Bearer key {number}"})[0] == 200

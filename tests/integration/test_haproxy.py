@@ -220,7 +220,7 @@ def test_a_server_that_does_not_answer_where_it_should_is_put_back(gateway: Gate
 def test_weight_0_is_not_ready_and_is_mended(gateway: Gateway) -> None:
     for name in gateway.endpoints:
         gateway.set(name, "ready")
-    gateway.haproxy._ask(f"set server {BACKEND}/gpu01 weight 0")
+    gateway.ask(f"set server {BACKEND}/gpu01 weight 0")
     assert gateway.states()["gpu01"] == "DRAIN"
     with pytest.raises(FleetError, match="cannot be taken out"):
         ensure_state(

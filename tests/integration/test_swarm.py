@@ -320,14 +320,16 @@ def test_a_torrent_that_begins_while_its_files_are_moved_is_given_on(
     fleet: Fleet, first: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage_by_hand(fleet, first[0], "node1")
-    arrived = Store._arrived
+    rename = Path.rename
 
-    def slowly(self: Store, kind: str, identifier: str) -> None:
-        # The files have their new place; the engine's way there follows.
-        time.sleep(1)
-        arrived(self, kind, identifier)
+    def slowly(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        if Path(target).name == fleet.manifest.id:
+            # The files have their new place; the engine's way there follows, a second later.
+            time.sleep(1)
+        return moved
 
-    monkeypatch.setattr(Store, "_arrived", slowly)
+    monkeypatch.setattr(Path, "rename", slowly)
     fleet.add("node1")
     fleet.add("node2")
     fleet.until(["node1", "node2"], seconds=30)

@@ -103,13 +103,13 @@ def retire_old(
                 continue
             # The artifact goes last: killed in between, the next run finds all of it again.
             for path in leftovers:
-                _remove(path, run)
+                remove_as_owner(path, run)
             for each in going:
                 store.retire(kind, each)
     return Retired(artifacts, [str(path) for path in doomed])
 
 
-def _remove(path: Path, run: Runner) -> None:
+def remove_as_owner(path: Path, run: Runner) -> None:
     """Remove a file or a folder with the rights of whoever owns the folder that it lies in.
 
     The caches of the engine lie in a folder of the engine's user, who can put a link to any other

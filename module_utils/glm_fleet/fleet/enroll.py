@@ -22,7 +22,7 @@ from .known_hosts import NO_FILE, HostKey, KnownHosts, SshTarget
 
 PYTHON_MIN = (3, 9)
 # Before each answer of the check, so that what a shell or a Python prints by itself does not count.
-_MARK = "glm-fleet-enrolment"
+MARK = "glm-fleet-enrolment"
 # What Ansible looks for where the inventory leaves the choice to it.
 DISCOVERED = (*(f"python3.{minor}" for minor in range(14, 8, -1)), "/usr/bin/python3", "python3")
 
@@ -243,7 +243,7 @@ class Enrolment:
         if sudo_rc != "0":
             raise _no_sudo(target, sudo_said or said or "no answer")
         python_rc, python_said = _answer_of("python", answer.stdout)
-        version = re.search(rf"{_MARK} version ([\d.]+)", python_said)
+        version = re.search(rf"{MARK} version ([\d.]+)", python_said)
         found = tuple(map(int, version[1].split("."))) if version else ()
         if python_rc != "0" or found < PYTHON_MIN:
             wanted = ".".join(map(str, PYTHON_MIN))
@@ -304,7 +304,7 @@ def look_script(target: SshTarget) -> str:
     """
     sudo = "sudo -k -S -p ''" if target.become_password else "sudo -n"
     code = (
-        f'import sys; print("{_MARK} version %d.%d.%d" % sys.version_info[:3]); '
+        f'import sys; print("{MARK} version %d.%d.%d" % sys.version_info[:3]); '
         f"sys.exit(sys.version_info[:2] < {PYTHON_MIN})"
     )
     tries = [
@@ -321,14 +321,14 @@ def look_script(target: SshTarget) -> str:
     return "LC_ALL=C; export LC_ALL; " + "; ".join(
         f"out=$({{ {command}; }} 2>&1{source}); status=$?; "
         # On a line of its own, whatever was printed before it without an end.
-        f"echo; echo \"{_MARK} {name} $status $(echo \"$out\" | tr '\\n' ' ')\""
+        f"echo; echo \"{MARK} {name} $status $(echo \"$out\" | tr '\\n' ' ')\""
         for name, command, source in parts
     )
 
 
 def _answer_of(name: str, stdout: str) -> tuple[str, str]:
     """Return (exit status, words) of one part of the script's answer, ('', '') without one."""
-    found = re.findall(rf"^{_MARK} {name} (\d+) ?(.*)$", stdout, re.MULTILINE)
+    found = re.findall(rf"^{MARK} {name} (\d+) ?(.*)$", stdout, re.MULTILINE)
     return (found[-1][0], found[-1][1].strip()) if found else ("", "")
 
 

@@ -88,7 +88,7 @@ class Clients:
         }
         return json.dumps(whole, indent=1) + "\n"
 
-    def _with(self, client: Client) -> Clients:
+    def with_client(self, client: Client) -> Clients:
         """Return these with a client added or replaced; raises `FleetError` if it is not right."""
         _check(client)
         owner = {
@@ -158,7 +158,7 @@ def parse(text: str) -> Clients:
         ) from error
     known = Clients(revoked=frozenset(whole["revoked"]), serial=whole["serial"])
     for name, client in whole["clients"].items():
-        known = known._with(replace(client, name=name))
+        known = known.with_client(replace(client, name=name))
     return known
 
 
@@ -192,10 +192,10 @@ def converge(known: Clients, declared: Iterable[Mapping[str, Any]], now: str) ->
             others = {k: v for k, v in result.clients.items() if k != name}
             result = replace(result, clients=others)
             if kept:
-                result = result._with(replace(client, keys=kept, declared=False))
+                result = result.with_client(replace(client, keys=kept, declared=False))
     for name, each in wanted.items():
         before = known.clients.get(name, Client(name))
-        result = result._with(_declared(before, each, known.revoked, now))
+        result = result.with_client(_declared(before, each, known.revoked, now))
     return _next(known, result)
 
 
@@ -239,7 +239,7 @@ def add(known: Clients, name: str, key: Key, limits: Mapping[str, Any], now: str
     if "paths" in changes:
         changes["paths"] = tuple(changes["paths"])
     keys = (*client.keys, replace(key, added=now))
-    return _next(known, known._with(replace(client, keys=keys, **changes)))
+    return _next(known, known.with_client(replace(client, keys=keys, **changes)))
 
 
 def revoke(known: Clients, name: str, key_id: str = "") -> Clients:
@@ -255,7 +255,7 @@ def revoke(known: Clients, name: str, key_id: str = "") -> Clients:
     left = tuple(key for key in client.keys if key not in gone)
     others = {k: v for k, v in known.clients.items() if k != name}
     result = replace(known, clients=others, revoked=known.revoked | {key.sha256 for key in gone})
-    return _next(known, result._with(replace(client, keys=left)) if key_id else result)
+    return _next(known, result.with_client(replace(client, keys=left)) if key_id else result)
 
 
 def rotate(known: Clients, name: str, key: Key, until: str, now: str) -> Clients:
@@ -273,7 +273,7 @@ def rotate(known: Clients, name: str, key: Key, until: str, now: str) -> Clients
             else k
             for k in client.keys
         )
-        result = known._with(replace(client, keys=ends))
+        result = known.with_client(replace(client, keys=ends))
     else:
         for each in client.keys:
             result = revoke(result, name, each.id)

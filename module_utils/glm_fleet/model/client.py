@@ -68,13 +68,14 @@ class HubClient:
         self._given = token
         self._in_clear_text = in_clear_text
 
-    def _token(self, endpoint: str) -> str | bool:
+    def token_for(self, endpoint: str) -> str | bool:
+        """Return the token that is sent to an endpoint; False for none."""
         safe = self._in_clear_text or carries_token(endpoint)
         return self._given if self._given and safe else False
 
     def describe(self, endpoint: str, repository: str, revision: str) -> tuple[str, list[HubFile]]:
         """Return the commit of a revision and all its files."""
-        api = self._hub.HfApi(endpoint=endpoint, token=self._token(endpoint))
+        api = self._hub.HfApi(endpoint=endpoint, token=self.token_for(endpoint))
         try:
             info = api.model_info(
                 repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
@@ -103,7 +104,7 @@ class HubClient:
         """Hand over what is in a span of a file, block by block."""
         url = self._hub.hf_hub_url(repository, name, revision=commit, endpoint=endpoint)
         # Compressed on the way, a file could not be continued at an offset.
-        token = self._token(endpoint)
+        token = self.token_for(endpoint)
         headers = {**self._utils.build_hf_headers(token=token), "Accept-Encoding": "identity"}
         session = self._utils.get_session()
         begin, end = span
@@ -137,7 +138,7 @@ class HubClient:
         self, error: Exception, endpoint: str, repository: str, revision: str, name: str = ""
     ) -> Exception:
         """Turn an error of the client into one that says whether asking again may help."""
-        token = bool(self._token(endpoint))
+        token = bool(self.token_for(endpoint))
         why = "no token was given" if not self._given else "the token is not sent over plain http"
         refusal = Refusal(error, endpoint, repository, revision, name, "" if token else why)
         return refusal.explain(self._hub.errors)

@@ -43,6 +43,8 @@ from .readiness import STALLED
 FINE = "fine"
 SUSPECT = "suspect"
 HUNG = "hung"
+# The name of the thread that waits for a canary.
+CANARY = "glm-fleet canary"
 _HOUR_S = 3600.0
 # A gateway asks every second.
 _TELL_S = 3.0
@@ -135,7 +137,7 @@ class Canary:
         def run() -> None:
             self.answered = not complete(http, model, "Hello", tokens=1).problem
 
-        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread = threading.Thread(target=run, daemon=True, name=CANARY)
         self._thread.start()
 
 

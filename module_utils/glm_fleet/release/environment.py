@@ -106,7 +106,7 @@ def build(
                    "lock.txt"]  # fmt: skip
         runner(install, env=variables, cwd=str(artifact))
         if compile_bytecode:
-            _compile(runner, home)
+            compile_modules(runner, home)
         seen = smoke_check(runner, home, backend, user)
         # The cache goes first: files that were linked from it count as touched by that.
         shutil.rmtree(partial / "cache", ignore_errors=True)
@@ -120,7 +120,7 @@ def build(
     return seen
 
 
-def _compile(runner: Runner, home: Path) -> None:
+def compile_modules(runner: Runner, home: Path) -> None:
     """Compile what was installed, without running any of it.
 
     An interpreter that starts in the environment runs the .pth files of its wheels, also when uv

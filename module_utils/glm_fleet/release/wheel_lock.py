@@ -26,6 +26,8 @@ _TIMEOUT = 3600.0
 _PLATFORM = re.compile(r"(?P<machine>x86_64|aarch64)-manylinux_2_(?P<glibc>\d+)")
 _LEGACY = ((17, "manylinux2014"), (12, "manylinux2010"), (5, "manylinux1"))
 _OLDEST_GLIBC = 5
+# uv's words, and OpenSSL's, which pip prints.
+_CERTIFICATE = re.compile(r"UnknownIssuer|CERTIFICATE_VERIFY_FAILED|self[- ]signed certificate")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class Packages:
                 f"{self.target.platform} as of {self.exclude_newer or 'now'} with "
                 f"{', '.join(lines)}",
                 found=done.stderr.strip()[-2000:],
-                remedy="change release_exclude_newer, release_constraints, release_platform or "
+                remedy=_trust(done.stderr)
+                or "change release_exclude_newer, release_constraints, release_platform or "
                 "release_find_links; a package without wheels has to be built into a folder of "
                 "release_find_links",
             )
@@ -207,7 +210,8 @@ class Packages:
                     "Wheels of the lock cannot be downloaded",
                     expected=", ".join(f"{each.name}=={each.version}" for each in batch),
                     found=done.stderr.strip()[-1500:],
-                    remedy="check the network and the package index; wheels that arrived are kept",
+                    remedy=_trust(done.stderr)
+                    or "check the network and the package index; wheels that arrived are kept",
                 )
             for wheel in arrived.iterdir():
                 wheel.replace(folder / wheel.name)
@@ -274,6 +278,20 @@ def check_pins(locked: Sequence[Locked], expected: Mapping[str, str]) -> dict[st
             remedy="correct release_expected_* or the base wheel and the date of the lock",
         )
     return {name: versions.get(canonical(name), "") for name in expected}
+
+
+def _trust(said: str) -> str:
+    """Return what to do when the index's certificate is of nobody that uv or pip knows; else ''.
+
+    uv brings its own list of authorities: one that the site put into the system's is not in it.
+    """
+    if not _CERTIFICATE.search(said):
+        return ""
+    return (
+        "someone whom uv and pip do not know signed the certificate of the index, such as a proxy "
+        "of this site. On the builder, export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt, or "
+        "the site's own bundle, and PIP_CERT with the same path; then run again"
+    )
 
 
 def _matching(locked: Sequence[Locked], folders: Sequence[Path]) -> dict[str, Path]:

@@ -494,7 +494,7 @@ def test_a_folder_of_another_user_is_emptied_with_that_users_rights(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(Path, "stat", lambda self, **how: owner if self == caches else stat(self))
     for id_ in full[:3]:
-        retention._remove(caches / id_, run)
+        retention.remove_as_owner(caches / id_, run)
     assert len(said) == 3
     assert said[0] == [
         *("setpriv", "--reuid=990", "--regid=990", "--clear-groups", "--inh-caps=-all"),

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +23,8 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.vars.manager import VariableManager
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
-from glm_fleet.fleet.enroll import _MARK as MARK
 from glm_fleet.fleet.enroll import (
+    MARK,
     Enrolment,
     Row,
     interpreters,
@@ -526,9 +525,7 @@ def target_of(inventory: Path, host: str) -> SshTarget:
     loader = DataLoader()
     hosts = InventoryManager(loader=loader, sources=[str(inventory)])
     manager = VariableManager(loader=loader, inventory=hosts)
-    action = object.__new__(plugin.ActionModule)
-    action._play_context = SimpleNamespace(become_pass="")
-    found: SshTarget = action._target(host, manager.get_vars(host=hosts.get_host(host)))
+    found: SshTarget = plugin.ssh_target(host, manager.get_vars(host=hosts.get_host(host)), "")
     return found
 
 

@@ -167,7 +167,7 @@ def test_keys_are_checked() -> None:
 
 def test_the_list_for_people_has_no_digest() -> None:
     known = add(some(), "bob", Key("1", B, expires="2026-01-01"), {}, NOW)
-    known = known._with(Client("carol"))
+    known = known.with_client(Client("carol"))
     rows = listed(known, NOW)
     assert [(row["client"], row["state"]) for row in rows] == [
         ("alice", "valid"),

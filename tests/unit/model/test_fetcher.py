@@ -765,8 +765,8 @@ def test_a_hub_describes_files_that_can_be(size: int, sha256: str, oid: str) -> 
 
 def test_a_token_goes_where_nobody_on_the_way_can_read_it() -> None:
     client = HubClient("hf_x")
-    assert client._token("https://hub") == client._token("http://127.0.0.1:1") == "hf_x"
-    assert client._token("http://hub") is False
-    assert client._token("http://127.0.0.1.example") is False
-    assert HubClient("hf_x", in_clear_text=True)._token("http://hub") == "hf_x"
-    assert HubClient("")._token("https://hub") is False
+    assert client.token_for("https://hub") == client.token_for("http://127.0.0.1:1") == "hf_x"
+    assert client.token_for("http://hub") is False
+    assert client.token_for("http://127.0.0.1.example") is False
+    assert HubClient("hf_x", in_clear_text=True).token_for("http://hub") == "hf_x"
+    assert HubClient("").token_for("https://hub") is False

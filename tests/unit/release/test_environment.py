@@ -152,7 +152,7 @@ def test_compiling_runs_no_line_of_a_wheel(tmp_path: Path) -> None:
     (site / "evil.pth").write_text(f"import os; open({str(told)!r}, 'w').close()\n")
     (site / "module.py").write_text("VALUE = 1\n")
     (site / "template.py").write_text("{{ this is no Python }}\n")
-    environment._compile(run_program, tmp_path / "venv")
+    environment.compile_modules(run_program, tmp_path / "venv")
     assert list((site / "__pycache__").glob("module.*.pyc"))
     assert not told.exists()
     # The same interpreter without -S would have.

@@ -27,7 +27,14 @@ def sha(text: str) -> str:
 class FakePrograms:
     """Answers uv with a lock and pip with files; records what was asked."""
 
-    def __init__(self, lock: str = "", wheels: dict[str, str] | None = None, rc: int = 0) -> None:
+    def __init__(
+        self,
+        lock: str = "",
+        wheels: dict[str, str] | None = None,
+        rc: int = 0,
+        said: str = "no solution: a needs b",
+    ) -> None:
+        self.said = said
         self.lock = lock
         self.wheels = wheels or {}
         self.rc = rc
@@ -36,14 +43,14 @@ class FakePrograms:
     def __call__(self, argv: Any, **_: Any) -> RunResult:
         self.calls.append(list(argv))
         if "compile" in argv:
-            return RunResult(self.rc, self.lock, "no solution: a needs b")
+            return RunResult(self.rc, self.lock, self.said)
         dest = Path(argv[argv.index("--dest") + 1])
         dest.mkdir()
         wanted = Path(argv[-1]).read_text()
         for name, text in self.wheels.items():
             if name.split("-")[0] in wanted:
                 (dest / name).write_text(text)
-        return RunResult(self.rc, "", "network down")
+        return RunResult(self.rc, "", self.said)
 
 
 def packages(runner: FakePrograms, store: Path, **more: Any) -> Packages:
@@ -87,6 +94,32 @@ def test_pins() -> None:
 def test_no_solution_is_told_in_full(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match="a needs b"):
         packages(FakePrograms(rc=1), tmp_path).compile(["vllm==1"])
+
+
+# Of uv 0.8 and of pip 25 behind a proxy that signs by itself.
+UNKNOWN = (
+    "error: Failed to fetch: `https://pypi.org/simple/vllm/`\n"
+    "  Caused by: error sending request for url (https://pypi.org/simple/vllm/)\n"
+    "  Caused by: invalid peer certificate: UnknownIssuer\n",
+    "Could not fetch URL https://pypi.org/simple/a/: There was a problem confirming the ssl "
+    "certificate: HTTPSConnectionPool(host='pypi.org', port=443): Max retries exceeded (Caused by "
+    "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify "
+    "failed: unable to get local issuer certificate (_ssl.c:1016)'))) - skipping",
+)
+
+
+@pytest.mark.parametrize("said", UNKNOWN)
+def test_a_certificate_of_an_unknown_issuer_is_no_matter_of_versions(
+    tmp_path: Path, said: str
+) -> None:
+    source = packages(FakePrograms(rc=1, said=said), tmp_path)
+    with pytest.raises(
+        FleetError, match=r"SSL_CERT_FILE=/etc/ssl/certs/ca-certificates\.crt"
+    ) as no:
+        source.compile(["vllm==1"])
+    assert "release_exclude_newer" not in str(no.value)
+    with pytest.raises(FleetError, match="SSL_CERT_FILE"):
+        source.download([Locked("a", "1", (sha("A"),))])
 
 
 def test_download_once(tmp_path: Path) -> None:
