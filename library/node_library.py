@@ -11,7 +11,8 @@ short_description: Install the logic that a node runs on its own
 description:
   - Brings the Python package C(glm_fleet), as far as units on a node need it, into a folder. The
     package there is replaced as a whole, by two renames, so that a unit never starts on half of it.
-  - The action plugin of this name finds the files by their imports, and passes them as O(files).
+  - The action plugin of this name finds the files by their imports. It asks with O(hashes) first,
+    and sends O(files) only to a node where something differs.
 author: glm-fleet contributors (@glm-fleet)
 attributes:
   check_mode:
@@ -22,8 +23,14 @@ options:
     description: Folder that gets the package C(glm_fleet).
     type: path
     required: true
+  hashes:
+    description: SHA-256 of each file, by its path below the package. Given by the action plugin.
+    type: dict
+    default: {}
   files:
-    description: Source of each file, by its path below the package. Given by the action plugin.
+    description:
+      - Source of each file, by its path below the package. Given by the action plugin. Without it
+        nothing is written.
     type: dict
     default: {}
 """
@@ -40,6 +47,10 @@ written:
   returned: always
   type: list
   elements: str
+sent:
+  description: Whether the files themselves were sent to the host, some 300 KB.
+  returned: always
+  type: bool
 """
 
 import os
@@ -54,19 +65,20 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "dest": {"type": "path", "required": True},
+            "hashes": {"type": "dict", "default": {}},
             "files": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
-    if not module.params["files"]:
+    if not module.params["hashes"]:
         module.fail_json(msg="node_library needs its action plugin, which finds the files")
     # What is made here is for other users to read, however strict the host's umask is.
     os.umask(0o022)
     folder = Path(module.params["dest"]) / "glm_fleet"
-    written = differing_files(folder, module.params["files"])
-    if written and not module.check_mode:
+    written = differing_files(folder, module.params["hashes"])
+    if written and module.params["files"] and not module.check_mode:
         replace_tree(folder, module.params["files"])
-    module.exit_json(changed=bool(written), written=written)
+    module.exit_json(changed=bool(written), written=written, sent=bool(module.params["files"]))
 
 
 if __name__ == "__main__":

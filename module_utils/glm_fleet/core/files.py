@@ -90,22 +90,27 @@ def copy_whole(source: Path, target: Path) -> Path:
         partial.unlink(missing_ok=True)
 
 
-def differing_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Name the files below a folder that are missing, different or not among ``files``.
+def hashes_of(files: Mapping[str, str]) -> dict[str, str]:
+    """Return the SHA-256 of each text, in hex."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
 
-    ``files`` is {path below the folder: text}. What Python compiled does not count.
+
+def differing_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Name the files below a folder that are missing, different or not among ``hashes``.
+
+    ``hashes`` is {path below the folder: SHA-256}. What Python compiled does not count.
     """
     there = {
         str(path.relative_to(folder)): path
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    same = {name for name, text in files.items() if name in there and _has(there[name], text)}
-    return sorted((set(files) | set(there)) - same)
-
-
-def _has(path: Path, text: str) -> bool:
-    return path.read_bytes() == text.encode()
+    same = {
+        name
+        for name, wanted in hashes.items()
+        if name in there and hashlib.sha256(there[name].read_bytes()).hexdigest() == wanted
+    }
+    return sorted((set(hashes) | set(there)) - same)
 
 
 def replace_tree(folder: Path, files: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import glm_fleet
 import pytest
 from glm_fleet.core.closure import ENTRY_POINTS, closure, digest, module_name
-from glm_fleet.core.files import differing_files, replace_tree
+from glm_fleet.core.files import differing_files, hashes_of, replace_tree
 from glm_fleet.node.remote_call import answer_in, program
 
 PACKAGE = Path(glm_fleet.__file__).parent
@@ -142,10 +142,10 @@ def test_a_library_is_replaced_as_a_whole(tmp_path: Path) -> None:
     folder = tmp_path / "lib/glm_fleet"
     old = {"__init__.py": "", "artifact.py": "X = 1\n"}
     new = {"__init__.py": "", "artifact/__init__.py": "X = 2\n"}
-    assert differing_files(folder, old) == sorted(old)
+    assert differing_files(folder, hashes_of(old)) == sorted(old)
     replace_tree(folder, old)
-    assert differing_files(folder, old) == []
-    assert differing_files(folder, new) == ["artifact.py", "artifact/__init__.py"]
+    assert differing_files(folder, hashes_of(old)) == []
+    assert differing_files(folder, hashes_of(new)) == ["artifact.py", "artifact/__init__.py"]
     replace_tree(folder, new)
-    assert differing_files(folder, new) == []
+    assert differing_files(folder, hashes_of(new)) == []
     assert [each.name for each in folder.parent.iterdir()] == ["glm_fleet"]
