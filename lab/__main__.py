@@ -259,6 +259,8 @@ def change_gpus(arguments: argparse.Namespace) -> None:
             ("memory_mib", arguments.memory_mib),
             ("compute_cap", arguments.compute_cap),
             ("mig", arguments.mig),
+            ("sm_clock_mhz", arguments.sm_clock),
+            ("temperature_c", arguments.temperature),
             ("ecc_uncorrectable", arguments.ecc_uncorrectable),
             ("remap_pending", arguments.remap_pending),
             ("remap_failure", arguments.remap_failure),
@@ -326,6 +328,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory-mib", type=int, help="total memory in MiB")
     sub.add_argument("--compute-cap", help="compute capability, such as 9.0")
     sub.add_argument("--mig", type=on_off, metavar="on|off")
+    sub.add_argument("--sm-clock", type=int, metavar="MHZ", help="a slow GPU; healthy is 1410")
+    sub.add_argument("--temperature", type=int, metavar="C", help="from 92 on it slows down")
     sub.add_argument("--ecc-uncorrectable", type=int, metavar="COUNT")
     sub.add_argument("--remap-pending", type=on_off, metavar="on|off")
     sub.add_argument("--remap-failure", type=on_off, metavar="on|off")

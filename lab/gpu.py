@@ -10,6 +10,7 @@ from .settings import GPU_STATE, Host, LabError
 from .system import write_atomic
 
 DRIVER = "580.159.04"
+SM_CLOCK_MHZ = 1410
 BUSES = (0x07, 0x0F, 0x47, 0x4E, 0x87, 0x90, 0xB7, 0xBD)
 
 
@@ -32,6 +33,8 @@ def default_state(node: str) -> dict[str, Any]:
                 "uuid": f"GPU-77000000-0000-0000-{serial:04d}-{slot + 1:012d}",
                 "bus": f"00000000:{bus:02X}:00.0",
                 "mig": False,
+                "sm_clock_mhz": SM_CLOCK_MHZ,
+                "temperature_c": 31,
                 "ecc_uncorrectable": 0,
                 "remap_pending": False,
                 "remap_failure": False,
@@ -89,6 +92,7 @@ def summary(state: dict[str, Any]) -> str:
     elif state["driver_version"] != DRIVER:
         parts.append(f"driver {state['driver_version']}")
     for gpu in present:
+        clock, degrees = gpu.get("sm_clock_mhz", SM_CLOCK_MHZ), gpu.get("temperature_c", 31)
         faults = [
             word
             for word, wrong in (
@@ -97,6 +101,8 @@ def summary(state: dict[str, Any]) -> str:
                 ("remap pending", gpu["remap_pending"]),
                 ("remap failure", gpu["remap_failure"]),
                 (f"{gpu['used_mib']} MiB used", gpu["used_mib"]),
+                (f"{clock} MHz", clock != SM_CLOCK_MHZ),
+                (f"{degrees} °C", degrees > 80),
             )
             if wrong
         ]

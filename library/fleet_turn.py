@@ -33,6 +33,12 @@ options:
     description: What M(deployment) returned with V(info), for V(switch).
     type: dict
     default: {}
+  acceptance:
+    description:
+      - What M(acceptance) returned, for V(switch). Where the GPUs have to prove themselves still,
+        they do so after the drain, and before the switch.
+    type: dict
+    default: {}
   moved:
     description: Whether the gateways will reach the node at another endpoint.
     type: bool

@@ -26,6 +26,7 @@ from glm_fleet.fleet.turn import (
     Order,
     Step,
     Turn,
+    needs_acceptance,
     neighbours_of,
     next_step,
     read_answer,
@@ -42,6 +43,7 @@ _WORDS: Mapping[str, str] = {
     "drain": "drains",
     "hold": "is held",
     "empty": "finishes its last requests",
+    "accept": "is accepted: its GPUs prove themselves",
     "rehearse": "rehearses deployment {step.deployment}, unless it is known to run here",
     "switch": "switches to deployment {step.deployment}",
     "attest": "is attested",
@@ -67,6 +69,7 @@ class ActionModule(DelegatingAction):
                 },
                 "gateways": {"type": "list", "elements": "str", "required": True},
                 "wanted": {"type": "dict", "default": {}},
+                "acceptance": {"type": "dict", "default": {}},
                 "moved": {"type": "bool", "default": False},
                 "held": {"type": "str", "default": ""},
                 "rehearse": {"type": "bool", "default": False},
@@ -83,12 +86,15 @@ class ActionModule(DelegatingAction):
         )
         wanted = plain(settings["wanted"])
         serves = bool((wanted.get("running") or {}).get("active"))
+        accept = needs_acceptance(plain(settings["acceptance"]))
         turn = Turn(
             Order(
                 settings["purpose"],
                 ladder=wanted.get("ladder") or [],
                 back=wanted.get("back") or "",
                 read_ahead=bool(settings["read_ahead"] and wanted.get("differences") and serves),
+                # A node that goes on serving as it is is not stopped for that.
+                accept=accept and (bool(wanted.get("differences")) or not serves),
                 rehearse=settings["rehearse"],
                 restart=bool(wanted.get("differences")),
                 moved=settings["moved"],
@@ -127,6 +133,11 @@ class ActionModule(DelegatingAction):
             hosts = settings["gateways"]
         elif step.action in AT_LOCK:
             hosts = settings["gateways"][:1]
+        accepted = plain(settings["acceptance"])
+        if step.action == "accept" and accepted.get("ran"):
+            # It was tried before the roll, while nothing ran there, and did not pass.
+            refused = {"failed": True, "msg": accepted["message"]}
+            return {node: {**refused, "of_release": accepted["of_release"]}}
         module, arguments = _call(step, turn, node, settings)
         port = turn.runs.get("port", "0")
         if step.action == "join" and port != "0":
@@ -175,6 +186,9 @@ def _call(
         return "fleet_lock", held if step.action == "hold" else {"state": "unheld", "node": node}
     if step.action == "read ahead":
         return "model_pages", {"path": settings["read_ahead"], "rate": settings["read_rate"]}
+    if step.action == "accept":
+        asked = plain(settings["acceptance"])["asked"]
+        return "acceptance", {**asked, "stop": True, "strict": True, "look": False}
     if step.action == "rehearse":
         options = {"rungs": list(turn.order.ladder), "drained": True}
         return "rehearsal", {**options, **plain(settings["rehearsal"]), **plain(settings["places"])}

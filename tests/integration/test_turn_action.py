@@ -23,7 +23,8 @@ import json, os, sys
 given = json.load(open(sys.argv[1]))
 host, folder = os.environ["GLM_HOST"], os.environ["GLM_TEST"]
 node = given.get("server") or given.get("node") or host
-asked = given.get("state") or given.get("mode") or ("rehearse" if "drained" in given else "read")
+aside = "rehearse" if "drained" in given else "accept" if "stop" in given else "read"
+asked = given.get("state") or given.get("mode") or aside
 with open(f"{folder}/calls-{node}", "a") as calls:
     options = {key: each for key, each in given.items() if not key.startswith("_ansible")}
     calls.write(json.dumps([host, asked, options]) + "\\n")
@@ -52,6 +53,7 @@ PLAY = """
         rehearsal: {layers: 6}
         read_ahead: "{{ ahead | default('') }}"
         held: "{{ held | default('') }}"
+        acceptance: "{{ accepted | default({}) }}"
         places: {release_root: /opt/x}
         neighbours: "{{ groups['gpu_nodes'] + ['gone'] }}"
         min_ready: 2
@@ -67,6 +69,7 @@ PLAY = """
 """
 BOTH = ["gw01", "gw02"]
 CRASH = {"failed": True, "msg": "it died", "diagnosis": "out of memory", "journal": ["dead"]}
+ASKED = {"release": "r", "look": True}
 # Each node takes another turn: its variables, and what is answered otherwise than well.
 NODES: dict[str, tuple[Values, Values]] = {
     "through": ({"purpose": "switch", "ahead": "/srv/m"}, {}),
@@ -84,6 +87,29 @@ NODES: dict[str, tuple[Values, Values]] = {
     ),
     "returns": ({"purpose": "return"}, {}),
     "broken": ({"purpose": "return"}, {"broken attest": {"failed": True, "msg": "not passed"}}),
+}
+
+# Nodes whose GPUs have to prove themselves still.
+TRIED: dict[str, tuple[Values, Values]] = {
+    "accepted": ({"purpose": "switch", "accepted": {"needed": ["new"], "asked": ASKED}}, {}),
+    "unfit": (
+        {"purpose": "switch", "accepted": {"needed": ["new"], "asked": ASKED}},
+        {"unfit accept": {"failed": True, "msg": "GPU 3 (serial 7) is slow", "of_release": False}},
+    ),
+    "known": (
+        {
+            "purpose": "switch",
+            "accepted": {
+                "needed": ["new"],
+                "ran": True,
+                "passed": False,
+                "message": "GPU 3 (serial 7) is slow",
+                "of_release": False,
+                "asked": ASKED,
+            },
+        },
+        {},
+    ),
 }
 
 
@@ -114,16 +140,26 @@ def host(folder: Path, name: str) -> Values:
 @pytest.fixture(scope="module")
 def turns(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Taken]:
     """All turns at once, as the nodes of one batch take them."""
-    folder = tmp_path_factory.mktemp("turns")
+    return take(tmp_path_factory.mktemp("turns"), NODES)
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Taken]:
+    """The turns of nodes whose GPUs have to prove themselves."""
+    return take(tmp_path_factory.mktemp("tried"), TRIED)
+
+
+def take(folder: Path, given: Mapping[str, tuple[Values, Values]]) -> Mapping[str, Taken]:
+    """Let nodes take their turns: {node: (variables, answers otherwise than well)}."""
     (folder / "library").mkdir()
     for name in ("haproxy_server", "deployment", "vllm_probe", "fleet_lock", "model_pages",
-                 "rehearsal"):  # fmt: skip
+                 "rehearsal", "acceptance"):  # fmt: skip
         (folder / "library" / f"{name}.py").write_text(MODULE)
-    for node, (_, told) in NODES.items():
+    for node, (_, told) in given.items():
         (folder / f"answers-{node}").write_text(json.dumps(told))
     nodes = {
         node: {**host(folder, node), "through": BOTH, **variables}
-        for node, (variables, _) in NODES.items()
+        for node, (variables, _) in given.items()
     }
     # Nothing listens there.
     gone = {"ansible_host": "127.0.0.1", "ansible_port": 1, "ansible_connection": "ssh"}
@@ -147,7 +183,7 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Taken]:
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return {node: Taken(folder, node, done.stdout) for node in NODES}
+    return {node: Taken(folder, node, done.stdout) for node in given}
 
 
 def test_a_switch_asks_every_gateway_and_the_node(turns: Mapping[str, Taken]) -> None:
@@ -202,6 +238,28 @@ def test_what_cannot_be_rehearsed_is_never_switched_to(turns: Mapping[str, Taken
     assert taken.options[3]["id"] == "old"
     assert (taken.outcome["state"], taken.outcome["good"]) == ("rolled back", False)
     assert taken.outcome["why"] == "the rehearsal failed: out of memory"
+
+
+def test_a_node_proves_its_gpus_between_the_drain_and_the_switch(
+    tried: Mapping[str, Taken],
+) -> None:
+    taken = tried["accepted"]
+    assert taken.asked[:4] == ["gw01 drain", "gw02 drain", "accepted accept", "accepted active"]
+    assert taken.options[2] == {"release": "r", "look": True, "stop": True, "strict": True}
+    assert taken.outcome["state"] == "serves"
+
+
+def test_a_node_with_a_bad_board_is_not_switched(tried: Mapping[str, Taken]) -> None:
+    taken = tried["unfit"]
+    assert taken.asked == [
+        "gw01 drain", "gw02 drain", "unfit accept", "gw01 drain", "gw02 drain"
+    ]  # fmt: skip
+    assert taken.outcome["state"] == "drained"
+    assert taken.outcome["why"] == "GPU 3 (serial 7) is slow; it stays drained"
+    # What was found while nothing ran there is not tried again.
+    known = tried["known"]
+    assert known.asked == ["gw01 drain", "gw02 drain", "gw01 drain", "gw02 drain"]
+    assert known.outcome["why"] == taken.outcome["why"]
 
 
 def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) -> None:

@@ -52,6 +52,11 @@ from glm_fleet.model.client import read_listing
 from glm_fleet.model.fit import read_config, read_header
 from glm_fleet.model.partfile import Part
 from glm_fleet.model.pins import pinned
+from glm_fleet.node.acceptance import table as acceptance_table
+from glm_fleet.node.acceptance.answer import read_kernels, read_load, read_together
+from glm_fleet.node.acceptance.dcgm import read_dcgm
+from glm_fleet.node.acceptance.judge import judge as judge_gpus
+from glm_fleet.node.acceptance.record import fingerprint, read_acceptance, why_needed
 from glm_fleet.node.answer import decode_facts
 from glm_fleet.node.artifacts import read_artifacts
 from glm_fleet.node.facts import read_node
@@ -710,7 +715,58 @@ KEPT = as_kept(
     health_json(*judge_fleet(fleet_records(1), limits=Limits(), previous={}, time=TIME), TIME)
 )
 
+KERNELS = {"rows": [{"case": "a", "outside": 0, "wrong": 1, "of": 9, "worst": 0.5}]}
+LOAD = {
+    "begun": 1.0, "ended": 2.0, "digests": ["a"], "differences": 0, "tflops": 260.5,
+    "gbytes_per_second": 1700.5, "memory_tested_bytes": 8, "memory_wrong": 0,
+}  # fmt: skip
+TOGETHER = {"wrong": 0, "of": 9, "bus_gbytes_per_second": 230.5, "peers": [[0, 1]]}
+DCGM = {"tests": [{"name": "memory", "results": [{"entity_id": 0, "status": "Fail"}]}]}
+TRIALS = json.dumps({"kernels": KERNELS, "load": LOAD, "together": TOGETHER})
+FAULT = {"check": "c", "where": "GPU 0", "expected": "e", "found": "f", "remedy": "r", "gpu": 0,
+         "of_release": False}  # fmt: skip
+ACCEPTED = json.dumps(
+    {
+        "schema": 1, "time_s": 1.0, "seconds": 9.5, "release": "r", "passed": False,
+        "fingerprint": {"gpus": {"GPU-0": "1"}, "driver": "580", "kernels": "k"},
+        "modules": ["vllm.x"], "faults": [FAULT], "notes": ["n"], "dcgm": None,
+        "gpus": [{"index": 0, "uuid": "GPU-0", "serial": "1", "name": "A100", "errors": {},
+                  "load": LOAD, "kernels": KERNELS, "sampled": {"sm_clock_mhz": 9}}],
+    }
+)  # fmt: skip
+
+
+def trials(text: str, _: Path) -> object:
+    """Judge what a GPU answered."""
+    answer = parse(dict[str, Any], text, what="x")
+    trial: Any = {
+        "index": 0,
+        "kernels": read_kernels(answer.get("kernels")),
+        "load": read_load(answer.get("load")),
+        "together": read_together(answer.get("together")),
+    }
+    found = judge_gpus([trial], device="cuda", changes={}, links={"0-1": "NV12"})
+    return json.dumps([acceptance_table.entries(found), acceptance_table.figures(trial)])
+
+
+def accepted(path: Path) -> object:
+    """Read the record of an acceptance, draw it, and see whether it speaks of a node."""
+    record = read_acceptance(path)
+    lines = acceptance_table.render(record, node="n", width=80)
+    "".join(line.text for line in lines).encode()
+    return why_needed(record, fingerprint([{"uuid": "GPU-0", "serial": "1"}], "580", "k"))
+
+
+def diagnosed(text: str, _: Path) -> object:
+    """Judge by what dcgmi printed."""
+    trial: Any = {"index": 0, "kernels": KERNELS}
+    return judge_gpus([trial], device="cuda", changes={}, links={}, dcgm=read_dcgm(text))
+
+
 READERS = (
+    Reader("trials of a GPU", TRIALS, trials),
+    Reader("acceptance", ACCEPTED, in_file(accepted)),
+    Reader("dcgmi", json.dumps(DCGM), diagnosed),
     Reader("metrics", METRICS, sample_of),
     Reader("completion", COMPLETION, lambda text, _: complete(server(text), "glm-5.2", "x")),
     Reader("served model", MODELS, lambda text, _: served_model(server(text), "glm-5.2")),

@@ -97,9 +97,12 @@ def _outcome_of_failure(turn: Turn, failed: Attempt) -> Outcome:
     if failed.last.lost:
         return _ended(LOST, False, [f"no answer: {reason}", "it stays drained"], failed)
     if not made:
-        not_back = _refusals(each for each in turn.answers("keep out") if not each.lost) or [
-            "nothing was attested here before that it could go back to; it stays drained"
-        ]
+        stays = (
+            "it stays drained"
+            if failed.unfit
+            else "nothing was attested here before that it could go back to; it stays drained"
+        )
+        not_back = _refusals(each for each in turn.answers("keep out") if not each.lost) or [stays]
         return _ended(DRAINED, False, [reason, *not_back], failed)
     back = made[-1]
     if back.passed:

@@ -3,17 +3,19 @@
 
 A turn that switches a node to what it should run::
 
-    read ahead --> drain --> rehearse --> switch ----> attest ----> join
-                     | refused  | failed    | failed     | failed
-                     v          v           v            v
-                   let back   go back     switch to the next rung of the ladder, if that may help
-                                          keep out ----> go back ----> attest ----> join
+    read ahead --> drain --> accept --> rehearse --> switch ----> attest ----> join
+                     | refused  |           | failed    | failed     | failed
+                     v          | failed    v           v            v
+                   let back     |        go back     the next rung of the ladder, if that may help
+                                +------------------> keep out ----> go back ----> attest ----> join
 
 A node that does not have to be restarted begins at the switch, which then changes nothing, unless
-its endpoint moves: then it is drained too. Only the first node that gets something new rehearses:
-what runs is stopped, and the new release is started with random weights. Reading the weights
-ahead, while the node still serves, may fail without harm. A node that is held does not join. A
-turn that takes a node out of service (``leave``) or lets it back (``return``)::
+its endpoint moves: then it is drained too. Only a node whose GPUs have to prove themselves is
+accepted; when its boards fail that, it does not go back, because they would fail what ran before
+as well. Only the first node that gets something new rehearses: what runs is stopped, and the new
+release is started with random weights. Reading the weights ahead, while the node still serves, may
+fail without harm. A node that is held does not join. A turn that takes a node out of service
+(``leave``) or lets it back (``return``)::
 
     drain ----> hold ----> empty            attest ----> unhold ----> join
       | refused   | refused
@@ -34,8 +36,8 @@ from typing import Any, Literal
 
 Purpose = Literal["switch", "leave", "return"]
 Action = Literal[
-    "read ahead", "drain", "hold", "empty", "rehearse", "switch", "attest", "unhold", "join",
-    "keep out", "go back", "let back",
+    "read ahead", "drain", "hold", "empty", "accept", "rehearse", "switch", "attest", "unhold",
+    "join", "keep out", "go back", "let back",
 ]  # fmt: skip
 AT_GATEWAYS: tuple[Action, ...] = ("drain", "empty", "join", "keep out", "let back")
 AT_LOCK: tuple[Action, ...] = ("hold", "unhold")
@@ -48,9 +50,10 @@ class Order:
     ``ladder`` holds ids of deployments, the wanted one first, then what to step down to, and
     ``back`` the id of what a failure goes back to, '' if there is nothing. ``read_ahead`` says
     whether the node reads the weights of its next start into memory before it is drained,
-    ``rehearse`` whether what it is restarted to is rehearsed before, ``restart`` whether it has
-    to be restarted, ``moved`` whether the gateways will reach it somewhere else, ``held`` why it
-    is or will be held out of service.
+    ``accept`` whether its GPUs have to prove themselves while no engine runs, ``rehearse`` whether
+    what it is restarted to is rehearsed before, ``restart`` whether it has to be restarted,
+    ``moved`` whether the gateways will reach it somewhere else, ``held`` why it is or will be held
+    out of service.
     """
 
     purpose: Purpose
@@ -58,6 +61,7 @@ class Order:
     back: str = ""
     read_ahead: bool = False
     rehearse: bool = False
+    accept: bool = False
     restart: bool = False
     moved: bool = False
     held: str = ""
@@ -80,7 +84,8 @@ class Answer:
     deployment that was switched to, {id, port, release, model, cuda_graphs}. ``passed`` says that
     the attestation passed, ``start`` where the time of the start went, in seconds by phase,
     ``pages`` what was read ahead, ``rehearsal`` what a rehearsal gave, {id, words, stepped_down},
-    ``step_down`` that a lower mode of CUDA graphs may help.
+    ``step_down`` that a lower mode of CUDA graphs may help, ``of_release`` that an acceptance
+    failed by the release's kernels alone.
     """
 
     host: str
@@ -98,6 +103,7 @@ class Answer:
     passed: bool = False
     diagnosis: str = ""
     step_down: bool = False
+    of_release: bool = False
     journal: Sequence[str] = ()
 
     @property
@@ -139,17 +145,23 @@ def read_answer(host: str, result: Mapping[str, Any]) -> Answer:
         passed=ok and attestation.get("passed") is True,
         diagnosis=str(result.get("diagnosis") or ""),
         step_down=result.get("step_down") is True,
+        of_release=result.get("of_release") is True,
         journal=[str(line) for line in journal] if isinstance(journal, list) else [],
     )
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A deployment that was switched to, and the attestation of its start if it came to that."""
+    """A deployment that was switched to, and the attestation of its start if it came to that.
+
+    Or one that the node was not even switched to, because its acceptance failed: ``unfit`` says
+    that its boards did, and not the release.
+    """
 
     deployment: str
     switched: Answer
     attested: Answer | None = None
+    unfit: bool = False
 
     @property
     def passed(self) -> bool:
@@ -185,6 +197,10 @@ class Turn:
         for step, answers in self.done:
             if step.action in ("switch", "go back"):
                 made.append((step.action, Attempt(step.deployment, answers[0])))
+            elif step.action == "accept" and not answers[0].ok:
+                wanted = next(iter(self.order.ladder), "")
+                unfit = not answers[0].of_release
+                made.append(("switch", Attempt(wanted, answers[0], unfit=unfit)))
             elif step.action == "attest" and made:
                 made[-1] = (made[-1][0], replace(made[-1][1], attested=answers[0]))
         return [attempt for kind, attempt in made if kind == action]
@@ -212,6 +228,14 @@ def neighbours_of(node: str, nodes: Sequence[str], most: int = 3) -> list[str]:
     return [each for each in (*nodes[at:], *nodes[:at]) if each != node][:most]
 
 
+def needs_acceptance(found: Mapping[str, Any]) -> bool:
+    """Tell from the result of the module `acceptance` whether a node has to prove its GPUs still.
+
+    ``found`` is {} where nobody looked.
+    """
+    return bool(found.get("needed")) and found.get("passed") is not True
+
+
 def record(turn: Turn, step: Step, answers: Sequence[Answer]) -> Turn:
     """Return the turn with one more step that was done."""
     return replace(turn, done=(*turn.done, (step, tuple(answers))))
@@ -234,7 +258,7 @@ def _begin(order: Order) -> Step | None:
 def _take_out(turn: Turn) -> Step | None:
     order = turn.order
     out = order.purpose == "leave" or order.restart or order.moved
-    return Step("drain") if out else _switch(turn)
+    return Step("drain") if out else _accept(turn)
 
 
 def _after_read_ahead(turn: Turn, _ok: bool) -> Step | None:
@@ -244,11 +268,21 @@ def _after_read_ahead(turn: Turn, _ok: bool) -> Step | None:
 def _after_drain(turn: Turn, ok: bool) -> Step | None:
     if not ok:
         return _let_back(turn)
-    if turn.order.purpose == "leave":
-        return Step("hold")
-    if turn.order.rehearse and turn.order.restart and turn.order.ladder:
-        return Step("rehearse", turn.order.ladder[0])
-    return _switch(turn)
+    return Step("hold") if turn.order.purpose == "leave" else _accept(turn)
+
+
+def _accept(turn: Turn) -> Step | None:
+    return Step("accept") if turn.order.accept else _rehearse(turn)
+
+
+def _after_accept(turn: Turn, ok: bool) -> Step | None:
+    return _rehearse(turn) if ok else _after_failure(turn)
+
+
+def _rehearse(turn: Turn) -> Step | None:
+    order = turn.order
+    rehearses = order.rehearse and order.restart and order.ladder
+    return Step("rehearse", order.ladder[0]) if rehearses else _switch(turn)
 
 
 def _after_rehearse(turn: Turn, ok: bool) -> Step | None:
@@ -288,7 +322,7 @@ def _after_keep_out(turn: Turn, _ok: bool) -> Step | None:
     failed = turn.attempts("switch")[-1]
     # A gateway that is gone sends nobody to the node; one that refuses may go on doing so.
     refused = any(not each.ok and not each.lost for each in turn.answers("keep out"))
-    if failed.last.lost or refused or not turn.order.back:
+    if failed.last.lost or failed.unfit or refused or not turn.order.back:
         return None
     return Step("go back", turn.order.back)
 
@@ -306,6 +340,7 @@ _AFTER: Mapping[Action, Callable[[Turn, bool], Step | None]] = {
     "drain": _after_drain,
     "hold": _after_hold,
     "empty": _end,
+    "accept": _after_accept,
     "rehearse": _after_rehearse,
     "switch": _after_switch,
     "attest": _after_attest,

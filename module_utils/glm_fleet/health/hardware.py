@@ -14,11 +14,11 @@ from ..core.causes import why_no_driver
 from ..core.errors import FleetError
 from ..core.format import parse_version
 from ..node.answer import Facts, GpuFacts, GpuFactsReport
+from ..node.gpu import HARMFUL_THROTTLING
 from ..node.xid import LOOK, NOTHING, PROGRAM, REBOOT, RESET, Fault, faults, same_device
 
 ERROR = "error"
 WARNING = "warning"
-_HARMFUL_THROTTLING = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ _STATE = (
         "throttling",
         lambda _: "no hardware slowdown",
         lambda gpu, _: (
-            ", ".join(reason for reason in gpu["throttle_reasons"] if reason in _HARMFUL_THROTTLING)
+            ", ".join(reason for reason in gpu["throttle_reasons"] if reason in HARMFUL_THROTTLING)
             or None
         ),
         "check cooling and power of the node",

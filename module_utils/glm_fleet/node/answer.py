@@ -115,6 +115,9 @@ class GpuProcessFacts(_GpuProcessOptional):
 
 
 class _GpuOptional(TypedDict, total=False):
+    serial: Words
+    sm_clock_mhz: Count | None
+    sm_clock_max_mhz: Count | None
     recovery_told: bool
     temperature_c: int | None
     power_draw_w: Seconds | None

@@ -24,6 +24,8 @@ _TIMEOUT_S = 60.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _XML_END = "</nvidia_smi_log>"
 _QUERY_FIELDS = "index,uuid,compute_cap"
+# Reasons of a lower clock that no healthy node has; a power limit under load is none of them.
+HARMFUL_THROTTLING = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Gpu:
     since the last driver load (volatile) and over the life of the board (aggregate).
     ``recovery_action`` is what the driver asks for, None for nothing; ``recovery_told`` whether
     it tells at all. ``throttle_reasons`` are the active ones, such as ``hw_thermal_slowdown``,
-    without idle.
+    without idle. Clocks of the multiprocessors are in MHz, as they are now and at most.
     """
 
     index: int
     uuid: str
+    serial: str
     bus_id: str
     name: str
     memory_total_mib: int | None
@@ -68,6 +71,8 @@ class Gpu:
     power_limit_w: float | None
     throttle_reasons: tuple[str, ...]
     processes: tuple[GpuProcess, ...]
+    sm_clock_mhz: int | None = None
+    sm_clock_max_mhz: int | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,7 @@ def _gpu(element: ET.Element, place: int, capabilities: dict[str, tuple[int, str
     return Gpu(
         index=index,
         uuid=uuid,
+        serial=_text(element, "serial") or "",
         bus_id=element.get("id") or "",
         name=_text(element, "product_name") or "",
         memory_total_mib=_integer(element, "fb_memory_usage/total"),
@@ -239,6 +245,8 @@ def _gpu(element: ET.Element, place: int, capabilities: dict[str, tuple[int, str
         power_limit_w=_first_number(power, "current_power_limit", "power_limit"),
         throttle_reasons=_throttle_reasons(element),
         processes=tuple(_processes(element)),
+        sm_clock_mhz=_integer(element, "clocks/sm_clock"),
+        sm_clock_max_mhz=_integer(element, "max_clocks/sm_clock"),
     )
 
 

@@ -8,7 +8,7 @@ host more processor time than all that a check reads. A check of many hosts goes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,29 @@ def program(module: str, function: str, argument: Mapping[str, Any], package: Pa
     """
     files = closure([module], package)
     names = {file: f"{package.name}.{module_name(file)}".rstrip(".") for file in files}
+    return program_of(
+        {names[file]: text for file, text in files.items()},
+        [names[file] for file in files if file.endswith("__init__.py")],
+        package.name,
+        module,
+        function,
+        argument,
+    )
+
+
+def program_of(
+    sources: Mapping[str, str],
+    packages: Iterable[str],
+    package: str,
+    module: str,
+    function: str,
+    argument: Mapping[str, Any],
+) -> str:
+    """Return such a program of ``sources``, {dotted name: text}; ``packages`` are those of them."""
     return _PROGRAM.format(
-        sources=ascii({names[file]: text for file, text in files.items()}),
-        packages=ascii({names[file] for file in files if file.endswith("__init__.py")}),
-        package=package.name,
+        sources=ascii(dict(sources)),
+        packages=ascii(set(packages)),
+        package=package,
         module=module,
         function=function,
         mark=ascii(_MARK),

@@ -90,6 +90,71 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 _TIMEOUT_S = 1200.0
 
+# The same kernels at the shapes that one of 8 GPUs has of GLM-5.2: what node/acceptance runs.
+_RAGGED = [2117 + 181 * place + place % 7 for place in range(32)]
+_FULL_ATTENTION = {
+    **_ATTENTION,
+    # Scores that spread as trained ones do; compared as a share of a typical value.
+    "sharpness": 3.0,
+    "floor": 0.1,
+    "tolerance": 4e-2,
+    "slots": 65536,
+    "topk": 2048,
+    "used": [2048, 2047, 1, 0, 65, 1000, 1999, 2048] * 4,
+}
+AT_FULL_SIZE: dict[str, tuple[dict[str, Any], ...]] = {
+    "TRITON_MLA_SPARSE": (
+        {
+            **_PREFILL,
+            "name": "prefill logits",
+            "keys": 8191,
+            "ranges": [[0, 8191], [0, 1], [63, 4099], [8000, 8000], [8190, 8191], [5, 2053]] * 8,
+        },
+        {**_DECODE, "name": "decode logits, 1 sequence", "lengths": [5001], "width": 5001},
+        {
+            **_DECODE,
+            "name": "decode logits, 32 sequences alike",
+            "lengths": [5000] * 32,
+            "width": 5000,
+        },
+        {
+            **_DECODE,
+            "name": "decode logits, 32 sequences, ragged",
+            "lengths": _RAGGED,
+            "width": max(_RAGGED),
+        },
+        {
+            **_DECODE,
+            "name": "decode logits, 16 sequences in rows of the whole context",
+            "lengths": [6001 + place for place in range(16)],
+            "width": 32768,
+        },
+        {
+            **_DECODE,
+            "name": "decode logits, lengths of two dimensions",
+            "lengths": [2999, 5000, 4097, 2113, 3333, 4999, 65],
+            "width": 5000,
+            "dimensions": 2,
+        },
+        {
+            **_DECODE,
+            "name": "decode logits, two queries a sequence",
+            "lengths": [2999, 5000, 4097, 2113],
+            "width": 5000,
+            "next_n": 2,
+            "dimensions": 2,
+        },
+        {**_FULL_ATTENTION, "name": "sparse attention in one pass", "splits": 1},
+        {**_FULL_ATTENTION, "name": "sparse attention in 8 splits", "splits": 8},
+        {
+            **_FULL_ATTENTION,
+            "name": "sparse attention of 1 sequence",
+            "splits": None,
+            "used": [2048],
+        },
+    ),
+}
+
 
 def prove_conformance(
     environment: ProofEnvironment, tree: Path, *, backend: str, capability: str

@@ -42,6 +42,8 @@ PASSED: Result = {
     "attestation": {"passed": True, "canary": {"tokens_per_second": 50.0}},
     "start": {"imports": 29.0},
 }
+UNFIT: Result = {"failed": True, "msg": "GPU 3 (serial 1) computes wrong"}
+WRONG_KERNELS: Result = {"failed": True, "msg": "kernels are wrong", "of_release": True}
 REFUSED: Result = {"failed": True, "msg": "gpu01 cannot be taken\nout"}
 
 
@@ -81,6 +83,11 @@ ORDERS = [
     # A third rung is like the second: one such ladder is enough.
     order(ladder=LADDER),
     order(ladder=LADDER, rehearse=True),
+    *(
+        order(accept=True, back=back, restart=restart, held=held)
+        for back, restart, held in itertools.product(("", "old"), (True, False), ("", "fans"))
+    ),
+    order(ladder=LADDER[:2], accept=True, rehearse=True),
     order(purpose="leave", ladder=(), held="fans"),
     order(purpose="return", ladder=()),
 ]
@@ -88,6 +95,8 @@ ORDERS = [
 
 def possible(step: Step) -> Mapping[str, Result]:
     """All that one host may answer to a step."""
+    if step.action == "accept":
+        return {"accepted": {}, "board": UNFIT, "release": WRONG_KERNELS, "gone": GONE}
     if step.action == "attest":
         return {"passed": PASSED, "crashed": CRASHED, "broken": BROKEN, "gone": GONE, "cut": CUT}
     if step.action in ("switch", "go back"):
@@ -166,10 +175,18 @@ def test_every_turn_that_switches_keeps_the_rules(given: Order) -> None:
             assert bool(end.pages) == (bool(made) and turn.answers("read ahead")[0].ok)
         if given.restart or given.moved:
             assert did[0] == "drain"
-            rehearses = given.rehearse and given.restart
-            assert good(turn, "drain") == (("rehearse" if rehearses else "switch") in did)
+            rehearses = given.rehearse and given.restart and not given.accept
+            after_drain = "accept" if given.accept else "rehearse" if rehearses else "switch"
+            assert good(turn, "drain") == (after_drain in did)
         else:
             assert "drain" not in did
+        # No engine starts on boards that did not prove themselves.
+        assert ("accept" in did) == (given.accept and end.state != UNTOUCHED)
+        if "accept" in did:
+            after = "rehearse" if given.rehearse else "switch"
+            assert good(turn, "accept") == (after in did)
+            if turn.answers("accept")[0].reason == UNFIT["msg"]:
+                assert "go back" not in did
         if "go back" in did:
             assert given.back
             # A node that rehearsed was drained, and nobody was let in since.
@@ -276,6 +293,26 @@ def test_a_turn_that_gets_through() -> None:
     assert (joined.state, joined.start) == (SERVES, {})
     ahead = ended(order(read_ahead=True), {"pages": {"read_bytes": 7}}, FREE, NEW, PASSED, FREE)
     assert ahead == replace(found, pages={"read_bytes": 7})
+
+
+def test_boards_that_fail_their_acceptance_leave_the_node_drained_and_named() -> None:
+    for given in (order(accept=True), order(accept=True, back="")):
+        found = ended(given, FREE, UNFIT, FREE)
+        assert (found.state, found.good, found.runs) == (DRAINED, False, {})
+        assert found.why == "GPU 3 (serial 1) computes wrong; it stays drained"
+    # A node on which nothing ran was not drained, and is now.
+    assert ended(order(accept=True, restart=False), UNFIT, FREE).state == DRAINED
+
+
+def test_kernels_that_are_wrong_on_every_gpu_are_the_releases_fault() -> None:
+    found = ended(order(accept=True), FREE, WRONG_KERNELS, FREE, OLD, PASSED, FREE)
+    assert (found.state, found.good, found.why) == (ROLLED_BACK, False, "kernels are wrong")
+    assert found.runs == DEPLOYMENTS["old"]
+
+
+def test_a_node_that_is_accepted_is_switched() -> None:
+    found = ended(order(accept=True), FREE, {"ran": True}, NEW, PASSED, FREE)
+    assert (found.state, found.why) == (SERVES, "")
 
 
 def test_requests_that_were_cut_are_counted_over_all_gateways() -> None:
@@ -424,7 +461,7 @@ def test_a_failure_is_read_in_one_line_with_its_diagnosis() -> None:
 @pytest.mark.parametrize(
     "key",
     ["attestation", "before", "deployment", "diagnosis", "journal", "msg", "seconds", "sessions",
-     "step_down", "failed", "unreachable"],
+     "step_down", "of_release", "failed", "unreachable"],
 )  # fmt: skip
 def test_an_answer_of_any_shape_can_be_read(key: str, wrong: Any) -> None:
     found = read_answer("gpu01", {**switched("full"), **PASSED, key: wrong})

@@ -79,6 +79,18 @@ def test_xml_shows_every_fault(tmp_path: Path, state: State) -> None:
     assert apps.stdout == "4247, 1200 MiB\n"
 
 
+def test_a_slow_and_hot_gpu_says_so(tmp_path: Path, state: State) -> None:
+    state = gpu.change(state, {"sm_clock_mhz": 345, "temperature_c": 93}, index=3)
+    root = query(tmp_path, state)
+    healthy, slow = root.findall("gpu")[2:4]
+    assert healthy.findtext("clocks/sm_clock") == "1410 MHz"
+    assert slow.findtext("clocks/sm_clock") == "345 MHz"
+    assert slow.findtext("temperature/gpu_temp") == "93 C"
+    reason = "clocks_event_reasons/clocks_event_reason_hw_thermal_slowdown"
+    assert (healthy.findtext(reason), slow.findtext(reason)) == ("Not Active", "Active")
+    assert gpu.summary(state) == "8x A100-SXM4-80GB; GPU 3: 345 MHz, 93 °C"
+
+
 def test_lost_gpu_is_gone_and_the_others_are_renumbered(tmp_path: Path, state: State) -> None:
     state = gpu.change(state, {"present": False}, index=3)
     lines = call(tmp_path, state, "-L").stdout.splitlines()

@@ -21,12 +21,13 @@ from typing import Any
 
 from ...core.errors import FleetError
 from ...core.runner import Runner
+from . import cases as cases_module
 from . import compile as compile_module
 from . import interpret as interpret_module
 from . import modules as modules_module
 
 _COMPLETE = "glm-fleet-proof.json"
-_CHILDREN = (modules_module, compile_module, interpret_module)
+_CHILDREN = (modules_module, cases_module, compile_module, interpret_module)
 _INSTALL_S = 1800.0
 # What the children import; their own dependencies come from the same wheels.
 _WANTED = ("torch", "triton", "numpy")
