@@ -155,196 +155,46 @@ seconds:
   type: dict
 """
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.core.http import local_http
 from ansible.module_utils.glm_fleet.core.runner import run_program
-from ansible.module_utils.glm_fleet.node import readiness
-from ansible.module_utils.glm_fleet.release import environment
-from ansible.module_utils.glm_fleet.release.installed import find_damage, read_note
-from ansible.module_utils.glm_fleet.serving.activation import (
-    activate,
-    compare,
-    environment_changes,
-    install_policy,
-    mend_links,
-)
-from ansible.module_utils.glm_fleet.serving.deployment import (
-    UNIT,
-    Deployment,
-    Deployments,
-    Places,
-    make,
-)
-from ansible.module_utils.glm_fleet.serving.policy import parse_policy
-from ansible.module_utils.glm_fleet.serving.record import read_running
-from ansible.module_utils.glm_fleet.serving.startup import unproven
+from ansible.module_utils.glm_fleet.node.deploying import Deploying
+from ansible.module_utils.glm_fleet.serving.deployment import Deployments, Places, make
 
-
-def _staged(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
-    parts = ("release", "model", "cuda_graphs", "unit", "environment", "policy")
-    wanted = make(**{part: params[part] for part in parts})
-    before = deployments.find(deployments.current())
-    words = compare(read_running(run_program, UNIT), wanted, before)
-    changed = deployments.stage(wanted, check_mode=check_mode)
-    names = environment_changes(before.environment if before else "", wanted.environment)
-    return {
-        "changed": changed,
-        "id": wanted.id,
-        "wanted": wanted.summary(),
-        "differences": words,
-        "diff": {
-            "before_header": f"{UNIT} that is active",
-            "after_header": f"{UNIT} that is staged",
-            "before": before.unit if before else "",
-            "after": wanted.unit,
-            "prepared": f"{names}\n" if not before or names != "the environment" else "",
-        },
-    }
-
-
-def _environment_damage(deployments: Deployments, wanted: Deployment) -> list[str]:
-    """Say what is wrong with the environment that a deployment starts from."""
-    damage = find_damage(deployments.places.releases / wanted.release)
-    if not damage:
-        return []
-    named = ", ".join(f"{each.path} {each.reason}" for each in damage[:2])
-    more = f" and {len(damage) - 2} more" if len(damage) > 2 else ""
-    return [f"its environment is damaged: {named}{more}"]
-
-
-def _differences(
-    running: dict[str, Any],
-    wanted: Deployment,
-    before: Deployment | None,
-    deployments: Deployments,
-) -> list[str]:
-    """Say what a restart would change, and when only a restart can prove or mend what runs."""
-    words = compare(running, wanted, before)
-    if words:
-        return words
-    policy = parse_policy(wanted.policy)
-    http = local_http(policy["port"], address=policy["address"], timeout_s=5.0)
-    if unproven(run_program, http, running, policy["required"]):
-        return ["its journal and the record of its attestation are gone: nothing proves it"]
-    return _environment_damage(deployments, wanted)
-
-
-def _info(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
-    running = read_running(run_program, UNIT)
-    current = deployments.find(deployments.current())
-    skipped = []
-    if params["target"]:
-        name = params["target"]
-        # Without a current deployment, going back starts from the last one that was attested.
-        served = (deployments.attested() or [""])[-1]
-        # Also where that deployment is gone: what is before it is not it.
-        now = deployments.current()
-        ladder = [
-            deployments.before(now or served) if name == "before" else deployments.named(name)
-        ]
-    else:
-        ladder = list(params["rungs"])
-        for identifier in params["rungs"] if params["retry"] and not check_mode else []:
-            deployments.forgive(identifier)
-        while len(ladder) > 1 and not params["retry"] and deployments.refused(ladder[0]):
-            refused = deployments.read(ladder.pop(0))
-            skipped.append(
-                {
-                    "cuda_graphs": refused.cuda_graphs,
-                    "reason": deployments.refused(refused.id),
-                }
-            )
-    wanted = deployments.find(ladder[0])
-    words = _differences(running, wanted, current, deployments) if wanted else []
-    return {
-        "changed": False,
-        "running": running,
-        "current": current.summary() if current else {},
-        "wanted": wanted.summary() if wanted else {},
-        "ladder": [each for each in ladder if each],
-        "skipped_rungs": skipped,
-        "differences": words,
-        "back": deployments.before(wanted.id) if wanted else "",
-        "starts": deployments.starts(),
-    }
-
-
-def _rebuild(params: dict[str, Any], deployments: Deployments, wanted: Deployment) -> None:
-    home = deployments.places.releases / wanted.release
-    environment.ensure(
-        run_program,
-        Path(params["models"]).parent / "release" / wanted.release,
-        home,
-        user=params["group"],
-        compile_bytecode=bool(read_note(home).get("compile_bytecode", True)),
-    )
-
-
-def _active(params: dict[str, Any], deployments: Deployments, check_mode: bool) -> dict[str, Any]:
-    identifier = params["id"]
-    wanted = deployments.read(identifier)
-    with contextlib.nullcontext() if check_mode else deployments.switching():
-        words = _differences(
-            read_running(run_program, UNIT),
-            wanted,
-            deployments.find(deployments.current()),
-            deployments,
-        )
-        result: dict[str, Any] = {
-            "id": identifier,
-            "deployment": wanted.summary(),
-            "changed": bool(words),
-            "seconds": {},
-        }
-        if check_mode:
-            return result
-        if params["refuse"]:
-            deployments.refuse(params["refuse"], params["reason"] or "")
-        if words and _environment_damage(deployments, wanted):
-            # The node is drained: what still runs from the old one loses nothing.
-            _rebuild(params, deployments, wanted)
-        if words:
-            result["seconds"] = activate(
-                run_program, deployments, identifier, attested_now=readiness.answer() == "up"
-            )
-    refused = [params["refuse"]] if params["refuse"] else []
-    deployments.retire([identifier, *refused, *params["rungs"]])
-    return result
+_PARTS = ("release", "model", "cuda_graphs", "unit", "environment", "policy")
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Do what the parameters ask for and return the module's result."""
     params = module.params
-    deployments = Deployments(
-        Places(
-            release_link=Path(params["release_root"], "current"),
-            releases=Path(params["release_root"], "releases"),
-            model_link=Path(params["model_link"]),
-            models=Path(params["models"]),
-            group=params["group"],
-        )
+    places = Places(
+        release_link=Path(params["release_root"], "current"),
+        releases=Path(params["release_root"], "releases"),
+        model_link=Path(params["model_link"]),
+        models=Path(params["models"]),
+        group=params["group"],
     )
+    host = Deploying(run_program, Deployments(places), module.check_mode)
     if params["state"] == "staged":
-        return _staged(params, deployments, module.check_mode)
+        return host.stage(make(**{part: params[part] for part in _PARTS}))
     if params["state"] == "info":
-        return _info(params, deployments, module.check_mode)
+        return host.find(target=params["target"], rungs=params["rungs"], retry=params["retry"])
     if params["state"] == "policy":
-        wanted = deployments.read(params["id"])
-        places, check_mode = deployments.places, module.check_mode
-        if compare(read_running(run_program, UNIT), wanted, None):
-            return {"changed": False, "id": wanted.id}
-        mended = mend_links(wanted, places, check_mode=check_mode)
+        result, mended = host.renew(params["id"])
         for words in mended:
             module.warn(f"{words}; it leads to what runs again")
-        changed = install_policy(wanted, places, check_mode=check_mode)
-        return {"changed": changed or bool(mended), "id": wanted.id}
-    return _active(params, deployments, module.check_mode)
+        return result
+    return host.switch(
+        params["id"],
+        releases=places.models.parent / "release",
+        rungs=params["rungs"],
+        refuse=params["refuse"] or "",
+        reason=params["reason"] or "",
+    )
 
 
 def main() -> None:

@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult
+from glm_fleet.node import deploying
+from glm_fleet.node.deploying import Deploying
 from glm_fleet.serving.activation import (
     activate,
     compare,
@@ -247,12 +246,12 @@ def test_links_that_lead_elsewhere_are_named_and_mended(node: Deployments) -> No
     assert node.current() == wanted.id
 
 
-def test_what_is_gone_is_not_what_ran_before(node: Deployments, module: ModuleType) -> None:
+def test_what_is_gone_is_not_what_ran_before(node: Deployments) -> None:
     served(node, one(), one("r2"))
     activate(Systemd(*SWITCH), node, one("r2").id)
     shutil.rmtree(node.places.deployments / one("r2").id)
     assert node.current() == one("r2").id
-    assert module._info(given(target="before"), node, False)["ladder"] == [one().id]
+    assert found(node, target="before")["ladder"] == [one().id]
 
 
 def test_a_deployment_is_found_by_the_beginning_of_a_name(node: Deployments) -> None:
@@ -456,52 +455,49 @@ def test_a_policy_is_installed_once(node: Deployments) -> None:
     assert not install_policy(one(), node.places)
 
 
-# -- the module ------------------------------------------------------------------------
+# -- on a host --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module as Ansible would load it, with a systemd that always says yes."""
-    spec = importlib.util.spec_from_file_location("deployment", ROOT / "library/deployment.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    monkeypatch.setattr(made, "run_program", lambda argv, **_: RunResult(0, "", ""))
-    return made
+def yes(argv: Sequence[str], **_: Any) -> RunResult:
+    """A systemd that always says yes."""
+    return RunResult(0, "", "")
 
 
-def given(**changed: Any) -> Mapping[str, Any]:
-    plain = {"target": "", "retry": False, "refuse": None, "reason": None, "rungs": [], "id": ""}
-    return {**plain, **changed}
+def found(node: Deployments, *, check_mode: bool = False, **asked: Any) -> dict[str, Any]:
+    return Deploying(yes, node, check_mode).find(**asked)
 
 
-def test_the_lower_steps_of_a_ladder_wait_on_the_node(
-    node: Deployments, module: ModuleType
-) -> None:
+def switched(
+    node: Deployments, identifier: str, *, check_mode: bool = False, **asked: Any
+) -> dict[str, Any]:
+    releases = Path("/srv/a/release")
+    return Deploying(yes, node, check_mode).switch(identifier, releases=releases, **asked)
+
+
+def test_the_lower_steps_of_a_ladder_wait_on_the_node(node: Deployments) -> None:
     ladder = [one(graphs=mode) for mode in ("full", "piecewise", "eager")]
     rungs = [each.id for each in ladder]
     for each in ladder:
         node.stage(each)
-    module._active(given(id=rungs[0], rungs=rungs), node, False)
-    second = given(id=rungs[1], rungs=rungs, refuse=rungs[0], reason="illegal instruction")
-    assert module._active(second, node, False)["deployment"]["cuda_graphs"] == "piecewise"
+    switched(node, rungs[0], rungs=rungs)
+    second = {"rungs": rungs, "refuse": rungs[0], "reason": "illegal instruction"}
+    assert switched(node, rungs[1], **second)["deployment"]["cuda_graphs"] == "piecewise"
     # The next run does not try again what is known to fail here.
-    found = module._info(given(rungs=rungs), node, False)
-    assert found["ladder"] == rungs[1:]
-    assert found["skipped_rungs"] == [{"cuda_graphs": "full", "reason": "illegal instruction"}]
+    told = found(node, rungs=rungs)
+    assert told["ladder"] == rungs[1:]
+    assert told["skipped_rungs"] == [{"cuda_graphs": "full", "reason": "illegal instruction"}]
     # The health check says why.
     assert node.why_not("r1", "m1", "full") == "illegal instruction"
     assert node.why_not("r2", "m1", "full") == node.why_not("r1", "m1", "piecewise") == ""
     # Unless it is told to; check mode forgets nothing.
-    assert module._info(given(rungs=rungs, retry=True), node, True)["ladder"] == rungs
+    assert found(node, rungs=rungs, retry=True, check_mode=True)["ladder"] == rungs
     assert node.refused(rungs[0])
-    assert module._info(given(rungs=rungs, retry=True), node, False)["ladder"] == rungs
+    assert found(node, rungs=rungs, retry=True)["ladder"] == rungs
     assert node.refused(rungs[0]) == ""
 
 
 def test_a_damaged_environment_is_a_difference_and_is_built_again_in_the_turn(
-    node: Deployments, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    node: Deployments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served(node, one())
     activate(Systemd(*SWITCH), node, one().id)
@@ -513,70 +509,68 @@ def test_a_damaged_environment_is_a_difference_and_is_built_again_in_the_turn(
         built.append((artifact, dest, user))
         (dest / "glm-fleet-release.json").write_text('{"release": "r1"}')
 
-    monkeypatch.setattr(module.environment, "ensure", ensure)
+    monkeypatch.setattr(deploying.environment, "ensure", ensure)
     record = {**one().digests, "invocation": "i"}
     running = {"active": True, "invocation": "i", "record": record, "unit": {}}
-    monkeypatch.setattr(module, "read_running", lambda *_: running)
-    monkeypatch.setattr(module, "unproven", lambda *_: False)
-    monkeypatch.setattr(module, "activate", lambda *_, **__: {"stop_s": 1.0})
-    assert module._info(given(rungs=[one().id]), node, False)["differences"] == []
+    monkeypatch.setattr(deploying, "read_running", lambda *_: running)
+    monkeypatch.setattr(deploying, "unproven", lambda *_: False)
+    monkeypatch.setattr(deploying, "activate", lambda *_, **__: {"stop_s": 1.0})
+    assert found(node, rungs=[one().id])["differences"] == []
     (home / "glm-fleet-release.json").unlink()
-    (words,) = module._info(given(rungs=[one().id]), node, False)["differences"]
+    (words,) = found(node, rungs=[one().id])["differences"]
     assert words == "its environment is damaged: glm-fleet-release.json missing"
-    found = module._active(given(id=one().id, models="/srv/a/model", group="glm"), node, False)
-    assert found["changed"]
+    told = switched(node, one().id)
+    assert told["changed"]
     assert built == [(Path("/srv/a/release/r1"), home, "glm")]
-    assert not module._active(given(id=one().id), node, False)["changed"]
+    assert not switched(node, one().id)["changed"]
 
 
-def test_the_last_starts_are_remembered(node: Deployments, module: ModuleType) -> None:
+def test_the_last_starts_are_remembered(node: Deployments) -> None:
     node.stage(one())
-    assert module._info(given(rungs=[one().id]), node, False)["starts"] == []
+    assert found(node, rungs=[one().id])["starts"] == []
     for seconds in range(10):
         node.note_start(f"start {seconds}", 400.04 + seconds)
     # Attested once more, without having been started.
     node.note_start("start 9", 500.0)
-    assert module._info(given(rungs=[one().id]), node, False)["starts"] == [
+    assert found(node, rungs=[one().id])["starts"] == [
         402.0, 403.0, 404.0, 405.0, 406.0, 407.0, 408.0, 409.0,
     ]  # fmt: skip
     (node.places.deployments / "starts.json").write_text('["soon"]')
     assert node.starts() == []
 
 
-def test_check_mode_activates_nothing(node: Deployments, module: ModuleType) -> None:
+def test_check_mode_activates_nothing(node: Deployments) -> None:
     node.stage(one())
-    assert module._active(given(id=one().id), node, True)["changed"]
+    assert switched(node, one().id, check_mode=True)["changed"]
     assert node.current() == ""
 
 
-def test_going_back_leads_from_what_runs_to_what_ran_before(
-    node: Deployments, module: ModuleType
-) -> None:
+def test_going_back_leads_from_what_runs_to_what_ran_before(node: Deployments) -> None:
     old, new = one(), one("r2")
     served(node, old, new)
     activate(Systemd(*SWITCH), node, new.id)
-    found = module._info(given(target="before"), node, False)
-    assert (found["ladder"], found["back"]) == ([old.id], new.id)
-    assert module._info(given(target="r2"), node, False)["ladder"] == [new.id]
+    told = found(node, target="before")
+    assert (told["ladder"], told["back"]) == ([old.id], new.id)
+    assert found(node, target="r2")["ladder"] == [new.id]
 
 
 def test_a_node_that_an_upgrade_did_not_reach_stays_when_the_rest_goes_back(
-    node: Deployments, module: ModuleType
+    node: Deployments,
 ) -> None:
     ancient, old, new = one(model="m2"), one(), one("r2")
     served(node, ancient, old)
     activate(Systemd(*SWITCH), node, old.id)
     node.stage(new)
-    planned = module._info(given(rungs=[new.id]), node, False)
+    planned = found(node, rungs=[new.id])
     assert planned["back"] == old.id
-    assert module._info(given(target=planned["back"]), node, False)["ladder"] == [old.id]
+    assert found(node, target=planned["back"])["ladder"] == [old.id]
 
 
-def test_nothing_to_go_back_to_is_an_empty_ladder(node: Deployments, module: ModuleType) -> None:
+def test_nothing_to_go_back_to_is_an_empty_ladder(node: Deployments) -> None:
     served(node, one())
     activate(Systemd(*SWITCH), node, one().id)
-    found = module._info(given(target="before"), node, False)
-    assert (found["ladder"], found["wanted"], found["differences"]) == ([], {}, [])
+    told = found(node, target="before")
+    assert (told["ladder"], told["wanted"], told["differences"]) == ([], {}, [])
 
 
 def test_what_a_roll_back_needs_is_written_down(node: Deployments) -> None:
