@@ -43,6 +43,7 @@ lint-python:
 	$(call step,ruff check,ruff check .)
 	$(call step,ruff format,ruff format --check .)
 	$(call step,imports,PYTHONPATH=module_utils lint-imports --no-logo)
+	$(call step,shape,python -m pytest tests/unit/test_shape.py)
 	$(call step,mypy,mypy)
 
 lint-ansible:
@@ -51,7 +52,7 @@ lint-ansible:
 	$(call step,ansible-lint,PATH="$(CURDIR)/.ci/lint:$$PATH" ansible-lint --profile production --offline --strict)
 
 unit: ## Unit tests: no network, no root, no program but git
-	@python -m pytest tests/unit
+	@python -m pytest tests/unit --ignore tests/unit/test_shape.py
 
 integration: ## Our code with HAProxy, a browser, promtool, libtorrent and systemd's own checks
 	@python -m pytest tests/integration

@@ -125,6 +125,7 @@ record:
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError
@@ -138,6 +139,20 @@ from ansible.module_utils.glm_fleet.node.acceptance.ensure import (
 )
 from ansible.module_utils.glm_fleet.node.acceptance.record import site_packages
 from ansible.module_utils.glm_fleet.node.acceptance.run import Settings
+
+
+def _settings(given: dict[str, Any], home: Path) -> Settings:
+    return Settings(
+        python=str(home / "bin/python"),
+        packages=site_packages(home),
+        release=home.name,
+        user=given["user"],
+        device=given["device"],
+        cache=f"{given['cache']}/{home.name}" if given["cache"] else "",
+        limits=given["limits"],
+        environment={str(key): str(value) for key, value in given["variables"].items()},
+        dcgm_level=given["dcgm_level"],
+    )
 
 
 def main() -> None:
@@ -173,17 +188,7 @@ def main() -> None:
             module.exit_json(changed=False, **unknown())
         module.fail_json(**error.as_fail())
     try:
-        settings = Settings(
-            python=str(home / "bin/python"),
-            packages=site_packages(home),
-            release=home.name,
-            user=given["user"],
-            device=given["device"],
-            cache=f"{given['cache']}/{home.name}" if given["cache"] else "",
-            limits=given["limits"],
-            environment={str(key): str(value) for key, value in given["variables"].items()},
-            dcgm_level=given["dcgm_level"],
-        )
+        settings = _settings(given, home)
         wish = Wish(
             unit=given["unit"],
             force=given["force"],

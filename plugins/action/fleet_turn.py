@@ -53,6 +53,49 @@ _WORDS: Mapping[str, str] = {
     "go back": "goes back to deployment {step.deployment}",
     "let back": "was not touched, and is let back",
 }
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "purpose": {
+        "type": "str",
+        "choices": ["switch", "leave", "return"],
+        "default": "switch",
+    },
+    "gateways": {"type": "list", "elements": "str", "required": True},
+    "wanted": {"type": "dict", "default": {}},
+    "acceptance": {"type": "dict", "default": {}},
+    "moved": {"type": "bool", "default": False},
+    "held": {"type": "str", "default": ""},
+    "rehearse": {"type": "bool", "default": False},
+    "rehearsal": {"type": "dict", "default": {}},
+    "read_ahead": {"type": "path", "default": ""},
+    "read_rate": {"type": "int", "default": 1_000_000_000},
+    "places": {"type": "dict", "default": {}},
+    "neighbours": {"type": "list", "elements": "str", "default": []},
+    "min_ready": {"type": "int", "default": 0},
+    "drain_timeout": {"type": "int", "default": 600},
+    "stall_timeout": {"type": "int", "default": 1800},
+    "join_timeout": {"type": "int", "default": 60},
+}
+
+
+def _begin(settings: Mapping[str, Any]) -> Turn:
+    """Return the turn that a task asks for, before its first step."""
+    wanted = plain(settings["wanted"])
+    serves = bool((wanted.get("running") or {}).get("active"))
+    accept = needs_acceptance(plain(settings["acceptance"]))
+    return Turn(
+        Order(
+            settings["purpose"],
+            ladder=wanted.get("ladder") or [],
+            back=wanted.get("back") or "",
+            read_ahead=bool(settings["read_ahead"] and wanted.get("differences") and serves),
+            # A node that goes on serving as it is is not stopped for that.
+            accept=accept and (bool(wanted.get("differences")) or not serves),
+            rehearse=settings["rehearse"],
+            restart=bool(wanted.get("differences")),
+            moved=settings["moved"],
+            held=settings["held"],
+        )
+    )
 
 
 class ActionModule(DelegatingAction):
@@ -60,47 +103,8 @@ class ActionModule(DelegatingAction):
 
     def act(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return ``outcome``. Only a turn that switches does not fail: the roll judges it."""
-        _, settings = self.validate_argument_spec(
-            argument_spec={
-                "purpose": {
-                    "type": "str",
-                    "choices": ["switch", "leave", "return"],
-                    "default": "switch",
-                },
-                "gateways": {"type": "list", "elements": "str", "required": True},
-                "wanted": {"type": "dict", "default": {}},
-                "acceptance": {"type": "dict", "default": {}},
-                "moved": {"type": "bool", "default": False},
-                "held": {"type": "str", "default": ""},
-                "rehearse": {"type": "bool", "default": False},
-                "rehearsal": {"type": "dict", "default": {}},
-                "read_ahead": {"type": "path", "default": ""},
-                "read_rate": {"type": "int", "default": 1_000_000_000},
-                "places": {"type": "dict", "default": {}},
-                "neighbours": {"type": "list", "elements": "str", "default": []},
-                "min_ready": {"type": "int", "default": 0},
-                "drain_timeout": {"type": "int", "default": 600},
-                "stall_timeout": {"type": "int", "default": 1800},
-                "join_timeout": {"type": "int", "default": 60},
-            }
-        )
-        wanted = plain(settings["wanted"])
-        serves = bool((wanted.get("running") or {}).get("active"))
-        accept = needs_acceptance(plain(settings["acceptance"]))
-        turn = Turn(
-            Order(
-                settings["purpose"],
-                ladder=wanted.get("ladder") or [],
-                back=wanted.get("back") or "",
-                read_ahead=bool(settings["read_ahead"] and wanted.get("differences") and serves),
-                # A node that goes on serving as it is is not stopped for that.
-                accept=accept and (bool(wanted.get("differences")) or not serves),
-                rehearse=settings["rehearse"],
-                restart=bool(wanted.get("differences")),
-                moved=settings["moved"],
-                held=settings["held"],
-            )
-        )
+        _, settings = self.validate_argument_spec(argument_spec=_ARGUMENTS)
+        turn = _begin(settings)
         controller = os.getppid()
         changed, diffs = False, []
         while (step := next_step(turn)) is not None:
