@@ -27,7 +27,7 @@ backend glm_nodes
 
 
 def test_a_real_haproxy_hears_it_from_the_sentry(tmp_path: Path) -> None:
-    flag = watchdog.Flag(tmp_path / "stalled", lambda seconds: None)
+    flag = watchdog.Flag(tmp_path / "stalled")
     record, evidence = tmp_path / "record", tmp_path / "evidence"
     for path in (record, evidence):
         path.write_text('{"invocation": "abc"}')

@@ -417,7 +417,7 @@ def watched(text: str, folder: Path) -> object:
             "x.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
         ),
         program(UNITS),
-        Flag(folder / "stalled", sleep=lambda _: None),
+        Flag(folder / "stalled", folder / "told.json", sleep=lambda _: None),
         client=lambda port, **_: server(text),
         clock=lambda: 0.0,
         sleep=lambda _: None,

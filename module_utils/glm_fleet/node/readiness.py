@@ -12,6 +12,8 @@ Run as a program: ``python3 -m glm_fleet.sentry --help``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import socketserver
 import sys
 import threading
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..core.errors import FleetError
+from ..core.files import write_atomically
 from ..core.http import local_http
 from ..core.runner import run_program
 from ..serving.attestation import attest, wanted_by
@@ -32,6 +35,8 @@ from ..serving.record import START_RECORD, read_note, read_record
 
 # Names the start of which the watch sees that it makes no progress.
 STALLED = Path("/run/glm-fleet/stalled")
+# The last word that each gateway got, by its address: the watchdog waits until all were told.
+TOLD = Path("/run/glm-fleet/told.json")
 # A controller that waits for the start attests it within seconds.
 _GRACE_S = 10.0
 _LONGEST_PAUSE_S = 900.0
@@ -50,6 +55,25 @@ def answer(record: Path = START_RECORD, evidence: Path = EVIDENCE, stalled: Path
     if read_note(evidence).get("invocation") != invocation:
         return "down #not attested"
     return "up"
+
+
+class Told:
+    """Notes the last word of each gateway; what did not change is not written again."""
+
+    def __init__(self, path: Path = TOLD) -> None:
+        self._path = path
+        self._words: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def note(self, gateway: str, line: str) -> None:
+        """Note what a gateway was answered. A full disk keeps no answer from it."""
+        word = line.split()[0]
+        with self._lock:
+            if self._words.get(gateway) == word:
+                return
+            self._words[gateway] = word
+            with contextlib.suppress(OSError):
+                write_atomically(self._path, json.dumps(self._words) + "\n")
 
 
 class Attestor:
@@ -124,8 +148,12 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(socketserver.BaseRequestHandler):
+    told = Told()
+
     def handle(self) -> None:
-        self.request.sendall(f"{answer()}\n".encode())
+        line = answer()
+        self.request.sendall(f"{line}\n".encode())
+        self.told.note(str(self.client_address[0]), line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

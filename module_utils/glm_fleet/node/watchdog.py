@@ -38,7 +38,7 @@ from ..serving.policy import Policy, read_api_key, read_policy
 from ..serving.probe import Nothing, Sample
 from ..serving.record import read_note
 from .prestart import left_over
-from .readiness import STALLED
+from .readiness import STALLED, TOLD
 
 FINE = "fine"
 SUSPECT = "suspect"
@@ -46,9 +46,10 @@ HUNG = "hung"
 # The name of the thread that waits for a canary.
 CANARY = "glm-fleet canary"
 _HOUR_S = 3600.0
-# A gateway asks every second.
+# A gateway asks every second: one that did not within this time is gone.
 _TELL_S = 3.0
-_KILL_AFTER_S = 10.0
+_PAUSE_S = 0.1
+_KILL_AFTER_S = 10
 _JOURNAL_LINES = 500
 _INCIDENTS_KEPT = 20
 _STACK_TIMEOUT_S = 20.0
@@ -97,8 +98,14 @@ class EngineProgress:
 class Flag:
     """A file that the sentry looks for whenever a gateway asks it, which is every second."""
 
-    def __init__(self, path: Path = STALLED, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._path, self._sleep = path, sleep
+    def __init__(
+        self,
+        path: Path = STALLED,
+        told: Path = TOLD,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._path, self._told, self._clock, self._sleep = path, told, clock, sleep
 
     def take_out(self, invocation: str, reason: str) -> None:
         """Let the gateways take the node out of service for as long as this start lives."""
@@ -112,8 +119,13 @@ class Flag:
         self._path.unlink(missing_ok=True)
 
     def wait_until_told(self) -> None:
-        """Wait so long that every gateway, each of which asks once a second, has seen the flag."""
-        self._sleep(_TELL_S)
+        """Wait until the readiness agent has told every gateway that asks it, or 3 s.
+
+        An agent of an earlier version notes nobody: then it is 3 s.
+        """
+        deadline = self._clock() + _TELL_S
+        while set(read_note(self._told).values()) != {"down"} and self._clock() < deadline:
+            self._sleep(_PAUSE_S)
 
 
 class Canary:
@@ -265,9 +277,11 @@ class Watchdog:
         _log(4, f"restarting {self.settings.unit}; evidence in {folder}")
         # Not `systemctl restart`: it would wait for requests that will never end.
         self.run(["systemctl", "kill", "--signal=SIGTERM", self.settings.unit], check=False)
-        self.sleep(_KILL_AFTER_S)
-        now = unit_state(self.run, self.settings.unit)
-        if now["invocation_id"] == state["invocation_id"]:
+        for _ in range(_KILL_AFTER_S):
+            self.sleep(1.0)
+            if unit_state(self.run, self.settings.unit)["invocation_id"] != state["invocation_id"]:
+                break
+        else:
             self.run(["systemctl", "kill", "--signal=SIGKILL", self.settings.unit], check=False)
         self.ending_until = self.clock() + timeout
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from glm_fleet.core.procfs import Process
 from glm_fleet.core.runner import RunResult
-from glm_fleet.node import watchdog
+from glm_fleet.node import readiness, watchdog
 
 METRICS = """\
 vllm:num_requests_running {running}
@@ -34,6 +34,44 @@ def test_progress() -> None:
     assert progress.observe(900, (6.0,), wanted=True) == "fine", "idle before is no stall"
     assert progress.observe(999, (6.0,), wanted=True) == "suspect"
     assert progress.observe(1000, None, wanted=True) == "hung", "a silent server makes no step"
+
+
+class Clock:
+    """A clock that only sleep moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.then: dict[float, tuple[str, str]] = {}
+        self.agent = readiness.Told()
+
+    def sleep(self, seconds: float) -> None:
+        before, self.now = self.now, self.now + seconds
+        for at, (gateway, line) in self.then.items():
+            if before < at <= self.now:
+                self.agent.note(gateway, line)
+
+
+def test_nobody_waits_longer_than_until_every_gateway_was_told(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.agent = readiness.Told(tmp_path / "told.json")
+    flag = watchdog.Flag(
+        tmp_path / "stalled", tmp_path / "told.json", lambda: clock.now, clock.sleep
+    )
+    flag.wait_until_told()
+    assert clock.now == pytest.approx(3.0, abs=0.2), "an agent that notes nobody may have told all"
+    clock.now = 0.0
+    clock.agent.note("10.0.0.1", "up")
+    clock.agent.note("10.0.0.2", "up")
+    clock.then = {0.4: ("10.0.0.1", "down #x"), 0.8: ("10.0.0.2", "down #x")}
+    flag.wait_until_told()
+    assert clock.now == pytest.approx(0.8, abs=0.11)
+    flag.wait_until_told()
+    assert clock.now == pytest.approx(0.8, abs=0.11), "they were told before"
+    # A gateway that was taken away never asks again.
+    clock.then, clock.now = {}, 0.0
+    clock.agent.note("10.0.0.3", "up")
+    flag.wait_until_told()
+    assert clock.now == pytest.approx(3.0, abs=0.2)
 
 
 class Node:
