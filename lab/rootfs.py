@@ -56,6 +56,10 @@ FILES = {
         "MaxStartups 200\nMaxSessions 100\n"
     ),
     "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
+    # vLLM compiles how it ranks log probabilities at the first request that asks for them. On a GPU
+    # that takes the C compiler that preflight looks for; for the CPU it takes one for C++, which no
+    # host of the lab has.
+    "etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultEnvironment=TORCHDYNAMO_DISABLE=1\n",
     f"etc/sudoers.d/{USER}": f"{USER} ALL=(ALL) NOPASSWD: ALL\n",
     "etc/resolv.conf": "",
     "etc/machine-id": "",
