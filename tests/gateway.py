@@ -57,6 +57,8 @@ class Node:
         self.healthy = True
         self.address = address
         self.word = "up"
+        # How often a gateway asked for it.
+        self.asked = 0
         self.agent: socketserver.ThreadingTCPServer | None = None
         if agent_port:
             self.start_agent(agent_port)
@@ -120,6 +122,7 @@ class Node:
         class Agent(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 self.request.sendall(f"{node.word}\n".encode())
+                node.asked += 1
 
         class Server(socketserver.ThreadingTCPServer):
             allow_reuse_address = True

@@ -24,6 +24,8 @@ from glm_fleet.core.errors import FleetError
 from glm_fleet.core.files import exclusive, sha256_file
 from glm_fleet.core.runner import RunResult
 
+from tests.clock import next_tick
+
 
 def fill(folder: Path, **files: str) -> Path:
     for name, text in files.items():
@@ -146,8 +148,7 @@ def test_a_change_that_hides_its_time_is_seen(tmp_path: Path) -> None:
     folder = fill(tmp_path / "f", a="alpha")
     digest = Proven(tmp_path / "memory").sha256(folder, "a")
     stat = (folder / "a").stat()
-    # The clock of a file system stands still for some milliseconds.
-    time.sleep(0.05)
+    next_tick(tmp_path)
     with (folder / "a").open("r+") as stream:
         stream.write("ALPHA")
     os.utime(folder / "a", ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -156,7 +157,7 @@ def test_a_change_that_hides_its_time_is_seen(tmp_path: Path) -> None:
 
 
 def test_what_is_published_stays_proven_until_it_is_retired(
-    store: Store, published: Manifest, monkeypatch: pytest.MonkeyPatch
+    store: Store, published: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = store.published_path("model", published.id)
     read: list[Path] = []
@@ -172,7 +173,7 @@ def test_what_is_published_stays_proven_until_it_is_retired(
     assert store.stale("model", [], time.time() + 1e9) == []
     # The same size and time: a look at the folder sees nothing, and a start would use it.
     stat = (folder / "a").stat()
-    time.sleep(0.05)
+    next_tick(tmp_path)
     with (folder / "a").open("r+") as stream:
         stream.write("ALPHA")
     os.utime(folder / "a", ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -184,10 +185,12 @@ def test_what_is_published_stays_proven_until_it_is_retired(
     assert not list((store.root / ".staging/model").glob("*.proven"))
 
 
-def test_what_changed_since_it_was_published_is_not_used(store: Store, published: Manifest) -> None:
+def test_what_changed_since_it_was_published_is_not_used(
+    store: Store, published: Manifest, tmp_path: Path
+) -> None:
     assert store.require_proven("model", published.id) == published
     folder = store.published_path("model", published.id)
-    time.sleep(0.05)
+    next_tick(tmp_path)
     (folder / "a").write_text("ALPHA")
     with pytest.raises(FleetError, match="a: changed"):
         store.require_proven("model", published.id)

@@ -8,7 +8,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,8 @@ from glm_fleet.release.installed import (
     read_note,
     seal,
 )
+
+from tests.clock import next_tick
 
 FILES = {
     "tiny/__init__.py": "VALUE = 1\n",
@@ -83,7 +84,7 @@ def change_size(home: Path) -> None:
 
 
 def change_bytes(home: Path) -> None:
-    time.sleep(0.02)
+    next_tick(home.parent)
     (site(home) / "tiny/envs.py").write_text("HOME = '/y'\n")
 
 
