@@ -16,6 +16,7 @@ from ..core.check import Check
 from ..core.decode import Size, Words, parse
 from ..core.errors import FleetError
 from ..core.http import Http
+from .answers import ASKED
 
 # Tokens of the shorter texts; the longer ones take half of the context.
 _TOKENS = 3000
@@ -82,8 +83,11 @@ def check_needles(http: Http, model: str, context: int) -> list[Check]:
     hidden = needles(context)
     if not hidden:
         return []
-    with ThreadPoolExecutor(len(hidden)) as pool:
-        answers = list(pool.map(lambda each: _ask(http, model, each.text), hidden))
+    try:
+        with ThreadPoolExecutor(len(hidden)) as pool:
+            answers = list(pool.map(lambda each: _ask(http, model, each), hidden))
+    except FleetError as error:
+        return [Check(ASKED, False, str(error))]
     lost = [
         f"{each.code} at the {each.place}: {answer[:60]!r}"
         for each, answer in zip(hidden, answers)
@@ -93,11 +97,11 @@ def check_needles(http: Http, model: str, context: int) -> list[Check]:
     return [Check("code words are found in long texts", not lost, detail)]
 
 
-def _ask(http: Http, model: str, text: str) -> str:
-    """Return the answer to a text, or why there is none."""
+def _ask(http: Http, model: str, needle: Needle) -> str:
+    """Return the answer to a text; raises `FleetError` when there is none."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": text}],
+        "messages": [{"role": "user", "content": needle.text}],
         "max_tokens": _ANSWER_TOKENS,
         "temperature": 0,
         # A model that thinks aloud would not come to the answer.
@@ -106,9 +110,10 @@ def _ask(http: Http, model: str, text: str) -> str:
     status, lines = http("/v1/chat/completions", body)
     said = "\n".join(lines)
     if status != 200:
-        return f"HTTP {status}: {said[:100]}"
-    try:
-        choices = parse(_Completion, said, what="The answer")["choices"]
-    except FleetError as error:
-        return str(error)
+        raise FleetError(
+            f"The question for {needle.code} is not answered",
+            expected="HTTP 200",
+            found=f"{status}: {said[:200]}",
+        )
+    choices = parse(_Completion, said, what=f"The answer for {needle.code}")["choices"]
     return (choices[0]["message"]["content"] or "") if choices else ""

@@ -357,6 +357,15 @@ def test_what_loses_a_part_of_a_long_text_is_caught(reader: Reader, lost: str) -
     assert f"at the {lost}" in check.detail
 
 
+def test_a_server_that_is_too_slow_for_long_texts_is_not_called_wrong() -> None:
+    def http(path: str, body: Any = None) -> tuple[int, Iterator[str]]:
+        return 0, iter(["TimeoutError: timed out"])
+
+    (check,) = needles.check_needles(http, "glm-5.2", 32768)
+    assert (check.name, check.passed) == ("known answers", False)
+    assert "timed out" in check.detail
+
+
 def test_code_words_are_asked_for_where_the_model_follows_instructions() -> None:
     engine, reader = Engine(), Reader()
 
