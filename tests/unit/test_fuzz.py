@@ -24,7 +24,8 @@ from glm_fleet.artifact.hashes import Proven
 from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id, load_manifest
 from glm_fleet.artifact.retention import protected_by
 from glm_fleet.artifact.store import Store
-from glm_fleet.core.decode import decode, parse
+from glm_fleet.bench import quality
+from glm_fleet.core.decode import decode, parse, read
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.http import Http
 from glm_fleet.core.progress import Meter, Progress, bar, from_json
@@ -346,6 +347,8 @@ POLICY = json.dumps(
      "required": ["TRITON_MLA"], "forbidden": ["Enforce eager"],
      "answers": {"tolerance": 0.5, "drift": 0.15, "needles": True}}
 )  # fmt: skip
+QUESTIONS = json.dumps({"question": "What is 3 and 4?", "answer": "#### 7"})
+SCORES = json.dumps([{"release": "r", "model": "m", "questions": "q", "right": "101"}])
 PROMPT = Prompt("3 tokens", [7, 8, 9])
 LIKELY = json.dumps(
     {"choices": [{"logprobs": {"tokens": ["a"] * 16, "top_logprobs": [{"a": -0.5, "b": -2}] * 16}}]}
@@ -771,6 +774,8 @@ READERS = (
     Reader("completion", COMPLETION, lambda text, _: complete(server(text), "glm-5.2", "x")),
     Reader("served model", MODELS, lambda text, _: served_model(server(text), "glm-5.2")),
     Reader("policy", POLICY, in_file(read_policy)),
+    Reader("questions", QUESTIONS, lambda text, _: quality.read_set(text, 9)),
+    Reader("scores", SCORES, in_file(lambda path: read(list[quality.Score], path))),
     Reader("likely tokens", LIKELY, lambda text, _: answers.ask(server(text), "m", PROMPT, "s")),
     Reader("code words", SPOKEN, lambda text, _: needles.check_needles(server(text), "m", 8192)),
     Reader(
