@@ -53,7 +53,8 @@ class ActionModule(FleetAction):
                 f"{host} gives fewer right answers than before",
                 expected=f"{found['before']:.1%}, as {before['release'] if before else ''} gave, "
                 f"less {float(arguments.get('drop', 0.03)):.1%} at most",
-                found=f"{found['share']:.1%} of {len(questions)} with {score['release'] or 'an unknown release'}",
+                found=f"{found['share']:.1%} of {len(questions)} with "
+                f"{score['release'] or 'an unknown release'}",
                 remedy="do not roll this release out; rollback.yml goes back",
             )
         return {**result, "quality": dict(found)}

@@ -140,8 +140,8 @@ class Prompt:
 class Difference:
     """How far two answers to one prompt are apart.
 
-    ``mean`` and ``worst`` are differences of log probabilities over ``steps`` places, up to and
-    including the first other token if there is one (``parted``).
+    ``mean`` and ``worst`` are differences of the log probabilities of the likely tokens over
+    ``steps`` places, up to and including the first other token if there is one (``parted``).
     """
 
     prompt: str
@@ -215,18 +215,21 @@ def ask(http: Http, model: str, prompt: Prompt, salt: str) -> Said:
 
 
 def difference(one: Said, other: Said) -> Difference:
-    """Compare two answers to the same prompt, place by place, up to the first other token."""
+    """Compare two answers to the same prompt, place by place, up to the first other token.
+
+    All tokens count that both list, not only the likeliest: where that one is nearly certain, what
+    is wrong shows in the others.
+    """
     found: list[float] = []
-    parted = False
+    steps, parted = 0, False
     for mine, theirs in zip(one["steps"], other["steps"]):
-        tokens = {mine["token"], theirs["token"]}
-        found.append(max(_apart(token, mine["listed"], theirs["listed"]) for token in tokens))
-        parted = len(tokens) > 1
+        chosen = {mine["token"], theirs["token"]}
+        tokens = chosen | (mine["listed"].keys() & theirs["listed"].keys())
+        found += [_apart(token, mine["listed"], theirs["listed"]) for token in sorted(tokens)]
+        steps, parted = steps + 1, len(chosen) > 1
         if parted:
             break
-    return Difference(
-        one["prompt"], len(found), fmean(found or [0.0]), max(found, default=0.0), parted
-    )
+    return Difference(one["prompt"], steps, fmean(found or [0.0]), max(found, default=0.0), parted)
 
 
 def _apart(token: str, mine: Mapping[str, float], theirs: Mapping[str, float]) -> float:

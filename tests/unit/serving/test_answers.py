@@ -183,6 +183,11 @@ def test_two_answers_are_compared_up_to_the_first_other_token() -> None:
     found = answers.difference(mine, tie)
     assert (found.steps, found.parted) == (2, True)
     assert found.worst == pytest.approx(0.05)
+    # What is wrong may show in the other tokens alone.
+    sure = said({"a": -0.1, "b": -2.6}, {"c": -0.70, "d": -0.72}, {"e": -0.1})
+    found = answers.difference(mine, sure)
+    assert (found.steps, found.parted) == (3, False)
+    assert found.worst == pytest.approx(0.6)
     # Another token that was far behind is no tie.
     other = said({"b": -0.1, "a": -2.0})
     assert answers.difference(mine, other).worst == pytest.approx(1.9)
