@@ -186,6 +186,7 @@ def _attest(
         )
         if answers.answers and wanted.known:
             wanted.known.store.note_answers(answers.answers)
+    cause = ("", False, []) if passed else _cause(runner, running["invocation"], answers)
     found: Probe = {
         "passed": passed,
         "checks": _outcomes(checks),
@@ -196,11 +197,21 @@ def _attest(
         "unit": unit,
         "canary": canary,
         "metrics": metrics,
-        "diagnosis": "" if passed else _wrong_answers(answers) or diagnose(lines),
-        "step_down": not passed and lower_graphs_help(lines),
-        "journal": [] if passed else relevant_lines(lines),
+        "diagnosis": cause[0],
+        "step_down": cause[1],
+        "journal": cause[2],
     }
     return {**found, "answers": answers.answers} if answers.answers else found
+
+
+def _cause(runner: Runner, invocation: str, proof: Proof) -> tuple[str, bool, Sequence[str]]:
+    """Return diagnosis, whether a lower mode of CUDA graphs may help, and lines of the journal.
+
+    The journal is read once more: an engine that died of a question has only now said why.
+    """
+    lines = journal(runner, invocation)
+    cause = _wrong_answers(proof) or diagnose(lines)
+    return cause, lower_graphs_help(lines), relevant_lines(lines)
 
 
 def _wrong_answers(proof: Proof) -> str:

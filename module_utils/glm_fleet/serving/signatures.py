@@ -267,6 +267,13 @@ SIGNATURES = (
         origin=_TRITON,
     ),
     Signature(
+        "C++ compiler missing",
+        r"InvalidCxxCompiler|No working C\+\+ compiler found",
+        "torch compiles for the processor, at the start or at the first request that needs it, and "
+        "finds no C++ compiler: install g++",
+        origin=_TORCH,
+    ),
+    Signature(
         "libcuda not found by the linker",
         r"cannot find -lcuda|libcuda\.so cannot found|libcuda\.so(?:\.1)?: cannot open shared",
         "the driver's libcuda.so.1 is not where the linker looks: repair the driver's "

@@ -314,6 +314,30 @@ def test_a_good_node_passes_with_every_canary(host: Path) -> None:
     assert found["canary"]["completion_tokens"] == 24
 
 
+def test_an_engine_that_dies_of_a_question_says_why(host: Path) -> None:
+    server = Server(fault="dies on long prompts")
+    cause = "(Worker pid=9) ERROR torch.OutOfMemoryError: CUDA out of memory."
+
+    def runner(argv: Sequence[str], **_: Any) -> RunResult:
+        died = any(len(prompt) > 2048 for prompt in server.prompts)
+        return systemd(argv, log=[*CPU, cause] if died else CPU)
+
+    found = attestation.attest(
+        runner,
+        server,
+        attestation.Wanted(
+            "glm-serving.service", "glm-5.2", "rel-1", "mod-1", ["KV cache size"], []
+        ),
+        thorough=True,
+        record_path=host / "record.json",
+        evidence_path=host / "attested.json",
+        proc=host,
+    )
+    assert not found["passed"]
+    assert "CUDA out of memory" in found["diagnosis"]
+    assert cause in found["journal"]
+
+
 class Answering(Server):
     """Lists the likely tokens too; ``forgets`` makes all of a crowd answer otherwise."""
 
