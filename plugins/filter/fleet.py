@@ -33,6 +33,8 @@ FILTERS = (
     "graph_rungs",
     "graph_remark",
     "failed_turns",
+    "rehearsing",
+    "small_files",
     "rollback_target",
     "node_endpoints",
     "client_digests",

@@ -29,6 +29,7 @@ from glm_fleet.fleet.endpoints import reached_at as reached_at
 from glm_fleet.gateway import clients
 from glm_fleet.release.variant import choose_variant
 from glm_fleet.serving import command, graphs
+from glm_fleet.serving.rehearsal import is_small_file
 from glm_fleet.transfer import torrent
 from glm_terminal import plain, width
 
@@ -211,6 +212,42 @@ def failed_turns(hostvars: HostVars, batch: Sequence[str], alive: Sequence[str])
         if host not in alive
         or not hostvars[host].get("__serving_turn", {}).get("outcome", {"good": True})["good"]
     ]
+
+
+def rehearsing(
+    hostvars: HostVars,
+    nodes: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    canary: str,
+    mode: str,
+    check: bool,
+) -> list[str]:
+    """Name the node that rehearses outside a turn: [] or one name.
+
+    ``mode`` is ``serve_rehearsal``, or ``asked`` where somebody asks for a rehearsal. Unasked it
+    is for a fleet where no node ever served, whose weights are still to be fetched. ``check``
+    says whether the run only tells what it would do, and made no release.
+    """
+    builder, fetcher = groups["builders"][0], groups["fetchers"][0]
+    if not (check or artifact_of(hostvars, "release", builder)):
+        return []
+    served = any(
+        (hostvars[name].get("__serving_served") or {}).get("stat", {}).get("exists")
+        for name in nodes
+    )
+    missing = check or hostvars[fetcher].get("model_missing")
+    if mode != "asked" and (mode == "never" or served or not missing):
+        return []
+    # A node that has the play for itself gets the release from the controller alone.
+    pushed = hostvars[builder].get("ansible_connection") == "local"
+    able = [name for name in nodes if pushed or name == builder]
+    return ([name for name in able if name == canary] or able)[:1]
+
+
+def small_files(manifest: Mapping[str, Any]) -> list[str]:
+    """Name the files of a model that a server reads beside its weights."""
+    files = parse_manifest(plain(manifest)).files
+    return [each.path for each in files if is_small_file(each.path, each.size)]
 
 
 def rollback_target(roll: Mapping[str, Any], node: str, wanted: str) -> str:

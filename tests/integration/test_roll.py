@@ -43,6 +43,7 @@ answers = {
         "running": {"active": True, "record": {"release": "r1"}},
     },
     "deployment active": {"deployment": {**node, "id": given.get("id")}, "changed": True},
+    "rehearsal": {"rehearsal": {"id": "new", "words": "rehearsed in 9 s"}},
     "vllm_probe watch": {"watched": {"ready": True, "phase": "ready", "progress": ""}},
     "vllm_probe attest": {"attestation": {"passed": True}},
     "haproxy_server": {"before": "ready", "sessions": 0, "changed": True},
@@ -68,6 +69,7 @@ PLAY = """
 """
 SWITCHED = [
     "gw01 haproxy_server drain {node}",
+    "{node} rehearsal read",
     "{node} deployment active new",
     "{node} vllm_probe attest",
 ]
@@ -80,7 +82,7 @@ class Roll:
         self.folder = folder
         (folder / "library").mkdir()
         for name in ("haproxy_server", "haproxy_info", "deployment", "vllm_probe", "fleet_lock",
-                     "model_pages"):  # fmt: skip
+                     "model_pages", "rehearsal"):  # fmt: skip
             (folder / "library" / f"{name}.py").write_text(MODULE.replace("@NAME@", repr(name)))
         groups = {"gpu_nodes": ("gpu01", "gpu02"), "gateways": ("gw01",)}
         children = {
@@ -145,9 +147,12 @@ def test_a_roll_takes_one_node_after_the_other(roll: Roll) -> None:
         line.format(node=node)
         for node in ("gpu01", "gpu02")
         for line in (*SWITCHED, "gw01 haproxy_server ready {node}")
+        # What is new is rehearsed once, by the first node that gets it.
+        if (node, line) != ("gpu02", SWITCHED[1])
     ]
     assert roll.calls() == expected
     assert "gpu02  serves   r2" in output
+    assert "rehearsed in 9 s" in output
 
 
 def test_a_roll_stops_at_the_first_node_that_fails(roll: Roll) -> None:

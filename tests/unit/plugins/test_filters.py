@@ -119,3 +119,41 @@ def test_what_one_node_protects_stays_for_all() -> None:
         "gpu03": {},
     }
     assert filters.protected_on(hostvars, ["gpu01", "gpu02", "gpu03"]) == ["a", "b"]
+
+
+def test_the_node_that_rehearses_before_weights_are_fetched() -> None:
+    nodes = ["gpu01", "gpu02"]
+    groups = {"builders": ["controller"], "fetchers": ["gpu01"]}
+    lacks = {**HOSTVARS, "gpu01": {"model_missing": [{"path": "a.safetensors"}]}}
+
+    def chosen(variables: Any = lacks, mode: str = "auto", canary: str = "", **more: Any) -> Any:
+        return filters.rehearsing(
+            variables, nodes, {**groups, **more}, canary, mode, more.get("check", False)
+        )
+
+    assert chosen() == ["gpu01"]
+    assert chosen(canary="gpu02") == ["gpu02"]
+    assert chosen(canary="gpu09") == ["gpu01"]
+    assert chosen(mode="never") == []
+    # The weights are here, so the canary rehearses in its turn; as in a fleet that served before.
+    assert chosen(HOSTVARS) == []
+    served = {"gpu02": {"__serving_served": {"stat": {"exists": True}}}}
+    assert chosen({**lacks, **served}) == []
+    assert chosen({**lacks, **served}, mode="asked") == ["gpu01"]
+    # Without a release there is nothing to rehearse; a check of a bare fleet tells of it.
+    unmade = {**lacks, "controller": {}}
+    assert chosen(unmade, mode="asked") == []
+    assert chosen({**unmade, "gpu01": {}}, check=True) == []
+    local = {"controller": {"ansible_connection": "local"}}
+    assert chosen({**unmade, **local, "gpu01": {}}, check=True) == ["gpu01"]
+    # A release that was built on a node goes to no other one here.
+    built = {"gpu02": {"release_artifact": {"id": "r", "manifest": {"kind": "release"}}}}
+    assert chosen({**lacks, **built}, builders=["gpu02"]) == ["gpu02"]
+
+
+def test_what_is_read_beside_the_weights() -> None:
+    sizes = {"config.json": 9, "tokenizer.json": 20_000_000, "model-1.safetensors": 5,
+             "model.safetensors.index.json": 5, "README.md": 1}  # fmt: skip
+    entries = tuple(FileEntry(name, size, "0" * 64) for name, size in sizes.items())
+    manifest = Manifest("model", artifact_id("m", entries), entries, {})
+    assert filters.small_files(manifest.as_dict()) == ["config.json", "tokenizer.json"]
