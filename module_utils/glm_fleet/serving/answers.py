@@ -21,6 +21,7 @@ differs by from itself is allowed for, within a bound: see `rounding`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +231,16 @@ def difference(one: Said, other: Said) -> Difference:
         if parted:
             break
     return Difference(one["prompt"], steps, fmean(found or [0.0]), max(found, default=0.0), parted)
+
+
+def sensitivity(said: Sequence[Said]) -> float:
+    """Return how far the answers to different prompts are apart, on average of all pairs.
+
+    Where that is next to nothing, the weights hardly look at a prompt, and nobody can tell by an
+    answer whether all of it was seen.
+    """
+    pairs = itertools.combinations(said, 2)
+    return fmean([difference(one, other).mean for one, other in pairs] or [0.0])
 
 
 def _apart(token: str, mine: Mapping[str, float], theirs: Mapping[str, float]) -> float:

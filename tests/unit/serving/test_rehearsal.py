@@ -247,6 +247,18 @@ def test_what_a_server_with_random_weights_is_asked() -> None:
     assert any(isinstance(each, int) and each % 64 for each in together)
     assert any("32 sequences of 2049 to" in each for each in said)
     assert checks[-2].name == "same answers alone and in a crowd"
+    assert "answer different prompts alike (by 0.000)" in checks[-2].detail
+
+
+def test_weights_that_look_at_the_prompt_are_not_called_blind() -> None:
+    server = Server(score=lambda body: -float(len(body["prompt"]) % 8) - 0.1)
+    (check,) = [
+        each
+        for each in ask_questions(server, "m", tolerance=0.5, sequences=1)
+        if each.name == "same answers alone and in a crowd"
+    ]
+    assert check.passed
+    assert "alike" not in check.detail
 
 
 @pytest.mark.parametrize("context", [64, 512, 2300, 2400, 4096])
