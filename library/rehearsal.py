@@ -113,7 +113,8 @@ from ansible.module_utils.glm_fleet.node import readiness
 from ansible.module_utils.glm_fleet.node.prestart import wait_until_clear
 from ansible.module_utils.glm_fleet.serving.deployment import UNIT, Deployments, Places
 from ansible.module_utils.glm_fleet.serving.record import read_running
-from ansible.module_utils.glm_fleet.serving.rehearsal_run import Rehearsal, in_words
+from ansible.module_utils.glm_fleet.serving.rehearsal_run import Rehearsal
+from ansible.module_utils.glm_fleet.serving.rehearsals import in_words
 
 _PATIENCE_S = 60.0
 

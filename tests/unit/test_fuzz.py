@@ -81,7 +81,8 @@ from glm_fleet.serving.evidence import read_evidence
 from glm_fleet.serving.policy import read_api_key, read_policy
 from glm_fleet.serving.probe import Sample
 from glm_fleet.serving.record import read_record
-from glm_fleet.serving.rehearsal import cut_config, exec_words, read_rehearsals
+from glm_fleet.serving.rehearsal import cut_config, exec_words
+from glm_fleet.serving.rehearsals import read_rehearsals
 from glm_fleet.transfer.rendezvous import AgentAnswer, Meeting, Record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -19,6 +19,7 @@ import jinja2
 
 from ..core.format import human_bytes
 from ..node.answer import Facts
+from ..serving.rehearsals import for_a_report
 from .history import sentence
 from .rules import missing_gpus
 from .tables import engine_words, load_words
@@ -102,6 +103,7 @@ def _node(node: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[st
         ("First token", _pair(since, "first_token")),
         ("Between tokens", _pair(since, "between_tokens")),
         ("Attestation", node["attestation"]),
+        ("Rehearsal", for_a_report(facts["rehearsal"]) if "rehearsal" in facts else ""),
         ("Gateway", ", ".join(f"{state} at {name}" for name, state in node["gateway"].items())),
         ("Release", node["release"]),
         ("Model", node["model"]),

@@ -32,6 +32,7 @@ from .rules import (
     hardware_findings,
     link_target,
     no_answer,
+    rehearsal_findings,
     service_findings,
     system_findings,
     without_old_xids,
@@ -164,6 +165,7 @@ def judge_node(
     problems = hardware_problems(name, without_old_xids(facts, before), expect)
     findings = [
         *hardware_findings(problems, facts, limits, before),
+        *rehearsal_findings(facts),
         *service_findings(facts, expect.unit, restarts),
         *system_findings(facts, expect, limits),
         *artifact_findings(facts),

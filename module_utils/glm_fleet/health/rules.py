@@ -12,6 +12,7 @@ from ..core.errors import split_remedy
 from ..core.format import human_bytes
 from ..node.answer import Facts
 from ..serving.graphs import price_of
+from ..serving.rehearsals import for_a_report
 from .hardware import ERROR, Expectations, Problem
 from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits, Verdict
 
@@ -104,6 +105,15 @@ def hardware_findings(
     if old:
         cause = f"in the kernel log from before the last check: {', '.join(old)}"
         yield Finding("Xid history", HEALTHY, cause, "nothing, unless it comes again")
+
+
+def rehearsal_findings(facts: Facts) -> Iterator[Finding]:
+    """Tell, as a note, of a release that did not get through its last rehearsal here."""
+    last = facts.get("rehearsal")
+    if last and not last["passed"]:
+        cause = f"the last rehearsal here: {for_a_report(last)}"
+        step = "mend it or name another release; playbooks/rehearse.yml tries again"
+        yield Finding("rehearsal", HEALTHY, cause, step)
 
 
 def service_findings(facts: Facts, name: str, restarts: int) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from ..core.decode import Amount, Count, Range, Size, Words, decode
 from ..core.systemd import UnitState
 from ..gateway.answer import GatewayAnswer
 from ..serving.probe import Probe
+from ..serving.rehearsals import Rehearsed
 
 Port = Annotated[int, Range(0, 65535)]
 Seconds = Annotated[float, Range(-1e12, 1e12)]
@@ -236,6 +237,7 @@ class Facts(TypedDict, total=False):
     protected: Sequence[Words] | None
     environments: Sequence[Words]
     environment: EnvironmentFacts
+    rehearsal: Rehearsed
     certificate: CertificateOnDisk
     staging_bytes: Mapping[str, Count]
     gpu: GpuFactsReport

@@ -20,6 +20,7 @@ from ..core.errors import FleetError
 from ..core.runner import run_program
 from ..core.systemd import read_units
 from ..release.installed import COMPLETE, find_damage
+from ..serving.rehearsals import REHEARSALS, read_rehearsals
 from .artifacts import protected_ids, read_artifacts, read_link, read_staging
 from .certificate import read_certificate
 from .gateway import read_gateway
@@ -85,6 +86,8 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
             facts["artifacts"] = read_artifacts(root, query.provenance_keys, errors)
             facts["staging_bytes"] = attempt("staging", {}, read_staging, root / ".staging")
         if query.attest:
+            rehearsed = attempt("rehearsals", [], read_rehearsals, REHEARSALS)
+            facts.update({"rehearsal": rehearsed[-1]} if rehearsed else {})
             facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
         if query.certificate:
             facts["certificate"] = read_certificate(Path(query.certificate))

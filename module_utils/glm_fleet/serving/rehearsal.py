@@ -5,7 +5,7 @@ A rehearsal runs the unit of a deployment, with its command line and its environ
 weights in a few layers of the real shapes. Whatever kills a start or the first requests is there:
 libraries, kernels, compilation, CUDA graphs, NCCL. Only what needs the real weights is not.
 
-Here is what a rehearsal consists of, and when one is needed; `rehearsal_run` does it.
+Here is what a rehearsal consists of. `rehearsal_run` does it, `rehearsals` tells how it ended.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict
+from typing import Any
 
-from ..core.decode import Amount, Count, Words, parse, read
+from ..core.decode import parse
 from ..core.errors import FleetError
-from ..core.files import write_atomically
-from ..core.runner import Runner
 from .command import unit_words
 from .deployment import UNIT, Deployment
 
 REHEARSAL_UNIT = "glm-rehearsal.service"
-REHEARSALS = Path("/var/lib/glm-fleet/rehearsals.json")
-_MOST_RECORDS = 8
 
 # What a server reads of a model beside its weights. Their index is left out with them.
 _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -190,47 +186,6 @@ def rehearsal_unit(unit: str, drop_in: str, words: Sequence[str], environment: P
     return "\n".join(lines) + "\n"
 
 
-class Rehearsed(TypedDict):
-    """A rehearsal of this node.
-
-    The first five say of what, ``command`` being a digest of unit, environment and
-    configuration; ``seconds`` is how long it took, ``time_s`` when, in seconds since 1970, and
-    ``problem`` why it failed, '' if it passed.
-    """
-
-    gpus: Words
-    driver: Words
-    release: Words
-    cuda_graphs: Words
-    command: Words
-    passed: bool
-    problem: Words
-    seconds: Amount
-    time_s: Amount
-    layers: Count
-    of_layers: Count
-
-
-_KEY = ("gpus", "driver", "release", "command")
-
-
-class Hardware(TypedDict):
-    """What a release runs on: ``gpus`` as ``8 x NVIDIA A100-SXM4-80GB``, and the driver."""
-
-    gpus: str
-    driver: str
-
-
-def read_hardware(run: Runner) -> Hardware:
-    """Ask the driver for the GPUs of this node; raises `FleetError`."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    rows = [line.rpartition(",") for line in run(query, timeout=60).stdout.splitlines()]
-    names = [name.strip() for name, comma, _ in rows if comma]
-    drivers = sorted({version.strip() for _, comma, version in rows if comma})
-    counted = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
-    return {"gpus": ", ".join(counted), "driver": ", ".join(drivers)}
-
-
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 
 
@@ -244,36 +199,3 @@ def command_digest(deployment: Deployment, config: str) -> str:
     for part in (deployment.unit, "\n".join(shown), config):
         hashed.update(part.encode() + b"\0")
     return hashed.hexdigest()[:16]
-
-
-def read_rehearsals(path: Path = REHEARSALS) -> list[Rehearsed]:
-    """Return the last rehearsals of this node, newest last; [] where none is known."""
-    try:
-        return list(read(list[Rehearsed], path))
-    except (FileNotFoundError, FleetError):
-        return []
-
-
-def note_rehearsal(done: Rehearsed, path: Path = REHEARSALS) -> None:
-    """Remember a rehearsal; the one before of the same release on the same GPUs is replaced."""
-    others = [each for each in read_rehearsals(path) if not _is_same(each, done)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps([*others, done][-_MOST_RECORDS:], indent=1) + "\n")
-
-
-def _is_same(one: Rehearsed, other: Rehearsed) -> bool:
-    return all(one[key] == other[key] for key in _KEY)  # type: ignore[literal-required]
-
-
-def known_to_pass(
-    known: Sequence[Rehearsed], hardware: Hardware, release: str, command: str
-) -> Rehearsed | None:
-    """Return the rehearsal that passed of this very release on these GPUs, None without one.
-
-    One that failed counts for nothing: what was in its way may be mended.
-    """
-    for each in reversed(known):
-        same = (each["gpus"], each["driver"]) == (hardware["gpus"], hardware["driver"])
-        if same and each["passed"] and (each["release"], each["command"]) == (release, command):
-            return each
-    return None

@@ -31,20 +31,22 @@ from .questions import ask_questions
 from .record import running_release
 from .rehearsal import (
     REHEARSAL_UNIT,
-    REHEARSALS,
     Cut,
-    Hardware,
-    Rehearsed,
     command_digest,
     cut_config,
     exec_words,
     is_small_file,
+    rehearsal_command,
+    rehearsal_unit,
+)
+from .rehearsals import (
+    REHEARSALS,
+    Hardware,
+    Rehearsed,
     known_to_pass,
     note_rehearsal,
     read_hardware,
     read_rehearsals,
-    rehearsal_command,
-    rehearsal_unit,
 )
 from .startup import await_attestation
 
@@ -298,12 +300,6 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def in_words(done: Rehearsed) -> str:
-    """Say what a rehearsal gave."""
-    of = f"{done['layers']} of {done['of_layers']} layers with random weights"
-    return f"rehearsed in {done['seconds']:.0f} s ({of})"
 
 
 def _refusal(failed: Attempt | None, cut: Cut) -> FleetError:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.health.gateway import judge_gateway, states_of
+from glm_fleet.health.html import view
 from glm_fleet.health.judge import judge_fleet
 from glm_fleet.health.records import LEFT
+from glm_fleet.health.tables import health_json
 from glm_fleet.health.verdict import GatewayHealth, Limits, NodeHealth
 from test_preflight import EXPECT, make_facts
 
@@ -561,3 +563,21 @@ def test_an_answer_that_cannot_be_used_is_one_unknown_row() -> None:
     assert "look at what gives this value" in wrong.next_step
     assert (first.findings, third.findings) == (right[0].findings, right[2].findings)
     assert (gateway.verdict, first.gateway) == ("unknown", {"gw01": "?"})
+
+
+def test_a_rehearsal_that_failed_is_a_note_and_one_that_passed_is_on_the_page() -> None:
+    records = fleet_records()
+    done = {"gpus": "8 x A100", "driver": "550.54", "release": "vllm-2", "cuda_graphs": "eager",
+            "command": "0a", "passed": True, "problem": "", "seconds": 90.0, "time_s": 1.7e9,
+            "layers": 7, "of_layers": 78}  # fmt: skip
+    records["gpu01"]["node"]["rehearsal"] = done
+    records["gpu02"]["node"]["rehearsal"] = {**done, "passed": False, "problem": "it died"}
+    nodes, gateways = judge(records)
+    assert [each.verdict for each in nodes] == ["healthy"] * 3
+    assert list(nodes[0].findings) == []
+    (note,) = nodes[1].findings
+    assert note.cause == ("the last rehearsal here: vllm-2, 2023-11-14 22:13 UTC: failed: it died")
+    assert "rehearse.yml" in note.next_step
+    page = view(health_json(nodes, gateways, TIME), [])
+    rows = {row["name"]: row["value"] for row in page["nodes"][0]["rows"]}
+    assert rows["Rehearsal"].endswith("rehearsed in 90 s (7 of 78 layers with random weights)")

@@ -20,14 +20,17 @@ from glm_fleet.serving.rehearsal import (
     cut_config,
     exec_words,
     is_small_file,
-    known_to_pass,
-    note_rehearsal,
-    read_hardware,
-    read_rehearsals,
     rehearsal_command,
     rehearsal_unit,
 )
 from glm_fleet.serving.rehearsal_run import Rehearsal, Stage
+from glm_fleet.serving.rehearsals import (
+    for_a_report,
+    known_to_pass,
+    note_rehearsal,
+    read_hardware,
+    read_rehearsals,
+)
 
 from tests.rendering import render
 
@@ -183,7 +186,9 @@ def test_what_passed_is_known_for_this_release_on_these_gpus(tmp_path: Path) -> 
     # One that failed is tried again: what was in its way may be mended.
     assert known_to_pass(read_rehearsals(path), hardware, "r1", "c") is None
     note_rehearsal({**done, "passed": True, "problem": ""}, path)
+    assert for_a_report(done) == "r1, 2001-09-09 01:46 UTC: failed: it died"
     known = read_rehearsals(path)
+    assert for_a_report(known[0]).endswith("rehearsed in 10 s (7 of 78 layers with random weights)")
     assert [each["passed"] for each in known] == [True]
     assert known_to_pass(known, hardware, "r1", "c") == known[0]
     assert known_to_pass(known, hardware, "r2", "c") is None
