@@ -57,37 +57,27 @@ def order(**given: Any) -> Order:
 
 
 LADDER = ("full", "piecewise", "eager")
+WAYS = [
+    {"restart": False, "rehearse": True},
+    {},
+    {"restart": False, "moved": True},
+    {"read_ahead": True},
+    {"rehearse": True},
+]
 ORDERS = [
-    order(
-        ladder=ladder,
-        back=back,
-        restart=restart,
-        moved=moved,
-        read_ahead=ahead,
-        held=held,
-        rehearse=rehearse,
-    )
-    for ladder, back, (restart, moved, ahead, rehearse), held in itertools.product(
-        (("piecewise",), LADDER[:2]),
-        ("", "old"),
-        (
-            (False, False, False, True),
-            (True, False, False, False),
-            (False, True, False, False),
-            (True, False, True, False),
-            (True, False, False, True),
-        ),
-        ("", "fans"),
-    )
-] + [
+    *(
+        order(back=back, held=held, **way)
+        for way, back, held in itertools.product(WAYS, ("", "old"), ("", "fans"))
+    ),
+    *(order(ladder=LADDER[:2], **way) for way in WAYS),
+    order(ladder=LADDER[:2], back="", held="fans"),
     # A third rung is like the second: one such ladder is enough.
     order(ladder=LADDER),
-    order(ladder=LADDER, rehearse=True),
     *(
         order(accept=True, back=back, restart=restart, held=held)
         for back, restart, held in itertools.product(("", "old"), (True, False), ("", "fans"))
     ),
-    order(ladder=LADDER[:2], accept=True, rehearse=True),
+    order(accept=True, rehearse=True),
     order(purpose="leave", ladder=(), held="fans"),
     order(purpose="return", ladder=()),
 ]
