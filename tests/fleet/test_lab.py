@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from .conftest import ROOT, Fleet, lab, lab_remains
+from .conftest import ROOT, Fleet, lab, lab_remains, wait_until
 
 pytestmark = pytest.mark.fleet
 
@@ -26,10 +25,7 @@ def test_down_leaves_nothing_also_after_an_up_that_was_killed(fleet: Fleet) -> N
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    end = time.monotonic() + 60
-    while not any("nspawn" in each for each in lab_remains()):
-        assert time.monotonic() < end, "the lab did not start a host"
-        time.sleep(0.05)
+    wait_until(lambda: any("nspawn" in each for each in lab_remains()), "no host started")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert lab_remains() != []

@@ -24,7 +24,7 @@ from lab.settings import (
     UPSTREAMS,
 )
 
-from .conftest import ROOT, Fleet, Run, kill_controller, lab
+from .conftest import ROOT, Fleet, Run, kill_controller, lab, wait_until
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
@@ -405,8 +405,5 @@ def when_fetching(fleet: Fleet, root: str, action: str) -> None:
     )
 
 
-def wait_for(fleet: Fleet, script: str, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while fleet.shell(FETCHER, script).rc != 0:
-        assert time.monotonic() < end, f"in vain: {script}"
-        time.sleep(0.3)
+def wait_for(fleet: Fleet, script: str) -> None:
+    wait_until(lambda: fleet.shell(FETCHER, script).rc == 0, f"in vain: {script}")
