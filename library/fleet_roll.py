@@ -50,6 +50,10 @@ options:
     description: A sentence for below the table of V(planned), where there is one to say.
     type: str
     default: ""
+  rehearse:
+    description: For V(planned), whether the first node that gets something new rehearses it.
+    type: bool
+    default: false
 attributes:
   check_mode:
     description: Prints the same.

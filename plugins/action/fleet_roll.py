@@ -11,6 +11,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_action import ControllerAction
+from glm_fleet.core.table import Line
 from glm_fleet.fleet.endpoints import REACHED_BY
 from glm_fleet.fleet.rollout import first_to_try
 from glm_fleet.fleet.rollout_facts import NodeAnswers, endings, found_or_staged, plan_fleet
@@ -33,6 +34,7 @@ class ActionModule(ControllerAction):
                 "min_ready": {"type": "str", "default": "1"},
                 "canary": {"type": "str", "default": ""},
                 "remark": {"type": "str", "default": ""},
+                "rehearse": {"type": "bool", "default": False},
             }
         )
         hostvars = variables["hostvars"]
@@ -63,10 +65,15 @@ def _plan(nodes: Sequence[NodeAnswers], arguments: Mapping[str, Any]) -> dict[st
         min_ready=arguments["min_ready"],
         canary=arguments["canary"],
     )
+    first = first_to_try(found.nodes, found.plan)
+    lines = render_plan(found.nodes, found.plan, width(), arguments["remark"])
+    if first and arguments["rehearse"]:
+        words = "rehearses it with random weights once drained, unless it passed there before"
+        lines.append(Line(f"{first} {words}."))
     return {
-        "lines": render_plan(found.nodes, found.plan, width(), arguments["remark"]),
+        "lines": lines,
         "turns": [each.node for each in found.plan.turns],
-        "first": first_to_try(found.nodes, found.plan),
+        "first": first,
         "batches": list(found.plan.batches),
         "moved": found.moved,
         "targets": found.targets,

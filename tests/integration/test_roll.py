@@ -174,6 +174,7 @@ def test_check_mode_takes_no_turn(roll: Roll) -> None:
     assert rc == 0, output
     assert roll.calls() == []
     assert "Roll: 2 of 2 nodes are restarted" in output
+    assert "gpu01 rehearses it with random weights once drained" in " ".join(output.split())
 
 
 def children(pid: int) -> list[int]:

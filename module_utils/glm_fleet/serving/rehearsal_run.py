@@ -229,7 +229,7 @@ class Rehearsal:
                 return f"{watched['failed']}; last seen: {watched['phase']}"
             if watched["progress"] != progress:
                 progress, moved = watched["progress"], now
-            self.say(f"rehearsal: {watched['phase']}, {now - begun:.0f} s")
+            self.say(f"rehearsal: {watched['phase']}")
             if now - moved > self.stall_s:
                 return f"it makes no progress for {self.stall_s:.0f} s: {watched['phase']}"
             if now - begun > self.limit_s:
