@@ -491,7 +491,7 @@ def test_ports_aliases_and_jump_hosts_are_followed(
 )
 def test_jump_hosts_are_passed_by_ssh_s_own_command(jump: str, tmp_path: Path) -> None:
     configuration = tmp_path / "config"
-    configuration.write_text("Host *\n  ConnectTimeout 1\n")
+    configuration.write_text("Host *\n  ConnectTimeout 25\n")
     arguments = ["-F", str(configuration), "-J", jump, "-p", "2022"]
     ours = read_target("gpu01", "10.0.2.9", arguments, run_program).proxy
     # What ssh itself would do: it says so, and does it with a program that only ends.
