@@ -105,6 +105,10 @@ passed:
   description: Whether the node passed; none while nobody knows.
   returned: always
   type: bool
+did_not_pass:
+  description: Whether these boards did not pass, now or the last time.
+  returned: always
+  type: bool
 busy:
   description: Why nothing was run although it was needed.
   returned: always
@@ -118,8 +122,9 @@ of_release:
   returned: always
   type: bool
 record:
-  description: Every figure, as in C(/var/lib/glm-fleet/acceptance.json).
-  returned: always
+  description:
+    - Every figure, as in C(/var/lib/glm-fleet/acceptance.json). A task shows a table.
+  returned: when the module is not called by its action plugin
   type: dict
 """
 
@@ -205,7 +210,7 @@ def main() -> None:
     except FleetError as error:
         module.fail_json(**error.as_fail())
     if found["ran"] and not found["passed"] and given["strict"]:
-        module.fail_json(msg=found["message"], changed=found["ran"], **found)
+        module.fail_json(msg=found.pop("message"), changed=True, **found)
     would = module.check_mode and bool(found["needed"]) and not found["busy"]
     module.exit_json(changed=found["ran"] or would, **found)
 

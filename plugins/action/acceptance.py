@@ -37,4 +37,6 @@ class ActionModule(WatchedAction):
         if found.get("ran"):
             record = decode(Record, plain(found["record"]), what=f"The acceptance of {node}")
             show(render(record, node=node, width=width()))
+        # The figures stay on the node: a result that fails is printed as a whole.
+        found.pop("record", None)
         return {**found, "asked": asked}

@@ -81,17 +81,17 @@ def _begin(settings: Mapping[str, Any]) -> Turn:
     """Return the turn that a task asks for, before its first step."""
     wanted = plain(settings["wanted"])
     serves = bool((wanted.get("running") or {}).get("active"))
-    accept = needs_acceptance(plain(settings["acceptance"]))
+    restart = bool(wanted.get("differences"))
+    accept = needs_acceptance(plain(settings["acceptance"]), stays=serves and not restart)
     return Turn(
         Order(
             settings["purpose"],
             ladder=wanted.get("ladder") or [],
             back=wanted.get("back") or "",
-            read_ahead=bool(settings["read_ahead"] and wanted.get("differences") and serves),
-            # A node that goes on serving as it is is not stopped for that.
-            accept=accept and (bool(wanted.get("differences")) or not serves),
+            read_ahead=bool(settings["read_ahead"] and restart and serves),
+            accept=accept,
             rehearse=settings["rehearse"],
-            restart=bool(wanted.get("differences")),
+            restart=restart or (accept and serves),
             moved=settings["moved"],
             held=settings["held"],
         )

@@ -182,6 +182,10 @@ def answers_of_a_fleet() -> dict[str, dict[str, Any]]:
         facts["environment"] = {"release": "r", "damage": ["a: missing"]}
         facts["attestation"]["cuda_graphs"] = {"runs": "eager", "wanted": "full", "reason": "x"}
         facts["errors"] = ["units: no answer"]
+        facts["acceptance"] = {
+            "needed": ["it did not pass"], "passed": False, "time_s": 1.0, "release": "r",
+            "faults": [FAULT], "figures": [{"index": 0, "tflops": 260.5}],
+        }  # fmt: skip
         record["expect"] = [{"gpu_node": True, "expect": {**EXPECT, "gpu_count": 2}}]
     return records
 

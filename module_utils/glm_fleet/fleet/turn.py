@@ -228,12 +228,14 @@ def neighbours_of(node: str, nodes: Sequence[str], most: int = 3) -> list[str]:
     return [each for each in (*nodes[at:], *nodes[:at]) if each != node][:most]
 
 
-def needs_acceptance(found: Mapping[str, Any]) -> bool:
-    """Tell from the result of the module `acceptance` whether a node has to prove its GPUs still.
+def needs_acceptance(found: Mapping[str, Any], *, stays: bool) -> bool:
+    """Tell whether a node proves its GPUs in its turn, from the module `acceptance`'s result.
 
-    ``found`` is {} where nobody looked.
+    ``found`` is {} where nobody looked. A node that ``stays`` as it is, and serves, is not stopped
+    for that, unless its boards are known not to pass.
     """
-    return bool(found.get("needed")) and found.get("passed") is not True
+    needed = bool(found.get("needed")) and found.get("passed") is not True
+    return needed and (not stays or bool(found.get("did_not_pass")))
 
 
 def record(turn: Turn, step: Step, answers: Sequence[Answer]) -> Turn:

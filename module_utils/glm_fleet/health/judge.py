@@ -25,6 +25,7 @@ from .hardware import Expectations, hardware_problems
 from .records import LEFT, HostRecord, read_records, wrong_finding
 from .rules import (
     UNDRAIN_STEP,
+    acceptance_findings,
     artifact_findings,
     count_restarts,
     ecc_counts,
@@ -164,6 +165,7 @@ def judge_node(
     restarts = count_restarts(unit, before)
     problems = hardware_problems(name, without_old_xids(facts, before), expect)
     findings = [
+        *acceptance_findings(facts),
         *hardware_findings(problems, facts, limits, before),
         *rehearsal_findings(facts),
         *service_findings(facts, expect.unit, restarts),

@@ -17,6 +17,8 @@ from .hardware import ERROR, Expectations, Problem
 from .verdict import BROKEN, DEGRADED, HEALTHY, UNKNOWN, Finding, Limits, Verdict
 
 _DEGRADING = ("throttling",)
+# More faults of an acceptance than this say no more.
+_MOST_FAULTS = 6
 SITE_STEP = "run site.yml: it drains, restarts and attests the node"
 UNDRAIN_STEP = "playbooks/undrain.yml lets it back when that is over"
 
@@ -114,6 +116,21 @@ def rehearsal_findings(facts: Facts) -> Iterator[Finding]:
         cause = f"the last rehearsal here: {for_a_report(last)}"
         step = "mend it or name another release; playbooks/rehearse.yml tries again"
         yield Finding("rehearsal", HEALTHY, cause, step)
+
+
+def acceptance_findings(facts: Facts) -> Iterator[Finding]:
+    """Boards that did not prove themselves; that nobody tried them yet is a note."""
+    known = facts.get("acceptance") or {}
+    needed = known.get("needed") or ()
+    faults = known.get("faults") or ()
+    if known.get("passed") is False and faults:
+        for fault in faults[:_MOST_FAULTS]:
+            cause = f"acceptance: {fault['where']}: {fault['check']}: {fault['found']}"
+            yield Finding("acceptance", DEGRADED, cause, fault["remedy"])
+    elif needed:
+        cause = f"its GPUs are not accepted: {'; '.join(needed)}"
+        step = "its next turn does it; playbooks/accept.yml does it now, after a drain"
+        yield Finding("acceptance", HEALTHY, cause, step)
 
 
 def service_findings(facts: Facts, name: str, restarts: int) -> Iterator[Finding]:

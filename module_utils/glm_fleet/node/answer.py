@@ -15,6 +15,7 @@ from ..core.systemd import UnitState
 from ..gateway.answer import GatewayAnswer
 from ..serving.probe import Probe
 from ..serving.rehearsals import Rehearsed
+from .acceptance.record import FaultEntry
 
 Port = Annotated[int, Range(0, 65535)]
 Seconds = Annotated[float, Range(-1e12, 1e12)]
@@ -216,6 +217,17 @@ class EnvironmentFacts(TypedDict, total=False):
     damage: Sequence[Words]
 
 
+class AcceptanceFacts(TypedDict, total=False):
+    """What is known of a node's acceptance: see `acceptance.record.look`."""
+
+    needed: Sequence[Words]
+    passed: bool | None
+    time_s: Amount
+    release: Words
+    faults: Annotated[Sequence[FaultEntry], Size(1000)]
+    figures: Annotated[Sequence[Mapping[str, Any]], Size(1024)]
+
+
 class Facts(TypedDict, total=False):
     """The facts of a host; what only some hosts are asked is missing on the others."""
 
@@ -241,6 +253,7 @@ class Facts(TypedDict, total=False):
     certificate: CertificateOnDisk
     staging_bytes: Mapping[str, Count]
     gpu: GpuFactsReport
+    acceptance: AcceptanceFacts
     fabric_manager: FabricFacts
     xids: Annotated[Sequence[XidFacts], Size(100_000)]
     attestation: Probe

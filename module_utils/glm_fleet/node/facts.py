@@ -21,6 +21,7 @@ from ..core.runner import run_program
 from ..core.systemd import read_units
 from ..release.installed import COMPLETE, find_damage
 from ..serving.rehearsals import REHEARSALS, read_rehearsals
+from .acceptance.record import look
 from .artifacts import protected_ids, read_artifacts, read_link, read_staging
 from .certificate import read_certificate
 from .gateway import read_gateway
@@ -94,16 +95,30 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
         if query.gateway_url:
             facts["gateway"] = attempt("gateway", {}, read_gateway, query, host.run)
         facts.update({name: each.result() for name, each in slow.items()})
+    if query.gpus and query.environment_root:
+        facts["acceptance"] = attempt("acceptance", {}, _read_acceptance, query, facts)
     # Tools answer in any order; the report should not change with it.
     facts["errors"] = sorted(errors)
     return facts
 
 
-def _read_environment(query: NodeQuery, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Look whether what the next start runs from is whole: {release, damage}, {} without one."""
+def _home(query: NodeQuery, facts: Mapping[str, Any]) -> Path | None:
+    """Return the environment that the next start runs from, None without one."""
     target = (facts["links"].get("current") or {}).get("target")
     home = Path(query.environment_root, Path(target).name) if target else None
-    if home is None or not home.is_dir():
+    return home if home is not None and home.is_dir() else None
+
+
+def _read_acceptance(query: NodeQuery, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Look whether the GPUs were accepted as they are: see `acceptance.record.look`."""
+    report = facts["gpu"]
+    return look(report["gpus"], report.get("driver_version"), _home(query, facts))
+
+
+def _read_environment(query: NodeQuery, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Look whether what the next start runs from is whole: {release, damage}, {} without one."""
+    home = _home(query, facts)
+    if home is None:
         return {}
     return {"release": home.name, "damage": [str(each) for each in find_damage(home)[:100]]}
 

@@ -300,6 +300,16 @@ def test_kernels_that_are_wrong_on_every_gpu_are_the_releases_fault() -> None:
     assert found.runs == DEPLOYMENTS["old"]
 
 
+def test_a_node_that_serves_as_it_should_is_not_stopped_for_its_acceptance() -> None:
+    needed = {"needed": ["it was never accepted"], "passed": None}
+    assert turns.needs_acceptance(needed, stays=False)
+    assert not turns.needs_acceptance(needed, stays=True)
+    # But for boards that are known not to pass.
+    assert turns.needs_acceptance({**needed, "did_not_pass": True}, stays=True)
+    assert not turns.needs_acceptance({"needed": ["new"], "passed": True}, stays=False)
+    assert not turns.needs_acceptance({}, stays=False)
+
+
 def test_a_node_that_is_accepted_is_switched() -> None:
     found = ended(order(accept=True), FREE, {"ran": True}, NEW, PASSED, FREE)
     assert (found.state, found.why) == (SERVES, "")

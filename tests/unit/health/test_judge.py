@@ -276,6 +276,28 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "nothing is deployed",
         "site.yml",
     ),
+    "a board that did not pass": (
+        lambda facts: facts.update(
+            acceptance={
+                "needed": ["it did not pass"],
+                "passed": False,
+                "faults": [
+                    {
+                        "check": "SM clock",
+                        "where": "GPU 3 (serial 1650421000003)",
+                        "gpu": 3,
+                        "expected": "705 MHz",
+                        "found": "345 MHz",
+                        "remedy": "check cooling",
+                        "of_release": False,
+                    }
+                ],
+            }
+        ),
+        "degraded",
+        "acceptance: GPU 3 (serial 1650421000003): SM clock: 345 MHz",
+        "check cooling",
+    ),
     "no policy": (
         lambda facts: facts.update(attestation={}, attestation_error="This node has no policy."),
         "broken",
@@ -299,6 +321,16 @@ def test_each_fault_is_named_with_its_node_and_the_next_step(fault: str) -> None
     assert gateways[0].verdict == "healthy"
     assert any(cause in each for each in nodes[1].reasons), nodes[1].reasons
     assert step in nodes[1].next_step
+
+
+def test_gpus_that_nobody_accepted_yet_are_a_note() -> None:
+    records = fleet_records()
+    records["gpu02"]["node"]["acceptance"] = {"needed": ["it was never accepted"], "passed": None}
+    nodes, _ = judge(records, {})
+    assert nodes[1].verdict == "healthy"
+    (note,) = [each for each in nodes[1].findings if each.check == "acceptance"]
+    assert note.cause == "its GPUs are not accepted: it was never accepted"
+    assert "accept.yml" in note.next_step
 
 
 def test_a_server_in_maintenance_is_named_at_its_node() -> None:

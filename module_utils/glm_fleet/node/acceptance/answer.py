@@ -83,6 +83,18 @@ class GpuTrial(_TrialOptional):
     index: Count
 
 
+class Outcome(TypedDict, total=False):
+    """What came of a trial on one GPU: its answer, or what was said instead."""
+
+    answer: Any
+    said: Words
+
+
+def read_outcomes(answer: Any) -> list[Outcome]:
+    """Check what a trial gave for all GPUs; raises `FleetError`."""
+    return decode(list[Outcome], answer, what="What the trial gave")
+
+
 def read_kernels(answer: Any) -> Kernels:
     """Check what the trial ``kernels`` answered; raises `FleetError`."""
     return decode(Kernels, answer, what="The answer of the kernels' trial")

@@ -18,7 +18,7 @@ from ...core.runner import Runner
 from ...core.systemd import unit_state
 from ...release.installed import COMPLETE, is_complete
 from ..prestart import wait_until_clear
-from .record import RECORD, Record, read_acceptance, why_needed
+from .record import FAILED, RECORD, Record, read_acceptance, why_needed
 from .run import Settings, accept, fingerprint_now, read_report
 from .table import sentences
 
@@ -79,11 +79,9 @@ def ensure(
     processes: Callable[[], list[Process]] = list_processes,
     kill: Callable[[int, int], None] = os.kill,
 ) -> dict[str, Any]:
-    """Accept the node if that is needed: {needed, ran, passed, busy, message, record, of_release}.
+    """Accept the node if that is needed; see RETURN of the module `acceptance`.
 
-    ``needed`` are reasons, [] when the node was accepted as it is now. ``passed`` is None while
-    nobody knows, ``busy`` says why nothing was run. Raises `FleetError` when an earlier engine
-    holds the GPUs, or there are none.
+    Raises `FleetError` when an earlier engine holds the GPUs, or there are none.
     """
     record = read_acceptance(path)
     reasons = why_needed(record, fingerprint_now(settings, read_report(run)))
@@ -95,7 +93,8 @@ def ensure(
     engine = state not in ("inactive", "failed")
     busy = f"{wish.unit} is {state}" if engine and not wish.stop else ""
     if wish.only_look or busy:
-        return {**_result(reasons, False, {}), "busy": busy}
+        # Boards that did not pass may not go on, whatever was started on them since.
+        return {**_result(reasons, False, {}), "busy": busy, "did_not_pass": reasons == [FAILED]}
     if engine:
         run(["systemctl", "stop", wish.unit], timeout=_STOP_S)
     wait_until_clear(
@@ -129,6 +128,7 @@ def _result(reasons: list[str], ran: bool, record: Record) -> dict[str, Any]:
         "needed": reasons,
         "ran": ran,
         "passed": passed,
+        "did_not_pass": ran and not passed,
         "busy": "",
         "message": "" if passed is not False else refusal(record),
         # What ran before on these boards computes right.

@@ -20,9 +20,11 @@ from ...core.table import plural
 from ..gpu import HARMFUL_THROTTLING
 from .answer import GpuTrial, KernelRow
 
+NO_NUMBER = 1e9
 REPLACE = "drain the node and have this board tested (dcgmi diag -r 3) or replaced"
 COOL = "check cooling, air flow and power of the node"
 RELEASE = "name a correction in release_patches, another head, or another release_ref"
+PROGRAM = "see what the release's Python says there; playbooks/preflight.yml looks at the driver"
 LINKS = "look at NVLink, fabric manager and nvidia-smi topo -m; nvidia-smi nvlink --status"
 
 
@@ -180,7 +182,7 @@ def _silent(boards: Sequence[Board]) -> Iterator[Fault]:
         if trial == "together" or len(failed) == len(boards):
             where = "all GPUs" if len(failed) == len(boards) else _named(boards, failed)
             # The kernels of a release can end the program; torch alone should not.
-            remedy = RELEASE if trial == "kernels" else LINKS if trial == "together" else REPLACE
+            remedy = {"kernels": RELEASE, "together": LINKS}.get(trial, PROGRAM)
             yield Fault(
                 f"{trial} trial", where, "an answer", told, remedy, of_release=trial == "kernels"
             )
@@ -224,10 +226,10 @@ def kernel_problem(row: KernelRow) -> str:
     if row.get("outside"):
         parts.append(f"{row['outside']} values written outside the result")
     if row.get("wrong"):
-        parts.append(
-            f"{row['wrong']} of {row.get('of', 0)} values wrong, by {row.get('worst', 0):.3g} at "
-            "worst"
-        )
+        worst = row.get("worst", 0.0)
+        # As `release.proof.cases.compare` writes what is no number, or was never written.
+        much = f"by {worst:.3g} at worst" if worst < NO_NUMBER else "some of them no numbers"
+        parts.append(f"{row['wrong']} of {row.get('of', 0)} values wrong, {much}")
     return ", ".join(parts)
 
 

@@ -18,6 +18,7 @@ from .answer import GpuTrial
 
 RECORD = Path("/var/lib/glm-fleet/acceptance.json")
 NEVER = "it was never accepted"
+FAILED = "it did not pass"
 # Triton compiles the kernels, and torch brings cuBLAS and NCCL: another one is another arithmetic.
 _COMPILERS = ("torch-*.dist-info", "triton-*.dist-info")
 
@@ -46,7 +47,8 @@ class Record(TypedDict, total=False):
     """What is kept of an acceptance: how it ended, what it speaks of, and every figure.
 
     ``time_s`` is when it ended, in seconds since 1970, and ``seconds`` how long it took;
-    ``modules`` are what ``kernels`` of the fingerprint was made from. ``notes`` fail nothing.
+    ``modules`` are what ``kernels`` of the fingerprint was made from. ``notes`` fail nothing,
+    ``figures`` are a row for each GPU, ``gpus`` all that was measured.
     """
 
     schema: Count
@@ -59,6 +61,7 @@ class Record(TypedDict, total=False):
     modules: Annotated[Sequence[Words], Size(100)]
     faults: Annotated[Sequence[FaultEntry], Size(1000)]
     notes: Annotated[Sequence[Words], Size(100)]
+    figures: Annotated[Sequence[Mapping[str, Any]], Size(1024)]
     gpus: Annotated[Sequence[GpuTrial], Size(1024)]
     dcgm: Annotated[Sequence[Mapping[str, Any]], Size(10_000)] | None
 
@@ -69,6 +72,28 @@ def read_acceptance(path: Path = RECORD) -> Record:
         return read(Record, path)
     except (FileNotFoundError, FleetError):
         return {}
+
+
+def look(
+    gpus: Sequence[Mapping[str, Any]], driver: str | None, home: Path | None, path: Path = RECORD
+) -> dict[str, Any]:
+    """Say what is known of a node's acceptance: {needed, passed, time_s, release, faults, figures}.
+
+    ``home`` is the environment that the next start runs from, None where there is none.
+    """
+    record = read_acceptance(path)
+    known = record.get("fingerprint")
+    kernels = known["kernels"] if known else ""
+    if home is not None and record.get("modules"):
+        kernels = kernel_digest(site_packages(home), record["modules"])
+    return {
+        "needed": why_needed(record, fingerprint(gpus, driver, kernels)),
+        "passed": record.get("passed"),
+        "time_s": record.get("time_s", 0.0),
+        "release": record.get("release", ""),
+        "faults": list(record.get("faults", ())),
+        "figures": list(record.get("figures", ())),
+    }
 
 
 def site_packages(environment: Path) -> Path:
@@ -120,5 +145,5 @@ def why_needed(record: Record, now: Fingerprint) -> list[str]:
     if known["kernels"] != now["kernels"]:
         reasons.append("the release has other kernels")
     if not reasons and not record.get("passed"):
-        reasons.append("it did not pass")
+        reasons.append(FAILED)
     return reasons

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the trials of an acceptance on a node, one process a GPU, side by side.
+"""Runs the trials of an acceptance on a node, and judges what came of them.
 
 The node's own Python does this, as root; what runs on the GPUs is the release's Python with
 `release.proof.trial`, as the service's user. It gets its program on its standard input and answers
@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,11 +25,18 @@ from ...release.conformance import AT_FULL_SIZE, CASES
 from ...release.proof import cases, interpret, modules, trial
 from ..gpu import Gpu, GpuReport, read_gpus
 from ..remote_call import answer_in, program_of
-from .answer import GpuTrial, Sampled, read_kernels, read_load, read_together
+from .answer import (
+    GpuTrial,
+    Sampled,
+    read_kernels,
+    read_load,
+    read_outcomes,
+    read_together,
+)
 from .dcgm import diagnose
 from .judge import judge
 from .record import Fingerprint, Record, fingerprint, kernel_digest
-from .table import entries
+from .table import entries, figures
 
 _PACKAGE = "glm_proof"
 _CHILDREN = (modules, cases, interpret, trial)
@@ -52,7 +58,9 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, int]]] = {
         "together": {"summed": 2**12, "bytes": 2**16, "times": 2, "patience_s": 120},
     },
 }
-_TIMEOUTS_S = {"kernels": 600.0, "load": 420.0, "together": 300.0}
+_LIMITS_S = {"kernels": 600.0, "load": 420.0, "together": 300.0}
+# What torch may take to be imported, on a node that is busy.
+_IMPORT_S = 180.0
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "kernels": read_kernels,
     "load": read_load,
@@ -143,6 +151,7 @@ def accept(
         "modules": settings.modules,
         "faults": entries(judged),
         "notes": list(judged.notes),
+        "figures": [figures(each) for each in trials],
         "gpus": trials,
         "dcgm": dcgm,
     }
@@ -168,73 +177,62 @@ def fingerprint_now(settings: Settings, report: GpuReport) -> Fingerprint:
     return fingerprint(boards, report.driver_version, digest)
 
 
-# -- one process a GPU ---------------------------------------------------------------------
+# -- the trials, each a program that parts into a process a GPU ----------------------------
 def _try_alone(name: str, trials: list[GpuTrial], settings: Settings, run: Runner) -> None:
     """Run a trial on every GPU at once; each sees its own alone."""
-    tasks = [_task(name, settings) for _ in trials]
-    _try_all(name, trials, tasks, [each["uuid"] for each in trials], settings, run)
+    _try(name, trials, [{"visible": each["uuid"]} for each in trials], settings, run)
 
 
 def _try_together(trials: list[GpuTrial], settings: Settings, run: Runner) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tasks = [
-        {**_task("together", settings), "rank": rank, "world": len(trials), "port": port}
-        for rank in range(len(trials))
-    ]
     visible = ",".join(each["uuid"] for each in trials)
-    _try_all("together", trials, tasks, [visible] * len(trials), settings, run)
+    common = {"visible": visible, "world": len(trials), "port": port}
+    tasks = [{**common, "rank": rank} for rank in range(len(trials))]
+    _try("together", trials, tasks, settings, run)
     peers = trials[0].get("together", {}).get("peers")
     if peers is not None:
         numbers = [each["index"] for each in trials]
         trials[0]["together"]["peers"] = [[numbers[place] for place in pair] for pair in peers]
 
 
-def _task(name: str, settings: Settings) -> dict[str, Any]:
-    task: dict[str, Any] = {
-        "trial": name,
-        "device": settings.device,
-        **SIZES[settings.device][name],
-    }
-    if name == "kernels":
-        task.update(tree=str(settings.packages), cases=list(settings.cases))
-    return task
-
-
-def _try_all(
+def _try(
     name: str,
     trials: list[GpuTrial],
-    tasks: Sequence[Mapping[str, Any]],
-    visible: Sequence[str],
+    each: Sequence[Mapping[str, Any]],
     settings: Settings,
     run: Runner,
 ) -> None:
-    """Run one process a GPU; what each answers, or why it did not, goes into its trial."""
-
-    def one(place: int) -> tuple[Any, str]:
+    """Run a trial; what each GPU answers, or what came instead, goes into its figures."""
+    task: dict[str, Any] = {
+        "trial": name,
+        "device": settings.device,
+        "limit_s": _LIMITS_S[name],
+        **SIZES[settings.device][name],
+        "each": each,
+    }
+    if name == "kernels":
+        task.update(tree=str(settings.packages), cases=list(settings.cases))
+    try:
+        outcomes = read_outcomes(_ask(task, settings, run))
+    except FleetError as error:
+        outcomes = [{"said": f"{error.message}: {error.found}"} for _ in trials]
+    outcomes += [{"said": "nothing came back"}] * (len(trials) - len(outcomes))
+    for mine, outcome in zip(trials, outcomes):
         try:
-            return _READERS[name](_ask(tasks[place], visible[place], settings, run)), ""
-        except FleetError as error:
-            return None, f"{error.message}: {error.found}"[-600:]
-
-    with ThreadPoolExecutor(max(1, len(trials))) as pool:
-        answers = list(pool.map(one, range(len(trials))))
-    for each, (found, said) in zip(trials, answers):
-        if found is None:
-            each["errors"] = {**each.get("errors", {}), name: said}
-        else:
-            each[name] = found  # type: ignore[literal-required]
+            mine[name] = _READERS[name](outcome["answer"])  # type: ignore[literal-required]
+        except (KeyError, FleetError) as error:
+            said = outcome.get("said") or str(error)
+            mine["errors"] = {**mine.get("errors", {}), name: said[-600:]}
 
 
-def _ask(task: Mapping[str, Any], visible: str, settings: Settings, run: Runner) -> Any:
+def _ask(task: Mapping[str, Any], settings: Settings, run: Runner) -> Any:
     """Run a trial under the release's Python and return its answer; raises `FleetError`."""
-    name = str(task["trial"])
     variables = {
         **settings.environment,
         "HOME": "/nonexistent",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": visible if settings.device == "cuda" else "",
         "OMP_NUM_THREADS": "2",
     }
     if settings.cache:
@@ -244,22 +242,14 @@ def _ask(task: Mapping[str, Any], visible: str, settings: Settings, run: Runner)
         cwd="/",
         env=variables,
         input_text=_program(task),
-        timeout=_TIMEOUTS_S[name],
+        timeout=task["limit_s"] + _IMPORT_S,
         check=False,
     )
     answer = answer_in(done.stdout)
     if answer is None:
         said = done.stderr.strip() or done.stdout.strip() or "nothing was said"
-        raise FleetError(
-            f"The trial ended with {done.rc} and without an answer", found=_last_words(said)
-        )
+        raise FleetError(f"The trial ended with {done.rc} and without an answer", found=said[-500:])
     return answer
-
-
-def _last_words(text: str) -> str:
-    """Return the end of what a program said: an exception's own line, where there is one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-3:])[-500:]
 
 
 def _program(task: Mapping[str, Any]) -> str:

@@ -3,17 +3,24 @@
 
 Three trials, each a process a GPU, so that a kernel that ends the CUDA context ends nothing else:
 ``kernels`` (the release's kernels against plain float32), ``load`` (products that must be the same
-bit by bit, memory, bandwidth), ``together`` (all-reduce). On the device "cpu" everything runs the
-same way, small, with Triton's interpreter and gloo.
+bit by bit, memory, bandwidth), ``together`` (all-reduce). torch is imported once, before the
+processes part. On the device "cpu" everything runs the same way, small, with Triton's interpreter
+and gloo.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
+import signal
+import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,16 +31,77 @@ from . import cases, modules
 _OPERANDS = 4
 _TIMED = 40
 _LARGE_SUM = 1000
+_PR_SET_PDEATHSIG = 1
 
 
-def run(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the trial that ``task`` names and return its figures."""
-    trials: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-        "kernels": kernels,
-        "load": load,
-        "together": together,
-    }
-    return trials[task["trial"]](task)
+def run(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Run a trial on every GPU at once: for each {answer}, or {said} that came in its place.
+
+    ``each`` holds a task for each GPU, with what it sees of them (``visible``); the rest of
+    ``task`` is the same for all. Who has no answer after ``limit_s`` seconds is ended.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'")
+    if task["trial"] != "kernels" or importlib.util.find_spec("triton"):
+        importlib.import_module("torch")
+    deadline = time.monotonic() + task["limit_s"]
+    children = [_Child({**task, **each}) for each in task["each"]]
+    return [child.outcome(deadline) for child in children]
+
+
+class _Child:
+    """A process of this one that runs a trial; it ends with this one."""
+
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the child lives
+        self._answer = tempfile.TemporaryFile()  # noqa: SIM115
+        self._limit_s = task["limit_s"]
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                self._work(task)
+                status = 0
+            except BaseException:  # noqa: BLE001 - the process ends here in any case
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+
+    def _work(self, task: Mapping[str, Any]) -> None:
+        # Whoever ends the parent, for taking too long, ends a process that may hang on a GPU.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.dup2(self._said.fileno(), 1)
+        os.dup2(self._said.fileno(), 2)
+        os.environ["CUDA_VISIBLE_DEVICES"] = task["visible"]
+        answer = _TRIALS[task["trial"]](task)
+        self._answer.write(json.dumps(answer).encode())
+        self._answer.flush()
+
+    def outcome(self, deadline: float) -> dict[str, Any]:
+        """Wait for the end, and return what came of it."""
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                return {"said": f"no answer within {self._limit_s:.0f} s; {self._words()}"}
+            time.sleep(0.05)
+        if status == 0:
+            self._answer.seek(0)
+            return {"answer": json.loads(self._answer.read())}
+        if os.WIFSIGNALED(status):
+            return {"said": f"ended by {signal.Signals(os.WTERMSIG(status)).name}; {self._words()}"}
+        return {"said": self._words()}
+
+    def _words(self) -> str:
+        """Return the end of what it said: an exception's own line, where there is one."""
+        self._said.seek(0)
+        text = self._said.read()[-4000:].decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return " | ".join(lines[-3:])[-500:] or "it said nothing"
 
 
 def _torch(device: str) -> Any:
@@ -219,3 +287,10 @@ def together(task: Mapping[str, Any]) -> dict[str, Any]:
     distributed.barrier()
     distributed.destroy_process_group()
     return found
+
+
+_TRIALS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "kernels": kernels,
+    "load": load,
+    "together": together,
+}
