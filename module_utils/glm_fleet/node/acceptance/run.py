@@ -234,6 +234,8 @@ def _ask(task: Mapping[str, Any], settings: Settings, run: Runner) -> Any:
         "HOME": "/nonexistent",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "OMP_NUM_THREADS": "2",
+        # Between processors nothing leaves the host, whatever its name resolves to.
+        **({"GLOO_SOCKET_IFNAME": "lo"} if settings.device == "cpu" else {}),
     }
     if settings.cache:
         variables["TRITON_CACHE_DIR"] = f"{settings.cache}/triton"
