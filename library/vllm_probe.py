@@ -147,7 +147,7 @@ def _attest(
             "The attestation failed: this node takes no traffic",
             expected="every check to pass",
             found="; ".join(failed),
-            remedy=found["diagnosis"] or "read `journalctl -u glm-serving` on the node",
+            remedy=attestation.remedy(found),
             details={
                 "attestation": found,
                 **{key: found[key] for key in ("diagnosis", "step_down", "journal")},

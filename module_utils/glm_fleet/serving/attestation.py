@@ -28,6 +28,7 @@ from .probe import Canary, CheckOutcome, Probe
 from .record import START_RECORD, read_running, running_release
 from .startup import CHECKED_LINES
 
+WRONG = "it answers wrongly"
 _LONG_PROMPT_TOKENS = 2304  # above 2048, where engines died that had passed a short test
 
 
@@ -217,7 +218,15 @@ def _cause(runner: Runner, invocation: str, proof: Proof) -> tuple[str, bool, Se
 def _wrong_answers(proof: Proof) -> str:
     """Say in which way a server that answers is wrong, '' if it is not."""
     failed = [each for each in proof.checks if not each.passed and each.name != ASKED]
-    return "; ".join(f"it answers wrongly: {each.name}: {each.detail}" for each in failed)
+    return "; ".join(f"{WRONG}: {each.name}: {each.detail}" for each in failed)
+
+
+def remedy(found: Probe) -> str:
+    """Say what to do about an attestation that failed."""
+    if found["diagnosis"].startswith(WRONG):
+        # What was found is told already.
+        return f"{WRONG}: docs/answers.md says what each of these checks means"
+    return found["diagnosis"] or "read `journalctl -u glm-serving` on the node"
 
 
 def _outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:

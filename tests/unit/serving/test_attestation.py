@@ -400,6 +400,9 @@ def test_wrong_answers_are_the_reason_that_is_told_and_are_not_kept(
     found = run(host, server, known=known)
     assert failed(found) == ["same answers alone and in a crowd"]
     assert found["diagnosis"].startswith("it answers wrongly: same answers alone and in a crowd: ")
+    assert attestation.remedy(found).endswith(
+        "docs/answers.md says what each of these checks means"
+    )
     assert known.store.answers_before("mod-1") is None
     assert not (host / "attested.json").exists(), "the sentry says that it was not attested"
 
