@@ -54,8 +54,8 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 240) -
 
 
 # One fleet for all: it comes to life in the first file, and the last ones take it down.
-FIRST = ("test_site", "test_inside", "test_accept", "test_upgrade", "test_answers", "test_endpoints",
-         "test_mending", "test_health", "test_model", "test_swarm")  # fmt: skip
+FIRST = ("test_site", "test_inside", "test_accept", "test_upgrade", "test_answers",
+         "test_endpoints", "test_mending", "test_health", "test_model", "test_swarm")  # fmt: skip
 LAST = ("test_before", "test_lab")
 
 
