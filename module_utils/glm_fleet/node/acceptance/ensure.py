@@ -141,11 +141,11 @@ def refusal(record: Record) -> str:
     """Say why a node is not accepted, and what to do, in one line."""
     faults = sorted(record.get("faults", ()), key=lambda each: each["of_release"])
     remedies = dict.fromkeys(each["remedy"] for each in faults)
-    return str(
-        FleetError(
-            "This node did not pass its acceptance",
-            expected="GPUs that compute right, and as fast as their board does",
-            found=sentences(record),
-            remedy=f"{'; '.join(remedies)}; then run again",
-        )
+    said = FleetError(
+        "This node did not pass its acceptance",
+        expected="GPUs that compute right, and as fast as their board does",
+        found=sentences(record),
+        remedy=f"{'; '.join(remedies)}; then run again",
     )
+    # A turn puts its own words behind it.
+    return str(said).rstrip(".")
