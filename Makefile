@@ -2,6 +2,7 @@
 # What there is to do: `make help`.
 
 NODES ?= 3
+UNIT ?= tests/unit
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -31,10 +32,13 @@ test: ## Linters, unit tests, tests with real programs, the release tests and th
 	$(call step,release-test,$(MAKE) --no-print-directory release-test)
 	$(call step,fleet-test,$(MAKE) --no-print-directory fleet-test)
 
+# Unit tests that run beside the rest, after the linters, so that two processors end together.
+BESIDE = tests/unit/release tests/unit/lab
+
 check: ## Linters and unit tests, on two processors: what to run before each commit
-	@$(MAKE) --no-print-directory lint >.check.log 2>&1 & lint=$$!; \
-	$(MAKE) --no-print-directory unit; unit=$$?; \
-	wait $$lint; status=$$?; cat .check.log; rm -f .check.log; \
+	@$(MAKE) --no-print-directory lint unit UNIT="$(BESIDE)" >.check.log 2>&1 & beside=$$!; \
+	$(MAKE) --no-print-directory unit UNIT="tests/unit $(BESIDE:%=--ignore=%)"; unit=$$?; \
+	wait $$beside; status=$$?; cat .check.log; rm -f .check.log; \
 	[ $$status -eq 0 ] && [ $$unit -eq 0 ]
 
 lint: lint-python lint-ansible ## Linters, type checks and the contracts between packages
@@ -52,7 +56,7 @@ lint-ansible:
 	$(call step,ansible-lint,PATH="$(CURDIR)/.ci/lint:$$PATH" ansible-lint --profile production --offline --strict)
 
 unit: ## Unit tests: no network, no root, no program but git
-	@python -m pytest tests/unit --ignore tests/unit/test_shape.py
+	@python -m pytest $(UNIT) --ignore tests/unit/test_shape.py
 
 integration: ## Our code with HAProxy, a browser, promtool, libtorrent and systemd's own checks
 	@python -m pytest tests/integration

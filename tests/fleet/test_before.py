@@ -23,8 +23,8 @@ SAME_RELEASE = [
     "-e",
     json.dumps({"release_patches": [], "release_known_faults": [], "release_proofs": False}),
 ]
-# Something to go back from.
-FLAGS = [*SAME_RELEASE, "-e", "serving_max_model_len=3072"]
+# Something to go back from. The acceptance of a node finds the same fault as the proof.
+FLAGS = [*SAME_RELEASE, "-e", "serving_max_model_len=3072", "-e", "acceptance_enabled=false"]
 
 
 def git(*arguments: str) -> Run:

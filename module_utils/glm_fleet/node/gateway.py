@@ -20,7 +20,8 @@ def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
 
     haproxy = Haproxy(unix_transport(SOCKET), unix_transport(MASTER_SOCKET))
     found = describe(haproxy)
-    found["certificates"] = read_certificates(haproxy)
+    # One that did not answer within its patience is not waited for a second time.
+    found["certificates"] = read_certificates(haproxy) if found["version"] else []
     found["config_edited"] = was_edited(Path(query.gateway_config))
     found["config_error"] = check_config(query.gateway_config, run)
     found["client"] = ask_as_client(query.gateway_url, ClientStore().own_key)
