@@ -284,22 +284,34 @@ _SIMPLE: dict[Any, _Reader] = {
 
 def _narrowed(kind: Any, *marks: Any, strict: bool) -> _Reader:
     read_it = _cleaned if _Said() in marks else _reader(kind, strict)
+    # Once for each type: a report has a hundred thousand values.
+    checks = [check for mark in marks if (check := _check(mark))]
 
     def narrow(value: Any) -> Any:
         found: Any = read_it(value)
-        for mark in marks:
-            if isinstance(mark, Range) and not mark.least <= found <= mark.most:
-                end = "or more" if mark.most == _LARGEST else f"to {mark.most:g}"
-                raise _WrongError(f"a number of {mark.least:g} {end}", value)
-            if isinstance(mark, Size) and len(found) > mark.most:
-                raise _WrongError(f"at most {mark.most} long", value)
-            if isinstance(mark, _Dated) and not _is_moment(found):
-                raise _WrongError("an ISO time with its zone", value)
-            if isinstance(mark, Matching) and not re.fullmatch(mark.pattern, found):
-                raise _WrongError(mark.meaning, value)
+        for check in checks:
+            if wrong := check(found):
+                raise _WrongError(wrong, value)
         return found
 
     return narrow
+
+
+def _check(mark: Any) -> Callable[[Any], str] | None:
+    """Return what says how a value should be that a mark forbids, '' for one that it allows."""
+    if isinstance(mark, Range):
+        least, most = mark.least, mark.most
+        wrong = f"a number of {least:g} {'or more' if most == _LARGEST else f'to {most:g}'}"
+        return lambda found: "" if least <= found <= most else wrong
+    if isinstance(mark, Size):
+        longest = mark.most
+        return lambda found: "" if len(found) <= longest else f"at most {longest} long"
+    if isinstance(mark, _Dated):
+        return lambda found: "" if _is_moment(found) else "an ISO time with its zone"
+    if isinstance(mark, Matching):
+        pattern, meaning = re.compile(mark.pattern), mark.meaning
+        return lambda found: "" if pattern.fullmatch(found) else meaning
+    return None
 
 
 def _is_moment(text: str) -> bool:
