@@ -26,6 +26,7 @@ A JSON file named by --faults makes it misbehave; it is read at every request:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -33,6 +34,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -435,6 +437,20 @@ def check_faults(text: str) -> dict[str, Any]:
     if not isinstance(faults, dict) or not set(faults) <= FAULTS:
         raise ValueError(f"expected an object with keys of {', '.join(sorted(FAULTS))}")
     return faults
+
+
+@contextlib.contextmanager
+def serving(folder: Path, faults: Path) -> Iterator[str]:
+    """Serve a folder on a free port of this host for a while; gives the endpoint."""
+    server = Hub(("127.0.0.1", 0), folder, faults)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def main() -> None:

@@ -54,14 +54,13 @@ class ActionModule(ControllerAction):
             exclude=tuple(given["exclude"]),
         )
         cache = Path(given["cache"])
-        known = _known(cache, source)
+        # A branch may have moved since: the hub is asked which commit it is now.
+        known = _known(cache, source, source.revision) if is_commit(source.revision) else None
         if known is not None:
             return {"changed": False, "size": known, "unknown": ""}
-        _display.display(
-            f"reading config.json and the headers of the shards of {source.repository}"
-        )
+        _display.display(f"asking the hub how large {source.repository} is")
         try:
-            size = measure(_client(given), source)
+            size = measure(_client(given), source, lambda commit: _known(cache, source, commit))
         except FleetError as error:
             # The fetcher may have another way to the hub, or a token of its own.
             return {"changed": False, "size": {}, "unknown": f"{error.message}: {error.found}"}
@@ -89,11 +88,9 @@ def _place(cache: Path, source: Source, commit: str) -> Path:
     return cache / f"{name}@{commit}.json"
 
 
-def _known(cache: Path, source: Source) -> ModelSize | None:
-    """Return what was measured of this commit before; a branch may have moved since."""
-    if not is_commit(source.revision):
-        return None
+def _known(cache: Path, source: Source, commit: str) -> ModelSize | None:
+    """Return what was measured of this commit before."""
     try:
-        return read(ModelSize, _place(cache, source, source.revision))
+        return read(ModelSize, _place(cache, source, commit))
     except (FileNotFoundError, FleetError):
         return None

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypedDict
 from ..core.decode import Size, Words, parse
 from ..core.errors import FleetError
 from ..core.http import Http
+from ..serving.client import chat
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # The share of questions that may stay without an answer before nothing can be said.
@@ -41,18 +42,6 @@ class Score(TypedDict):
     model: Words
     questions: Words
     right: Annotated[str, Size(100_000)]
-
-
-class _Message(TypedDict):
-    content: Words | None
-
-
-class _Choice(TypedDict):
-    message: _Message
-
-
-class _Completion(TypedDict):
-    choices: Annotated[Sequence[_Choice], Size(8)]
 
 
 def read_set(text: str, most: int) -> list[Question]:
@@ -103,7 +92,10 @@ def ask_all(http: Http, questions: Sequence[Question], ask: Ask) -> str:
     """Return which answers are right, as 1 and 0; raises `FleetError` if too many are missing."""
 
     def one(question: Question) -> str | None:
-        return _answer(http, question, ask)
+        try:
+            return chat(http, ask.model, question["question"], tokens=ask.tokens, what="A question")
+        except FleetError:
+            return None
 
     with ThreadPoolExecutor(ask.streams) as pool:
         said = list(pool.map(one, questions))
@@ -119,24 +111,6 @@ def ask_all(http: Http, questions: Sequence[Question], ask: Ask) -> str:
         str(int(each is not None and is_right(question, each)))
         for question, each in zip(questions, said)
     )
-
-
-def _answer(http: Http, question: Question, ask: Ask) -> str | None:
-    body: dict[str, Any] = {
-        "model": ask.model,
-        "messages": [{"role": "user", "content": question["question"]}],
-        "max_tokens": ask.tokens,
-        "temperature": 0,
-        "chat_template_kwargs": {"enable_thinking": False},
-    }
-    status, lines = http("/v1/chat/completions", body)
-    if status != 200:
-        return None
-    try:
-        choices = parse(_Completion, "\n".join(lines), what="The answer")["choices"]
-    except FleetError:
-        return None
-    return (choices[0]["message"]["content"] or "") if choices else None
 
 
 def share(score: Score) -> float:

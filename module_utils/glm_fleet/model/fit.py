@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn, TypedDict
+from typing import Annotated, Any, Callable, NoReturn, TypedDict
 
 from ..core.decode import Count, Range, Size, decode, parse
 from ..core.errors import FleetError
@@ -159,15 +159,20 @@ def read_size(value: Any) -> ModelSize | None:
     return decode(ModelSize, value, what="The size of the model") if value else None
 
 
-def measure(client: Client, source: Source) -> ModelSize:
+def measure(
+    client: Client,
+    source: Source,
+    known: Callable[[str], ModelSize | None] = lambda _: None,
+) -> ModelSize:
     """Ask the first hub that answers for config.json and the headers of all shards.
 
+    ``known`` gives what was measured of a commit before: then only the commit is asked for.
     Raises `UnreachableError` when none answers, `FleetError` for an answer that cannot be used.
     """
     reasons = []
     for endpoint in source.endpoints:
         try:
-            return _measure(client, source, endpoint)
+            return _measure(client, source, endpoint, known)
         except UnavailableError as error:
             reasons.append(f"{endpoint}: {error}")
     raise UnreachableError(
@@ -177,9 +182,14 @@ def measure(client: Client, source: Source) -> ModelSize:
     )
 
 
-def _measure(client: Client, source: Source, endpoint: str) -> ModelSize:
+def _measure(
+    client: Client, source: Source, endpoint: str, known: Callable[[str], ModelSize | None]
+) -> ModelSize:
     commit, files = client.describe(endpoint, source.repository, source.revision)
     check_commit(source.revision, commit)
+    found = known(commit)
+    if found:
+        return found
     listed = {each.path: each for each in files if source.selects(each.path)}
     shards = [each for each in listed.values() if each.path.endswith(_SHARD)]
     if "config.json" not in listed or not shards:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One completion asked of a server, and what came back."""
+"""One answer asked of a server, and what came back."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, TypedDict
+from typing import Annotated, Any, Callable, TypedDict
 
 from ..core.check import Check
-from ..core.decode import Count, Words, parse
+from ..core.decode import Count, Size, Words, parse
 from ..core.errors import FleetError
 from ..core.http import Http
 
@@ -31,6 +31,18 @@ class _Event(TypedDict, total=False):
     choices: Sequence[_Choice]
     usage: _Usage | None
     error: Any
+
+
+class _Message(TypedDict):
+    content: Words | None
+
+
+class _Said(TypedDict):
+    message: _Message
+
+
+class _Chat(TypedDict):
+    choices: Annotated[Sequence[_Said], Size(8)]
 
 
 class _ModelOptional(TypedDict, total=False):
@@ -115,6 +127,26 @@ def complete(
         prompt_used = usage.get("prompt_tokens") or prompt_used
     problem = "" if ended else "the stream ended before its end"
     return Answer(text, used, prompt_used, first, clock() - start, problem)
+
+
+def chat(http: Http, model: str, text: str, *, tokens: int, what: str) -> str:
+    """Return the greedy answer to a question; raises `FleetError`, which calls it ``what``."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        # A model that thinks aloud would not come to the answer.
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    status, lines = http("/v1/chat/completions", body)
+    said = "\n".join(lines)
+    if status != 200:
+        raise FleetError(
+            f"{what} is not answered", expected="HTTP 200", found=f"{status}: {said[:200]}"
+        )
+    choices = parse(_Chat, said, what=f"The answer to: {what}")["choices"]
+    return (choices[0]["message"]["content"] or "") if choices else ""
 
 
 def served_model(http: Http, model: str) -> tuple[Check, int]:

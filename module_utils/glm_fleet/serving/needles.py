@@ -7,16 +7,14 @@ its first tokens, its middle, or what lies beyond a limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
 
 from ..core.check import Check
-from ..core.decode import Size, Words, parse
 from ..core.errors import FleetError
 from ..core.http import Http
 from .answers import ASKED
+from .client import chat
 
 # Tokens of the shorter texts; the longer ones take half of the context.
 _TOKENS = 3000
@@ -26,18 +24,6 @@ _PLACES = ("north", "south", "east", "west", "coast", "valley", "island", "plain
 _SENTENCE_TOKENS = 20
 _CODES = ("KESTREL", "MARBLE", "LANTERN", "ORCHID", "SALMON", "COPPER", "WILLOW", "THUNDER")
 _ANSWER_TOKENS = 32
-
-
-class _Message(TypedDict):
-    content: Words | None
-
-
-class _Choice(TypedDict):
-    message: _Message
-
-
-class _Completion(TypedDict):
-    choices: Annotated[Sequence[_Choice], Size(8)]
 
 
 @dataclass(frozen=True)
@@ -83,9 +69,14 @@ def check_needles(http: Http, model: str, context: int) -> list[Check]:
     hidden = needles(context)
     if not hidden:
         return []
+
+    def ask(needle: Needle) -> str:
+        what = f"The question for {needle.code}"
+        return chat(http, model, needle.text, tokens=_ANSWER_TOKENS, what=what)
+
     try:
         with ThreadPoolExecutor(len(hidden)) as pool:
-            answers = list(pool.map(lambda each: _ask(http, model, each), hidden))
+            answers = list(pool.map(ask, hidden))
     except FleetError as error:
         return [Check(ASKED, False, str(error))]
     lost = [
@@ -95,25 +86,3 @@ def check_needles(http: Http, model: str, context: int) -> list[Check]:
     ]
     detail = "; ".join(lost) or f"all {len(hidden)}, asked at once"
     return [Check("code words are found in long texts", not lost, detail)]
-
-
-def _ask(http: Http, model: str, needle: Needle) -> str:
-    """Return the answer to a text; raises `FleetError` when there is none."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": needle.text}],
-        "max_tokens": _ANSWER_TOKENS,
-        "temperature": 0,
-        # A model that thinks aloud would not come to the answer.
-        "chat_template_kwargs": {"enable_thinking": False},
-    }
-    status, lines = http("/v1/chat/completions", body)
-    said = "\n".join(lines)
-    if status != 200:
-        raise FleetError(
-            f"The question for {needle.code} is not answered",
-            expected="HTTP 200",
-            found=f"{status}: {said[:200]}",
-        )
-    choices = parse(_Completion, said, what=f"The answer for {needle.code}")["choices"]
-    return (choices[0]["message"]["content"] or "") if choices else ""

@@ -9,6 +9,7 @@ import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.health.hardware import ERROR, WARNING
 from glm_fleet.health.memory import Memory, judge_memory
+from test_preflight import make_gpu
 
 MIB = 2**20
 # 30 layers with keys and values of one head of 64 on each of two GPUs: 7,680 bytes a token.
@@ -31,28 +32,7 @@ SIZE = {
 
 def record(*memory: int) -> dict[str, Any]:
     """A node with GPUs of so many MiB."""
-    gpus = [
-        {
-            "index": index,
-            "uuid": f"GPU-{index}",
-            "bus_id": "",
-            "name": "NVIDIA A100",
-            "memory_total_mib": size,
-            "memory_used_mib": 0,
-            "compute_capability": "8.0",
-            "mig_current": None,
-            "mig_pending": None,
-            "ecc_current": None,
-            "volatile_uncorrectable": 0,
-            "aggregate_uncorrectable": 0,
-            "remap_pending": False,
-            "remap_failure": False,
-            "recovery_action": None,
-            "throttle_reasons": [],
-            "processes": [],
-        }
-        for index, size in enumerate(memory)
-    ]
+    gpus = [{**make_gpu(index), "memory_total_mib": size} for index, size in enumerate(memory)]
     report = {"driver_version": "580.1", "gpus": gpus, "error": ""}
     return {"groups": ["gpu_nodes"], "node": {"gpu": report}}
 

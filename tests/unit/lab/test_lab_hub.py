@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import json
 import os
-import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,13 +50,8 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     (gated / "refs.json").write_text(json.dumps({"main": OLD}))
     (gated / "repo.json").write_text(json.dumps({"gated": True, "tokens": ["hf_right"]}))
     faults = tmp_path / "faults.json"
-    server = hub.Hub(("127.0.0.1", 0), tmp_path / "hub", faults)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", faults
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub.serving(tmp_path / "hub", faults) as endpoint:
+        yield endpoint, faults
 
 
 def test_snapshot_of_a_branch_is_complete(served: tuple[str, Path], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -523,13 +522,8 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     fill(folder / "revisions" / OLD, records="")
     (folder / "refs.json").write_text(json.dumps({"main": OLD}))
     faults = tmp_path / "faults.json"
-    server = hub.Hub(("127.0.0.1", 0), tmp_path / "hub", faults)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", faults
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub.serving(tmp_path / "hub", faults) as endpoint:
+        yield endpoint, faults
 
 
 def test_the_client_brings_a_model_and_continues_a_part(

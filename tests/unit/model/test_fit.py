@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,13 +170,8 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         (tree / f"model-{number}.safetensors").write_bytes(safetensors(tensors))
     (folder / "refs.json").write_text(json.dumps({"main": "a" * 40}))
     faults = tmp_path / "faults.json"
-    server = hub.Hub(("127.0.0.1", 0), tmp_path / "hub", faults)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", faults
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub.serving(tmp_path / "hub", faults) as endpoint:
+        yield endpoint, faults
 
 
 def test_a_hub_tells_the_size_without_the_weights(served: tuple[str, Path]) -> None:
@@ -193,6 +187,20 @@ def test_a_hub_tells_the_size_without_the_weights(served: tuple[str, Path]) -> N
     found = fit(size, plan(tensor_parallel=1))
     # Two layers, key and value of two heads of 64 in two bytes.
     assert found.token == 2 * 2 * 2 * 64 * 2
+
+
+def test_a_commit_that_is_known_is_not_measured_again(
+    served: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source("lab/tiny", "main", (served[0],))
+    size = measure(HubClient(""), source)
+    read: list[str] = []
+    monkeypatch.setattr(HubClient, "download", lambda *asked: read.append(asked[4]))
+    assert measure(HubClient(""), source, {size["commit"]: size}.get) == size
+    assert read == []
+    with pytest.raises(FleetError):
+        measure(HubClient(""), source, {"b" * 40: size}.get)
+    assert read[0] == "config.json"
 
 
 @pytest.mark.parametrize(
