@@ -116,6 +116,8 @@ class Roll:
                 "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
                 "ANSIBLE_LIBRARY": f"{self.folder}/library:{ROOT}/library",
                 "ANSIBLE_NOCOLOR": "1",
+                # A local connection looks below the user's own home, a module below $HOME.
+                "ANSIBLE_ASYNC_DIR": str(self.folder / "jobs"),
             },
             cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,

@@ -175,6 +175,8 @@ def take(folder: Path, given: Mapping[str, tuple[Values, Values]]) -> Mapping[st
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
             "ANSIBLE_LIBRARY": f"{folder}/library:{ROOT}/library",
             "ANSIBLE_NOCOLOR": "1",
+            # A local connection looks below the user's own home, a module below $HOME.
+            "ANSIBLE_ASYNC_DIR": str(folder / "jobs"),
         },
         cwd=folder,
         capture_output=True,
