@@ -12,8 +12,10 @@ description:
   - Runs on the controller, once for all hosts, side by side, with paramiko, and needs no
     connection of Ansible's. Address, port, user, keys, known_hosts and jump host are those
     that ssh would use with the host's variables.
-  - Pins the key of a host that has none in known_hosts. A key that changed, is revoked, or is
-    not the C(enrolment_fingerprint) of the host is refused before anything is sent.
+  - Pins the key of a host that has none in known_hosts, if somebody confirmed it. This is the
+    C(enrolment_fingerprint) of the host, a line of O(fingerprints), or an SSHFP record in a
+    signed zone of the DNS, which ssh asks for. Any other key is refused before anything is sent,
+    and so is one that changed or is revoked.
   - Where none of the operator's keys is accepted, logs in with the password and adds the
     public key to the user's C(authorized_keys).
   - Checks that the user may use sudo and that the interpreter is Python 3.9 or newer.
@@ -45,6 +47,14 @@ options:
     description: Path of the public key to install. If not given, the one of the first private
       key that ssh would use.
     type: path
+  fingerprints:
+    description: Path of a file with the fingerprints of hosts. Each line is a host's name or
+      address, then its fingerprint as C(ssh-keygen -l) shows it, or its key as known_hosts has it.
+    type: path
+  accept_new:
+    description: Take whichever key a host shows first, and send it the passwords.
+    type: bool
+    default: false
   timeout:
     description: Seconds for everything on one connection. A host takes three at most.
     type: float
@@ -65,8 +75,8 @@ RETURN = r"""
 hosts:
   description:
     - For each host C(host), C(address), C(latency_ms), C(fingerprint), C(host_key) (known,
-      pinned, or new in check mode), C(login) (key, key installed, or key to be installed in
-      check mode), C(sudo), C(python), C(changed), C(problem) (empty if it can be used),
+      pinned, or in check mode new or unconfirmed), C(login) (key, key installed, or key to be
+      installed in check mode), C(sudo), C(python), C(changed), C(problem) (empty if usable),
       C(remedy).
   returned: always
   type: list

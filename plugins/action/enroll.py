@@ -28,6 +28,7 @@ from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult, run_program
 from glm_fleet.fleet.endpoints import host_address, host_key_file, host_port, host_user
 from glm_fleet.fleet.enroll import Enrolment, Row, read_target, render_enrolment, sentence
+from glm_fleet.fleet.fingerprints import in_dns, read_fingerprints
 from glm_fleet.fleet.known_hosts import HostKey, KnownHosts, SshTarget, public_key
 from glm_terminal import show, width
 
@@ -51,6 +52,8 @@ class ActionModule(ControllerAction):
                 "hosts": {"type": "list", "elements": "str", "required": True},
                 "password": {"type": "str", "default": "", "no_log": True},
                 "public_key": {"type": "path"},
+                "fingerprints": {"type": "path"},
+                "accept_new": {"type": "bool", "default": False},
                 "timeout": {"type": "float", "default": 15.0},
             }
         )
@@ -62,7 +65,8 @@ class ActionModule(ControllerAction):
                 for host in arguments["hosts"]
                 if hostvars[host].get("ansible_connection", "ssh") != "local"
             ]
-            stated = arguments["public_key"]
+            stated, listed = arguments["public_key"], arguments["fingerprints"]
+            confirmed = read_fingerprints(Path(listed)) if listed else {}
             keys = [
                 public_key(target, Path(stated) if stated else None, run_program)
                 for target in targets
@@ -74,6 +78,9 @@ class ActionModule(ControllerAction):
             known=KnownHosts(run_program),
             password=arguments["password"],
             check=self._task.check_mode,
+            confirmed=confirmed,
+            in_dns=lambda target, key: in_dns(target, key, run_program),
+            accept_new=arguments["accept_new"],
         )
         rows = _at_once(enrolment, targets, keys, display)
         show(render_enrolment(rows, width(160)))

@@ -111,22 +111,32 @@ def test_hosts_that_are_known_are_not_changed(fleet: Fleet) -> None:
         assert " known " in row(run, host)
 
 
-def test_a_new_host_is_shown_in_check_mode_then_pinned_once(fleet: Fleet) -> None:
+def test_a_new_host_is_pinned_once_somebody_confirmed_it(fleet: Fleet, tmp_path: Path) -> None:
     truth = fingerprint(fleet, "gpu01")
     forget(fleet.addresses["gpu01"])
     before = KNOWN_HOSTS.read_text()
     check = enroll("--check")
     assert check.rc == 0, check.output
     assert truth in row(check, "gpu01")
-    assert " new " in row(check, "gpu01")
+    assert " unconfirmed " in row(check, "gpu01")
     assert KNOWN_HOSTS.read_text() == before
-    run = enroll()
+    begun = time.time()
+    refused = enroll(password=PASSWORD)
+    assert refused.rc != 0
+    assert f"nobody confirmed its host key ({truth})" in reason(refused, "gpu01")
+    assert KNOWN_HOSTS.read_text() == before
+    confirmed = tmp_path / "fingerprints.txt"
+    confirmed.write_text(f"gpu01 {truth}\n")
+    run = enroll("-e", f"enrolment_fingerprints={confirmed}")
     assert run.rc == 0, run.output
     assert " pinned " in row(run, "gpu01")
     assert len(run.changed) == 1
     added = KNOWN_HOSTS.read_text().removeprefix(before)
     assert len(added.splitlines()) == 1
-    assert fleet.shell("gpu01", "true").rc == 0, "ssh itself takes the key that was pinned"
+    # ssh itself takes the key that was pinned.
+    log = fleet.shell("gpu01", f"journalctl -t sshd --output=cat --since=@{int(begun)}")
+    assert " port " in log.output
+    assert "password" not in log.output, "a password was sent to a host that nobody confirmed"
     again = enroll()
     assert (again.rc, again.changed) == (0, {})
     assert KNOWN_HOSTS.read_text() == before + added

@@ -31,6 +31,7 @@ from glm_fleet.core.http import Http
 from glm_fleet.core.progress import Meter, Progress, bar, from_json
 from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.core.systemd import unit_state
+from glm_fleet.fleet.fingerprints import read_fingerprints
 from glm_fleet.fleet.lock import FleetLock
 from glm_fleet.gateway.clients import Clients, converge
 from glm_fleet.gateway.clients import parse as parse_clients
@@ -856,6 +857,11 @@ READERS = (
         "environment",
         json.dumps({"release": "r", "records": {"a": "ab" * 32}, "sealed_ns": 7}),
         in_file(lambda path: [is_complete(path.parent, "r"), find_damage(path.parent)], COMPLETE),
+    ),
+    Reader(
+        "fingerprints",
+        f"# x\ngpu01 256 SHA256:{'a' * 43} x (ED25519)\ngpu02,10.0.0.2 ssh-ed25519 {'A' * 68}\n",
+        in_file(read_fingerprints),
     ),
     Reader("roll", ROLL, lock("roll.json")),
     Reader("held", json.dumps({"gpu02": {"by": "o", "at": "t", "reason": "r"}}), lock("held.json")),

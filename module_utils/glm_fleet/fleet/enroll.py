@@ -9,18 +9,21 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Callable, Protocol
 
 from ..core.causes import why_no_sudo
 from ..core.errors import FleetError
 from ..core.runner import Runner, RunResult
 from ..core.table import Line, render_table
+from .fingerprints import stated_for
 from .known_hosts import NO_FILE, HostKey, KnownHosts, SshTarget
 
 PYTHON_MIN = (3, 9)
+# What the table says of a host key that is new, and that nobody confirmed.
+UNCONFIRMED = "unconfirmed"
 # Before each answer of the check, so that what a shell or a Python prints by itself does not count.
 MARK = "glm-fleet-enrolment"
 # What Ansible looks for where the inventory leaves the choice to it.
@@ -122,12 +125,20 @@ def read_target(
 
 @dataclass(frozen=True)
 class Enrolment:
-    """What all hosts have in common. In check mode nothing is written and no password sent."""
+    """What all hosts have in common. In check mode nothing is written and no password sent.
+
+    A host whose key nobody confirmed gets no password, and its key is not pinned. ``confirmed``
+    is `read_fingerprints` of a file, ``in_dns`` asks the DNS, and ``accept_new`` takes whichever
+    key a host shows first.
+    """
 
     connect: Connect
     known: KnownHosts
     password: str = ""
     check: bool = False
+    confirmed: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    in_dns: Callable[[SshTarget, HostKey], bool] = lambda target, key: False
+    accept_new: bool = False
 
     def enroll(self, target: SshTarget, key_line: str) -> Row:
         """Enroll one host; whatever is wrong with it is in the row."""
@@ -140,6 +151,8 @@ class Enrolment:
             latency = round(sessions[0].latency_s * 1000, 1)
             row = replace(row, latency_ms=latency, fingerprint=key.fingerprint)
             row = self._trust(row, target, key, trusted, revoked)
+            if row.host_key == UNCONFIRMED:
+                return row
             row = self._login(row, target, key, sessions, key_line)
             row = self._look(row, target, sessions[-1])
         except FleetError as error:
@@ -162,11 +175,13 @@ class Enrolment:
             raise FleetError(
                 "its host key is revoked", remedy=f"give the host a new key: {key.fingerprint}"
             )
-        if target.fingerprint and target.fingerprint != key.fingerprint:
+        stated = stated_for(target, self.confirmed)
+        if stated and key.fingerprint not in stated:
             raise FleetError(
-                "its host key is not the one of the inventory",
-                found=f"expected {target.fingerprint}, found {key.fingerprint}",
-                remedy="find out which host answers; correct enrolment_fingerprint if it is right",
+                "its host key is not the one that was confirmed",
+                found=f"expected {' or '.join(sorted(stated))}, found {key.fingerprint}",
+                remedy="find out which host answers; correct enrolment_fingerprint or the file of "
+                "enrolment_fingerprints if it is right",
             )
         if key in trusted:
             return replace(row, host_key="known")
@@ -178,6 +193,12 @@ class Enrolment:
                 found=f"known {known}, found {key.fingerprint}",
                 remedy="find out why; if the host was installed anew, run "
                 f"ssh-keygen -R '{target.lookup}' -f {target.known_hosts[0]} and enroll it again",
+            )
+        if not stated and not self.accept_new and not self.in_dns(target, key):
+            if self.check:
+                return replace(row, host_key=UNCONFIRMED)
+            raise FleetError(
+                "nobody confirmed its host key", found=key.fingerprint, remedy=_how_to_confirm(row)
             )
         if self.check:
             return replace(row, host_key="new", changed=True)
@@ -253,6 +274,15 @@ class Enrolment:
                 remedy="install python3 there, or correct ansible_python_interpreter",
             )
         return replace(row, python=version[1] if version else "")
+
+
+def _how_to_confirm(row: Row) -> str:
+    return (
+        "compare it with what `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows on the "
+        f"host's console; if it is the same, add the line `{row.host} {row.fingerprint}` to the "
+        "file of enrolment_fingerprints. On a network that you trust, -e "
+        "enrolment_accept_new=true takes whichever key a host shows first"
+    )
 
 
 def jump_command(jump: str, arguments: Sequence[str]) -> str:
@@ -379,11 +409,18 @@ def render_enrolment(rows: Sequence[Row], width: int) -> list[Line]:
         )
         for row in rows
     ]
-    tones = ["bad" if row.problem else "good" for row in rows]
+    tones = ["bad" if row.problem or row.host_key == UNCONFIRMED else "good" for row in rows]
     lines = render_table(heading, cells, max(width, 120), tones)
     for row in rows:
+        text = ""
         if row.problem:
             text = f"{row.host} cannot be used: {row.problem}. What to do: {row.remedy}."
+        elif row.host_key == UNCONFIRMED:
+            text = (
+                f"{row.host} would be refused: nobody confirmed its host key. What to do: "
+                f"{_how_to_confirm(row)}."
+            )
+        if text:
             parts = textwrap.wrap(
                 text,
                 max(width, 40),

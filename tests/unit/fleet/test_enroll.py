@@ -132,6 +132,7 @@ def target(tmp_path: Path) -> SshTarget:
 @pytest.fixture
 def go(target: SshTarget) -> Callable[..., Row]:
     def enroll(host: Host, changed: SshTarget = target, **settings: Any) -> Row:
+        settings = {"accept_new": True, **settings}
         row = Enrolment(host.connect, KnownHosts(run_program), **settings).enroll(changed, LINE)
         assert host.open == 0, "a connection was left open"
         return row
@@ -231,6 +232,58 @@ def test_check_mode_pins_nothing_and_sends_no_password(
     )  # fmt: skip
     assert (host.passwords, host.said) == ([], [])
     assert not target.known_hosts[0].exists()
+
+
+def test_no_password_goes_to_a_host_that_nobody_confirmed(
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey]
+) -> None:
+    # It would take the key and ask for the password of sudo, or take the password of the user.
+    for takes_key in (True, False):
+        host = Host(keys[0], takes_key=takes_key, password="secret")
+        asked = replace(target, become_password="secret")
+        for check in (True, False):
+            row = go(host, asked, password="secret", accept_new=False, check=check)
+            assert (host.passwords, host.said) == ([], [])
+            assert not target.known_hosts[0].exists()
+            assert bool(row.problem) != check
+    assert row.problem == f"nobody confirmed its host key ({keys[0].fingerprint})"
+    assert f"add the line `gpu01 {keys[0].fingerprint}`" in row.remedy
+    assert "-e enrolment_accept_new=true" in row.remedy
+
+
+def test_check_mode_shows_what_there_is_to_confirm(
+    go: Callable[..., Row], keys: list[HostKey]
+) -> None:
+    row = go(Host(keys[0]), check=True, accept_new=False)
+    assert (row.host_key, row.problem, row.changed) == ("unconfirmed", "", False)
+    text = " ".join(line.text.strip() for line in render_enrolment([row], 100))
+    assert f"would be refused: nobody confirmed its host key. {'What to do'}" in text
+    assert f"gpu01 {keys[0].fingerprint}" in text
+
+
+@pytest.mark.parametrize("name", ["gpu01", "192.0.2.11"])
+def test_a_file_or_the_dns_confirms_a_host(
+    go: Callable[..., Row], target: SshTarget, keys: list[HostKey], name: str
+) -> None:
+    listed = {name: frozenset({keys[0].fingerprint, keys[2].fingerprint})}
+    assert go(Host(keys[0]), confirmed=listed, accept_new=False).host_key == "pinned"
+    target.known_hosts[0].unlink()
+    # The word that takes any new key is no word against what was confirmed.
+    row = go(Host(keys[1]), confirmed=listed, accept_new=True)
+    assert row.problem.startswith("its host key is not the one that was confirmed (expected SHA")
+    assert not target.known_hosts[0].exists()
+    seen: list[tuple[SshTarget, HostKey]] = []
+
+    def in_dns(*asked: Any) -> bool:
+        seen.append(asked)
+        return len(seen) > 1
+
+    host = Host(keys[0], takes_key=False, password="secret")
+    assert "nobody confirmed" in go(host, in_dns=in_dns, accept_new=False).problem
+    assert host.passwords == []
+    row = go(host, in_dns=in_dns, accept_new=False, password="secret")
+    assert (row.host_key, row.login, host.passwords) == ("pinned", "key installed", ["secret"])
+    assert seen == [(target, keys[0])] * 2
 
 
 def test_the_key_is_installed_with_the_password(
@@ -356,7 +409,8 @@ def real(
     keys: list[HostKey], folder: Path, target: SshTarget, sudo: str = "exit 0", **changes: Any
 ) -> Row:
     host = RealHost(keys[0], folder, sudo, ["bash", "-c"])
-    return Enrolment(host.connect, KnownHosts(run_program)).enroll(replace(target, **changes), LINE)
+    enrolment = Enrolment(host.connect, KnownHosts(run_program), accept_new=True)
+    return enrolment.enroll(replace(target, **changes), LINE)
 
 
 @pytest.mark.parametrize(
