@@ -175,6 +175,11 @@ def run(module: AnsibleModule, store: ClientStore) -> dict[str, Any]:
         return {"changed": False, "clients": clients.listed(known, now), "listing": store.copy()}
     with store.turn():
         known = store.merged(params["copies"], params["backup"])
+        if params["action"] == "converge":
+            same = store.credential() == params["credential"]
+            clients.refuse_weak(
+                known, params["declared"], shared_is_known=same or store.asks_nobody(ask)
+            )
         wanted = changed_clients(known, params, now)
         if params["authentication"] == "keys" and params["action"] == "converge":
             store.refuse_lockout(wanted, ask)

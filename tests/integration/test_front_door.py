@@ -469,6 +469,7 @@ def test_a_gateway_that_is_open_is_not_closed_by_an_empty_variable(
     """An upgrade of a fleet without keys must not lock its clients out."""
     nobody = clients.Clients()
     gateway.store.refuse_lockout(nobody, gateway.ask)  # it asks for keys already
+    assert not gateway.store.asks_nobody(gateway.ask)
     (tmp_path / "open").mkdir()
     other = Gateway(tmp_path / "open", {})
     other.variables = {"gateway_authentication": "none"}
@@ -477,6 +478,8 @@ def test_a_gateway_that_is_open_is_not_closed_by_an_empty_variable(
         with pytest.raises(FleetError, match="gateway_authentication: none"):
             other.store.refuse_lockout(nobody, other.ask)
         other.store.refuse_lockout(other.clients, other.ask)
+        # So a weak key of it that nodes ask for stays.
+        assert other.store.asks_nobody(other.ask)
     finally:
         other.stop()
     other.store.refuse_lockout(nobody, other.ask)  # nothing runs: a first installation

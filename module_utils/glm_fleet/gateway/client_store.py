@@ -102,18 +102,23 @@ class ClientStore:
             "with -e gateway_credential_change=true",
         )
 
+    def asks_nobody(self, ask: Transport) -> bool:
+        """Tell whether a HAProxy of a version that had no clients runs here.
+
+        It let everyone through to nodes, which asked for the shared key themselves or for none.
+        """
+        try:
+            ours = "description: glm-fleet" in ask("show info")
+            return ours and _unknown(ask(f"show map {self._maps / _KEYS}"))
+        except GatewayUnreachableError:
+            return False
+
     def refuse_lockout(self, wanted: Clients, ask: Transport) -> None:
         """Raise `FleetError` if a gateway that lets everyone in would let nobody in.
 
         ``ask`` reaches the HAProxy that runs, if any does.
         """
-        if any(client.keys for client in wanted.clients.values()):
-            return
-        try:
-            ours = "description: glm-fleet" in ask("show info")
-            if not ours or not _unknown(ask(f"show map {self._maps / _KEYS}")):
-                return
-        except GatewayUnreachableError:
+        if any(client.keys for client in wanted.clients.values()) or not self.asks_nobody(ask):
             return
         raise FleetError(
             "This gateway lets everyone in, and from now on would let nobody in",

@@ -26,6 +26,8 @@ OWN = "glm-fleet"
 # The client of serving_api_key, the one key that all clients of a fleet once shared.
 SHARED = "shared"
 LOWEST, HIGHEST = -100, 100
+# A digest of a shorter key, or of one with less variety, is undone by trying.
+LEAST_LENGTH, LEAST_VARIETY = 20, 8
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,32}")
@@ -127,22 +129,60 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def is_weak(key: str) -> bool:
+    """Tell whether whoever reads the digest of a key could find the key by trying.
+
+    It sees what is short or repeats itself. A long sentence that people say looks strong here.
+    """
+    return len(key) < LEAST_LENGTH or len(set(key)) < LEAST_VARIETY
+
+
+def refuse_weak(
+    known: Clients, declared: Iterable[Mapping[str, Any]], *, shared_is_known: bool
+) -> None:
+    """Raise `FleetError` for a weak key that is new; one that the fleet has goes on.
+
+    ``declared`` is from `without_secrets`; ``shared_is_known`` says that nodes of this fleet ask
+    for the shared key already.
+    """
+    there = {key.sha256 for client in known.clients.values() for key in client.keys}
+    for each in declared:
+        new = set(each.get("weak") or ()) - there
+        if new and not (each["name"] == SHARED and shared_is_known):
+            where = "serving_api_key" if each["name"] == SHARED else "gateway_clients"
+            raise FleetError(
+                f"The key of client {each['name']} is weak",
+                expected=f"at least {LEAST_LENGTH} characters, {LEAST_VARIETY} of them different: "
+                "fleets keep digests of keys, and a weak key can be found from its digest",
+                found="fewer",
+                remedy=f"make one by `openssl rand -base64 32` for {where}, or let "
+                "playbooks/clients.yml make it",
+            )
+
+
 def without_secrets(
     declared: Iterable[Mapping[str, Any]], shared: str = ""
 ) -> list[dict[str, Any]]:
     """Return the inventory's clients with digests in place of keys, and `SHARED` for its key.
 
-    ``declared`` is the variable gateway_clients. Raises `FleetError` for an empty key.
+    ``declared`` is the variable gateway_clients. ``weak`` of a client names the digests of weak
+    keys (`is_weak`). Raises `FleetError` for an empty key.
     """
     found = []
     for each in declared:
         client = {name: value for name, value in each.items() if name != "keys"}
         digests = [str(one).lower() for one in each.get("sha256") or ()]
-        client["sha256"] = digests + [digest(str(key)) for key in each.get("keys") or ()]
-        found.append(client)
+        keys = [str(key) for key in each.get("keys") or ()]
+        client["sha256"] = digests + [digest(key) for key in keys]
+        found.append({**client, **_weak(keys)})
     if shared:
-        found.append({"name": SHARED, "sha256": [digest(shared)]})
+        found.append({"name": SHARED, "sha256": [digest(shared)], **_weak([shared])})
     return found
+
+
+def _weak(keys: Sequence[str]) -> dict[str, list[str]]:
+    weak = [digest(key) for key in keys if is_weak(key)]
+    return {"weak": weak} if weak else {}
 
 
 def parse(text: str) -> Clients:

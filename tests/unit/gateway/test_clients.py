@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from glm_fleet.core.errors import FleetError
@@ -22,6 +24,7 @@ from glm_fleet.gateway.clients import (
     listed,
     newest,
     parse,
+    refuse_weak,
     revoke,
     rotate,
     ways_map,
@@ -60,10 +63,32 @@ def test_a_damaged_list_is_refused(text: str) -> None:
 
 def test_keys_leave_the_controller_as_digests() -> None:
     made = without_secrets([{"name": "a", "keys": ["a"], "sha256": [B.upper()]}], "c")
-    assert made == [{"name": "a", "sha256": [B, A]}, {"name": SHARED, "sha256": [C]}]
+    assert made == [
+        {"name": "a", "sha256": [B, A], "weak": [A]},
+        {"name": SHARED, "sha256": [C], "weak": [C]},
+    ]
     assert without_secrets([]) == []
     with pytest.raises(FleetError, match="empty key"):
         without_secrets([{"name": "a", "keys": [""]}])
+
+
+@pytest.mark.parametrize("key", ["hunter2", "a" * 64, "0101010101010101010101010101", "x" * 19])
+def test_a_new_key_that_its_digest_gives_away_is_refused(key: str) -> None:
+    for declared in (without_secrets([{"name": "batch", "keys": [key]}]), without_secrets([], key)):
+        with pytest.raises(FleetError, match=r"is weak.*openssl rand -base64 32") as error:
+            refuse_weak(some(), declared, shared_is_known=False)
+        assert key not in str(error.value)
+        # A fleet that has it goes on.
+        refuse_weak(converge(Clients(), declared, NOW), declared, shared_is_known=False)
+    shared = without_secrets([], key)
+    refuse_weak(Clients(), shared, shared_is_known=True)
+
+
+@pytest.mark.parametrize("made", [secrets.token_urlsafe(32), secrets.token_hex(16), str(uuid4())])
+def test_what_programs_make_is_strong(made: str) -> None:
+    declared = without_secrets([{"name": "a", "keys": [made]}], made)
+    assert not any("weak" in each for each in declared)
+    refuse_weak(Clients(), declared, shared_is_known=False)
 
 
 def test_the_inventory_says_who_is_declared() -> None:
