@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 Purpose = Literal["switch", "leave", "return"]
@@ -193,6 +194,10 @@ class Turn:
 
     def attempts(self, action: Action) -> list[Attempt]:
         """Return what was tried to ``switch`` to, or to ``go back`` to, in order."""
+        return [attempt for kind, attempt in self._attempts if kind == action]
+
+    @cached_property
+    def _attempts(self) -> Sequence[tuple[Action, Attempt]]:
         made: list[tuple[Action, Attempt]] = []
         for step, answers in self.done:
             if step.action in ("switch", "go back"):
@@ -203,7 +208,7 @@ class Turn:
                 made.append(("switch", Attempt(wanted, answers[0], unfit=unfit)))
             elif step.action == "attest" and made:
                 made[-1] = (made[-1][0], replace(made[-1][1], attested=answers[0]))
-        return [attempt for kind, attempt in made if kind == action]
+        return made
 
     @property
     def ladder(self) -> Sequence[str]:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -101,9 +102,15 @@ def possible(step: Step) -> Mapping[str, Result]:
         return {"read": {"pages": {"read_bytes": 7}}, "broken": BROKEN, "gone": GONE}
     good = {"before": "ready", "sessions": 0}
     answers = {"good": good, "refused": REFUSED, "gone": GONE}
-    if step.action in ("drain", "keep out"):
+    if step.action == "drain":
         answers.update(idle={**good, "before": "drain"}, busy={**good, "sessions": 2})
     return answers
+
+
+@cache
+def answers_to(step: Step) -> Sequence[Sequence[Answer]]:
+    """The same as the turn takes it, by each host that is asked."""
+    return [[read_answer(host, each) for host in hosts(step)] for each in possible(step).values()]
 
 
 def hosts(step: Step) -> tuple[str, ...]:
@@ -121,8 +128,8 @@ def endings(begun: Turn) -> Iterator[Turn]:
     assert len(begun.done) < 20, "this turn has no end"
     # Which gateway said what makes no difference.
     asked = len(hosts(step))
-    for results in itertools.combinations_with_replacement(possible(step).values(), asked):
-        answers = [read_answer(*each) for each in zip(hosts(step), results)]
+    for chosen in itertools.combinations_with_replacement(answers_to(step), asked):
+        answers = [each[at] for at, each in enumerate(chosen)]
         yield from endings(record(begun, step, answers))
 
 
