@@ -83,10 +83,8 @@ def deployment(fleet: Fleet, node: str) -> str:
 
 
 def staged(fleet: Fleet, node: str, identifier: str) -> str:
-    """Return digest of all that a node keeps of a deployment."""
-    script = (
-        f"cd /etc/glm-fleet/deployments/{identifier} && sha256sum deployment.json *.service *.env"
-    )
+    """Return the digests of what systemd runs of a deployment; the record beside it may grow."""
+    script = f"cd /etc/glm-fleet/deployments/{identifier} && sha256sum *.service *.env"
     done = fleet.shell(node, script)
     assert done.rc == 0, done.output
     return done.output
