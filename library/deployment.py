@@ -78,6 +78,10 @@ options:
   reason:
     description: Why O(refuse) does not run.
     type: str
+  disproved:
+    description: For V(active), id of a deployment that was attested and turned out not to be right.
+    type: str
+    default: ""
   release_root:
     description: Folder with C(releases/) and the link C(current).
     type: path
@@ -194,6 +198,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         rungs=params["rungs"],
         refuse=params["refuse"] or "",
         reason=params["reason"] or "",
+        disproved=params["disproved"],
     )
 
 
@@ -218,6 +223,7 @@ def main() -> None:
             "retry": {"type": "bool", "default": False},
             "refuse": {"type": "str"},
             "reason": {"type": "str"},
+            "disproved": {"type": "str", "default": ""},
             "release_root": {"type": "path", "default": "/opt/glm-fleet"},
             "model_link": {"type": "path", "default": "/srv/glm-fleet/model"},
             "models": {"type": "path", "default": "/srv/glm-fleet/artifacts/model"},

@@ -11,8 +11,9 @@ short_description: Takes a node's turn, from the drain until it serves again
 description:
   - Drains the node at every gateway, switches it to what it should run, attests it, and joins it.
     Steps down to a lower mode of CUDA graphs, or goes back to what ran before, where that fails.
-  - Calls M(haproxy_server) at the gateways, M(deployment), M(rehearsal) and M(vllm_probe) on the
-    node, and M(fleet_lock) at the first gateway. The order of the steps is in C(fleet/turn.py).
+  - Calls M(haproxy_server) at the gateways, M(deployment), M(rehearsal), M(vllm_probe) and
+    M(vllm_quality) on the node, and M(fleet_lock) at the first gateway. The order of the steps is
+    in C(fleet/turn.py).
   - In check mode each of these modules tells what it would change.
 author: glm-fleet contributors (@glm-fleet)
 options:
@@ -55,6 +56,13 @@ options:
     default: false
   rehearsal:
     description: More options of M(rehearsal).
+    type: dict
+    default: {}
+  quality:
+    description:
+      - Options of M(vllm_quality), where the right answers to a set of questions are counted of
+        what the node is restarted to, before it joins. They are counted of what it runs before,
+        where that is not known, while it is drained. Not counted if empty.
     type: dict
     default: {}
   read_ahead:

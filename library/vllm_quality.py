@@ -21,6 +21,19 @@ attributes:
     description: Changes nothing on the host, so there is nothing to show.
     support: none
 options:
+  state:
+    description:
+      - V(judged) asks, and fails where the score is too low.
+      - V(recorded) asks only where the score of O(before) is not known, and judges nothing.
+    type: str
+    choices: [judged, recorded]
+    default: judged
+  before:
+    description:
+      - What the score is compared with, as C(release) and C(model). By default the last other
+        release with the same weights and questions.
+    type: dict
+    default: {}
   set:
     description:
       - JSON Lines on the controller with C(question) and C(answer), as GSM8K has them. An answer is
@@ -104,6 +117,8 @@ def main() -> None:
     """Ask on the host."""
     module = AnsibleModule(
         argument_spec={
+            "state": {"type": "str", "choices": ["judged", "recorded"], "default": "judged"},
+            "before": {"type": "dict", "default": {}},
             "set": {"type": "path"},
             "most": {"type": "int", "default": 200},
             "record": {"type": "path"},

@@ -47,6 +47,8 @@ _WORDS: Mapping[str, str] = {
     "rehearse": "rehearses deployment {step.deployment}, unless it is known to run here",
     "switch": "switches to deployment {step.deployment}",
     "attest": "is attested",
+    "score before": "is asked what is known, for what it runs now",
+    "score": "is asked what is known, for what it was switched to",
     "unhold": "is not held any more",
     "join": "joins",
     "keep out": "is kept out of service",
@@ -66,6 +68,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "held": {"type": "str", "default": ""},
     "rehearse": {"type": "bool", "default": False},
     "rehearsal": {"type": "dict", "default": {}},
+    "quality": {"type": "dict", "default": {}},
     "read_ahead": {"type": "path", "default": ""},
     "read_rate": {"type": "int", "default": 1_000_000_000},
     "places": {"type": "dict", "default": {}},
@@ -92,6 +95,8 @@ def _begin(settings: Mapping[str, Any]) -> Turn:
             accept=accept,
             rehearse=settings["rehearse"],
             restart=restart or (accept and serves),
+            score=bool(settings["quality"] and restart),
+            score_before=bool(settings["quality"] and restart and serves),
             moved=settings["moved"],
             held=settings["held"],
         )
@@ -196,6 +201,11 @@ def _call(
     if step.action == "rehearse":
         options = {"rungs": list(turn.order.ladder), "drained": True}
         return "rehearsal", {**options, **plain(settings["rehearsal"]), **plain(settings["places"])}
+    if step.action in ("score before", "score"):
+        record = (plain(settings["wanted"]).get("running") or {}).get("record") or {}
+        before = {key: record[key] for key in ("release", "model") if key in record}
+        state = "recorded" if step.action == "score before" else "judged"
+        return "vllm_quality", {**plain(settings["quality"]), "state": state, "before": before}
     made = [*turn.attempts("switch"), *turn.attempts("go back")]
     if step.action == "attest":
         ids = {kind: turn.runs.get(kind, "") for kind in ("release", "model")}
@@ -211,6 +221,9 @@ def _call(
     }
     if step.action == "switch" and made:
         arguments.update(refuse=made[-1].deployment, reason=made[-1].last.diagnosis)
+    if step.action == "go back" and turn.answers("score"):
+        # It was attested before it was asked.
+        arguments["disproved"] = made[-1].deployment
     return "deployment", arguments
 
 

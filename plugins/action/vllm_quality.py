@@ -33,12 +33,16 @@ class ActionModule(FleetAction):
         questions = _questions(Path(arguments["set"]), int(arguments.get("most", 200)))
         record = Path(arguments["record"])
         known = _known(record)
+        ran = decode(quality.Ran, plain(arguments.get("before") or {}), what="before")
+        judged = arguments.get("state", "judged") == "judged"
+        if not judged and quality.known_score(ran, quality.name_of(questions), known):
+            return {"skipped": True, "msg": f"the score of {ran['release']} is known"}
         Display().display(f"  {host}: {len(questions)} questions")
         result = self.module("vllm_quality", {**arguments, "questions": questions}, variables)
         if result.get("failed"):
             return result
         score = decode(quality.Score, plain(result["score"]), what=f"The score of {host}")
-        before = quality.reference(score, known)
+        before = quality.reference(score, known, ran) if judged else None
         found = quality.judge(score, before, float(arguments.get("drop", 0.03)))
         write_json(record, [*known, score][-_MOST:], 0o644)
         beside = ""

@@ -236,6 +236,7 @@ class Fleet:
             "model": "glm-5.2",
             "messages": [{"role": "user", "content": text}],
             "max_tokens": tokens,
+            "temperature": 0,
             "stream": stream,
         }
         request = urllib.request.Request(

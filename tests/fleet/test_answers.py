@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,36 @@ def test_a_release_that_answers_wrongly_takes_no_request(fleet: Fleet, fault: st
     during = [each for each in load.requests if span[0] + 1 < each.began < span[1] - 1]
     assert during
     assert canary not in {each.node for each in during}
+
+
+def test_fewer_right_answers_go_back(fleet: Fleet, tmp_path: Path) -> None:
+    """A set of questions sees it where nobody compares what the node said before."""
+    before = running(fleet)
+    texts = [f"Count from {each} to 100" for each in range(1, 21)]
+    said = [json.loads(fleet.chat(each).lines[0])["choices"][0]["message"] for each in texts]
+    questions = tmp_path / "set.jsonl"
+    questions.write_text(
+        "".join(
+            json.dumps({"question": text, "answer": each["content"]}) + "\n"
+            for text, each in zip(texts, said)
+        )
+    )
+    gate = ["-e", "serve_quality_gate=true", "-e", f"benchmark_quality_set={questions}",
+            "-e", "benchmark_quality_tokens=16", "-e", "serving_answers=false"]  # fmt: skip
+    with under_load(fleet, "upgrade to a release that gives fewer right answers") as load:
+        run = fleet.playbook("playbooks/upgrade.yml", *gate, *release("scale"))
+    assert run.rc != 0
+    assert_no_request_was_lost(load)
+    assert running(fleet) == before
+    assert ready(fleet) == fleet.nodes
+    canary, *others = fleet.nodes
+    output = " ".join(run.output.split())
+    assert f"{canary}: 100.0% right" in output, "what ran before is right"
+    assert "gives fewer right answers than before" in output
+    row(run, canary, "rolled back")
+    for node in others:
+        row(run, node, "untouched")
+        assert load.absence(node) == []
 
 
 @pytest.fixture

@@ -48,9 +48,14 @@ PLAY = """
     - fleet_turn:
         purpose: "{{ purpose }}"
         gateways: "{{ through }}"
-        wanted: {ladder: [new], back: old, differences: [release], running: {active: true}}
+        wanted:
+          ladder: [new]
+          back: old
+          differences: [release]
+          running: {active: true, record: {release: r0, model: m}}
         rehearse: "{{ rehearse | default(false) }}"
         rehearsal: {layers: 6}
+        quality: "{{ quality | default({}) }}"
         read_ahead: "{{ ahead | default('') }}"
         held: "{{ held | default('') }}"
         acceptance: "{{ accepted | default({}) }}"
@@ -88,6 +93,9 @@ NODES: dict[str, tuple[Values, Values]] = {
     "returns": ({"purpose": "return"}, {}),
     "broken": ({"purpose": "return"}, {"broken attest": {"failed": True, "msg": "not passed"}}),
 }
+
+# Nodes whose right answers are counted: {which were right before, which are right after}.
+ASKED_OF = {"asked": ("110", "101"), "worse": ("111", "010")}
 
 # Nodes whose GPUs have to prove themselves still.
 TRIED: dict[str, tuple[Values, Values]] = {
@@ -153,7 +161,7 @@ def take(folder: Path, given: Mapping[str, tuple[Values, Values]]) -> Mapping[st
     """Let nodes take their turns: {node: (variables, answers otherwise than well)}."""
     (folder / "library").mkdir()
     for name in ("haproxy_server", "deployment", "vllm_probe", "fleet_lock", "model_pages",
-                 "rehearsal", "acceptance"):  # fmt: skip
+                 "rehearsal", "acceptance", "vllm_quality"):  # fmt: skip
         (folder / "library" / f"{name}.py").write_text(MODULE)
     for node, (_, told) in given.items():
         (folder / f"answers-{node}").write_text(json.dumps(told))
@@ -262,6 +270,46 @@ def test_a_node_with_a_bad_board_is_not_switched(tried: Mapping[str, Taken]) -> 
     known = tried["known"]
     assert known.asked == ["gw01 drain", "gw02 drain", "gw01 drain", "gw02 drain"]
     assert known.outcome["why"] == taken.outcome["why"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Taken]:
+    """The turns of nodes whose right answers are counted."""
+    folder = tmp_path_factory.mktemp("scored")
+    lines = [json.dumps({"question": str(each), "answer": "7"}) for each in range(3)]
+    given: dict[str, tuple[Values, Values]] = {}
+    for node, rights in ASKED_OF.items():
+        (folder / f"set-{node}").write_text("\n".join(lines))
+        quality = {"set": str(folder / f"set-{node}"), "record": str(folder / f"record-{node}")}
+        told = {
+            f"{node} {state}": {"score": {"release": release, "model": "m", "questions": "q",
+                                          "right": right}}
+            for state, release, right in zip(("recorded", "judged"), ("r0", "r"), rights)
+        }  # fmt: skip
+        given[node] = ({"purpose": "switch", "quality": quality}, told)
+    return take(folder, given)
+
+
+def test_right_answers_are_counted_before_and_after_the_switch(scored: Mapping[str, Taken]) -> None:
+    taken = scored["asked"]
+    assert taken.asked == [
+        "gw01 drain", "gw02 drain", "asked recorded", "asked active", "asked attest",
+        "asked judged", "gw01 ready", "gw02 ready",
+    ]  # fmt: skip
+    assert taken.outcome["state"] == "serves"
+    assert taken.options[5]["before"] == {"release": "r0", "model": "m"}
+
+
+def test_fewer_right_answers_go_back(scored: Mapping[str, Taken]) -> None:
+    taken = scored["worse"]
+    assert taken.asked[5:] == [
+        "worse judged", "gw01 drain", "gw02 drain", "worse active", "worse attest",
+        "gw01 ready", "gw02 ready",
+    ]  # fmt: skip
+    assert (taken.options[8]["id"], taken.options[8]["disproved"]) == ("old", "new")
+    assert taken.outcome["state"] == "rolled back"
+    assert "gives fewer right answers than before" in taken.outcome["why"]
+    assert "100.0%" in taken.outcome["why"]
 
 
 def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) -> None:

@@ -118,8 +118,29 @@ def share(score: Score) -> float:
     return score["right"].count("1") / max(1, len(score["right"]))
 
 
-def reference(score: Score, known: Sequence[Score]) -> Score | None:
-    """Return the newest score of the same weights and questions under another release."""
+class Ran(TypedDict, total=False):
+    """What gave a score: ids of release and model."""
+
+    release: Words
+    model: Words
+
+
+def known_score(ran: Ran, questions: str, known: Sequence[Score]) -> Score | None:
+    """Return the newest score of what ran, to the same questions."""
+    for each in reversed(known):
+        same = all(each[key] == ran.get(key) for key in ("release", "model"))
+        if same and each["questions"] == questions:
+            return each
+    return None
+
+
+def reference(score: Score, known: Sequence[Score], before: Ran | None = None) -> Score | None:
+    """Return what a score is compared with: that of what ran ``before``, where it is known.
+
+    Else the newest of the same weights and questions under another release.
+    """
+    if before and (found := known_score(before, score["questions"], known)):
+        return found
     for each in reversed(known):
         same = all(each[key] == score[key] for key in ("model", "questions"))
         if same and each["release"] != score["release"]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import FleetError
@@ -76,6 +77,7 @@ def check_inventory(inventory: Inventory) -> None:
             _ports,
             _ranges,
             _rolling,
+            _quality,
             _tensor_parallel,
             _names,
             _values,
@@ -259,6 +261,19 @@ def _rolling(inventory: Inventory) -> Iterator[str]:
                 f"out; give a number from 0 to {len(nodes) - 1}"
             )
     yield from sorted(said)
+
+
+def _quality(inventory: Inventory) -> Iterator[str]:
+    """See that there are questions for the first node of a roll where they shall be asked."""
+    for node in inventory.groups.get(NODES, ()):
+        asked = str(inventory.setting(node, "serve_quality_gate")).lower()
+        path = str(inventory.setting(node, "benchmark_quality_set") or "")
+        if asked in ("true", "yes", "on", "1") and not Path(path).is_file():
+            yield (
+                f"{node}: serve_quality_gate asks the questions of benchmark_quality_set, which "
+                f"is {repr(path) + ': no such file here' if path else 'empty'}"
+            )
+            return
 
 
 def _tensor_parallel(inventory: Inventory) -> Iterator[str]:

@@ -44,7 +44,7 @@ def outcome(turn: Turn) -> Outcome:
     """Say how a turn ended that has no next step."""
     if turn.order.purpose != "switch":
         return _outcome_of_single(turn)
-    if refused := _refusals(turn.answers("drain")):
+    if refused := _refusals([*turn.answers("drain"), *turn.answers("score before")]):
         not_back = _refusals(turn.answers("let back"))
         return Outcome(UNTOUCHED, False, _sentence(dict.fromkeys([*refused, *not_back])))
     if any(not each.ok for each in turn.answers("rehearse")):

@@ -3,17 +3,21 @@
 
 A turn that switches a node to what it should run::
 
-    read ahead --> drain --> accept --> rehearse --> switch ----> attest ----> join
-                     | refused  |           | failed    | failed     | failed
-                     v          | failed    v           v            v
-                   let back     |        go back     the next rung of the ladder, if that may help
-                                +------------------> keep out ----> go back ----> attest ----> join
+    read ahead --> drain --> accept --> rehearse --> switch ----> attest --> score --> join
+                     | refused  |           | failed    | failed     | failed   | failed
+                     v          | failed    v           v            v          |
+                   let back     |        go back     the next rung, if it may   |
+                                |                    help, else                 |
+                                +------------------> keep out <-----------------+
+                                                     then go back --> attest --> join
 
 A node that does not have to be restarted begins at the switch, which then changes nothing, unless
 its endpoint moves: then it is drained too. Only a node whose GPUs have to prove themselves is
 accepted; when its boards fail that, it does not go back, because they would fail what ran before
 as well. Only the first node that gets something new rehearses: what runs is stopped, and the new
-release is started with random weights. Reading the weights ahead, while the node still serves, may
+release is started with random weights. Only that node's answers to a set of questions are counted,
+where the operator wants it: those of what runs after the drain (``score before``), unless they are
+known, and those of what was attested. Reading the weights ahead, while the node still serves, may
 fail without harm. A node that is held does not join. A turn that takes a node out of service
 (``leave``) or lets it back (``return``)::
 
@@ -37,8 +41,8 @@ from typing import Any, Literal
 
 Purpose = Literal["switch", "leave", "return"]
 Action = Literal[
-    "read ahead", "drain", "hold", "empty", "accept", "rehearse", "switch", "attest", "unhold",
-    "join", "keep out", "go back", "let back",
+    "read ahead", "drain", "hold", "empty", "score before", "accept", "rehearse", "switch",
+    "attest", "score", "unhold", "join", "keep out", "go back", "let back",
 ]  # fmt: skip
 AT_GATEWAYS: tuple[Action, ...] = ("drain", "empty", "join", "keep out", "let back")
 AT_LOCK: tuple[Action, ...] = ("hold", "unhold")
@@ -53,8 +57,9 @@ class Order:
     whether the node reads the weights of its next start into memory before it is drained,
     ``accept`` whether its GPUs have to prove themselves while no engine runs, ``rehearse`` whether
     what it is restarted to is rehearsed before, ``restart`` whether it has to be restarted,
-    ``moved`` whether the gateways will reach it somewhere else, ``held`` why it is or will be held
-    out of service.
+    ``score`` whether the right answers to a set of questions are counted after that, and
+    ``score_before`` whether they can be counted of what runs now, ``moved`` whether the gateways
+    will reach it somewhere else, ``held`` why it is or will be held out of service.
     """
 
     purpose: Purpose
@@ -64,6 +69,8 @@ class Order:
     rehearse: bool = False
     accept: bool = False
     restart: bool = False
+    score: bool = False
+    score_before: bool = False
     moved: bool = False
     held: str = ""
 
@@ -180,6 +187,10 @@ class Attempt:
         return self.last.reason or "the turn was cut off before the attestation"
 
 
+def _failed_score(step: Step, answers: Sequence[Answer]) -> bool:
+    return step.action == "score" and not answers[0].ok
+
+
 @dataclass(frozen=True)
 class Turn:
     """A turn as far as it has come: its order, and every step with what the hosts answered."""
@@ -206,7 +217,7 @@ class Turn:
                 wanted = next(iter(self.order.ladder), "")
                 unfit = not answers[0].of_release
                 made.append(("switch", Attempt(wanted, answers[0], unfit=unfit)))
-            elif step.action == "attest" and made:
+            elif made and (step.action == "attest" or _failed_score(step, answers)):
                 made[-1] = (made[-1][0], replace(made[-1][1], attested=answers[0]))
         return made
 
@@ -275,7 +286,13 @@ def _after_read_ahead(turn: Turn, _ok: bool) -> Step | None:
 def _after_drain(turn: Turn, ok: bool) -> Step | None:
     if not ok:
         return _let_back(turn)
-    return Step("hold") if turn.order.purpose == "leave" else _accept(turn)
+    if turn.order.purpose == "leave":
+        return Step("hold")
+    return Step("score before") if turn.order.score_before else _accept(turn)
+
+
+def _after_score_before(turn: Turn, ok: bool) -> Step | None:
+    return _accept(turn) if ok else _let_back(turn)
 
 
 def _accept(turn: Turn) -> Step | None:
@@ -313,6 +330,16 @@ def _after_attest(turn: Turn, ok: bool) -> Step | None:
         return Step("unhold") if ok else None
     if not turn.answers("attest")[0].passed:
         return _after_failure(turn)
+    if turn.order.score and not turn.attempts("go back"):
+        return Step("score")
+    return _join(turn)
+
+
+def _after_score(turn: Turn, ok: bool) -> Step | None:
+    return _join(turn) if ok else _after_failure(turn)
+
+
+def _join(turn: Turn) -> Step | None:
     return None if turn.order.held else Step("join")
 
 
@@ -347,10 +374,12 @@ _AFTER: Mapping[Action, Callable[[Turn, bool], Step | None]] = {
     "drain": _after_drain,
     "hold": _after_hold,
     "empty": _end,
+    "score before": _after_score_before,
     "accept": _after_accept,
     "rehearse": _after_rehearse,
     "switch": _after_switch,
     "attest": _after_attest,
+    "score": _after_score,
     "unhold": _after_unhold,
     "join": _end,
     "keep out": _after_keep_out,

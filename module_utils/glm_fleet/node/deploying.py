@@ -100,11 +100,13 @@ class Deploying:
         rungs: Sequence[str] = (),
         refuse: str = "",
         reason: str = "",
+        disproved: str = "",
     ) -> dict[str, Any]:
         """Switch to a deployment where that changes anything.
 
         ``releases`` has the artifacts from which a damaged environment is built again. ``refuse``
-        is remembered as one that fails here, for ``reason``; ``rungs`` are kept.
+        is remembered as one that fails here, for ``reason``; ``rungs`` are kept. ``disproved``
+        was attested, and turned out not to be right.
         """
         deployments = self.deployments
         wanted = deployments.read(identifier)
@@ -121,6 +123,8 @@ class Deploying:
                 return result
             if refuse:
                 deployments.refuse(refuse, reason)
+            if disproved:
+                deployments.note_disproved(disproved)
             if words and self._damage(wanted):
                 # The node is drained: what still runs from the old one loses nothing.
                 self._rebuild(releases, wanted)

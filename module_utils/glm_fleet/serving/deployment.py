@@ -239,6 +239,14 @@ class Deployments:
                 write_atomically(self._root / identifier / ATTESTED, "")
         self.note_previous()
 
+    def note_disproved(self, identifier: str) -> None:
+        """Forget that a deployment passed: nothing goes back to it, or compares itself with it."""
+        with exclusive(self._root / ".lock"):
+            known = [each for each in self.attested() if each != identifier]
+            write_atomically(self._root / "attested.json", json.dumps(known))
+            for name in (ATTESTED, ANSWERS):
+                (self._root / identifier / name).unlink(missing_ok=True)
+
     def note_passed(self, release: str, model: str) -> None:
         """Remember that what runs passed, unless something else was activated meanwhile."""
         current = self.find(self.current())

@@ -88,6 +88,13 @@ def test_a_release_is_compared_with_the_last_other_one() -> None:
     assert found == {"share": 0.5, "before": 0.5, "lost": 1, "gained": 1, "passed": True}
     assert not quality.judge(score("r3", "1000"), before, 0.03)["passed"]
     assert quality.judge(score("r3", "1000"), before, 0.25)["passed"]
+    # What ran before is known in a roll, and may have had other weights.
+    assert (
+        quality.reference(score("r3", "1010"), known, {"release": "r1", "model": "m"}) == known[0]
+    )
+    other = quality.reference(score("r3", "1"), known, {"release": "r2", "model": "other"})
+    assert other == known[2]
+    assert quality.reference(score("r3", "1"), known, {"release": "r9", "model": "m"}) == known[1]
     others = [score("r3", "1"), score("r2", "1", questions="others")]
     assert quality.reference(score("r3", "1"), others) is None
     assert quality.judge(score("r3", "0000"), None, 0.0)["passed"], "nothing to compare with"

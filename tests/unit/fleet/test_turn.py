@@ -45,6 +45,7 @@ PASSED: Result = {
 }
 UNFIT: Result = {"failed": True, "msg": "GPU 3 (serial 1) computes wrong"}
 WRONG_KERNELS: Result = {"failed": True, "msg": "kernels are wrong", "of_release": True}
+FEWER: Result = {"failed": True, "msg": "gpu01 gives fewer right answers than before"}
 REFUSED: Result = {"failed": True, "msg": "gpu01 cannot be taken\nout"}
 
 
@@ -64,6 +65,7 @@ WAYS = [
     {"restart": False, "moved": True},
     {"read_ahead": True},
     {"rehearse": True},
+    {"score": True, "score_before": True},
 ]
 ORDERS = [
     *(
@@ -92,6 +94,8 @@ def possible(step: Step) -> Mapping[str, Result]:
         return {"passed": PASSED, "crashed": CRASHED, "broken": BROKEN, "gone": GONE, "cut": CUT}
     if step.action in ("switch", "go back"):
         return {"switched": switched(step.deployment), "broken": BROKEN, "gone": GONE}
+    if step.action in ("score before", "score"):
+        return {"right": {"quality": {"passed": True}}, "fewer": FEWER, "gone": GONE}
     if step.action == "rehearse":
         passed = {
             name: {"rehearsal": {"id": name, "words": "rehearsed in 90 s"}}
@@ -174,7 +178,8 @@ def test_every_turn_that_switches_keeps_the_rules(given: Order) -> None:
             assert did[0] == "drain"
             rehearses = given.rehearse and given.restart and not given.accept
             after_drain = "accept" if given.accept else "rehearse" if rehearses else "switch"
-            assert good(turn, "drain") == (after_drain in did)
+            last_before = "score before" if given.score_before else "drain"
+            assert good(turn, last_before) == (after_drain in did)
         else:
             assert "drain" not in did
         # No engine starts on boards that did not prove themselves.
@@ -229,6 +234,29 @@ def test_every_turn_that_switches_keeps_the_rules(given: Order) -> None:
     assert (UNTOUCHED in ended) == (given.restart or given.moved)
     assert (ROLLED_BACK in ended) == bool(given.back)
     assert (HELD in ended, SERVES in ended) == (bool(given.held), not given.held)
+
+
+@pytest.mark.parametrize("held", ["", "fans"])
+def test_what_was_attested_is_asked_before_it_takes_requests(held: str) -> None:
+    ended = set()
+    for turn, did, end in map(over, endings(Turn(order(score=True, score_before=True, held=held)))):
+        ended.add(end.state)
+        assert ("score before" in did) == good(turn, "drain")
+        tried = did[: did.index("go back")] if "go back" in did else did
+        assert ("score" in did) == ("attest" in tried and first(turn, "attest").passed)
+        if "score" not in did:
+            continue
+        assert did[did.index("score") - 1] == "attest"
+        assert end.good == (good(turn, "score") and (bool(held) or good(turn, "join")))
+        if not good(turn, "score"):
+            assert FEWER["msg"] in end.why or GONE["msg"] in end.why
+            assert did[did.index("score") + 1] == "keep out"
+    assert {UNTOUCHED, ROLLED_BACK, DRAINED, LOST} <= ended
+
+
+def first(turn: Turn, action: turns.Action) -> Answer:
+    """Return the first answer to the first step of a kind."""
+    return next(answers[0] for step, answers in turn.done if step.action == action)
 
 
 def test_every_turn_that_leaves_holds_a_node_that_gets_no_new_requests() -> None:

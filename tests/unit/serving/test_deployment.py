@@ -213,6 +213,16 @@ def test_passing_again_makes_it_the_newest(node: Deployments) -> None:
     assert node.attested() == [one("r2").id, one().id]
 
 
+def test_what_turned_out_not_to_be_right_is_nothing_to_go_back_to(node: Deployments) -> None:
+    served(node, one(), one("r2"))
+    node.note_disproved(one("r2").id)
+    assert node.attested() == [one().id]
+    assert node.before(one("r3").id) == one().id
+    # Nor by what the folders say, where the note is damaged.
+    (node.places.deployments / "attested.json").write_text("{")
+    assert node.attested() == [one().id]
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"a": 1}', "7"])
 def test_a_damaged_note_of_what_passed_loses_no_way_back(node: Deployments, damage: str) -> None:
     served(node, one(), one("r2"))
