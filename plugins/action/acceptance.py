@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 from glm_background import WatchedAction
 from glm_fleet.core.decode import decode
 from glm_fleet.node.acceptance.record import Record
-from glm_fleet.node.acceptance.table import render
-from glm_terminal import plain, show, width
+from glm_fleet.node.acceptance.table import in_brief, render
+from glm_terminal import plain, print_lines, show, width
 
 
 class ActionModule(WatchedAction):
@@ -36,7 +36,11 @@ class ActionModule(WatchedAction):
             found = super().act(arguments, variables)
         if found.get("ran"):
             record = decode(Record, plain(found["record"]), what=f"The acceptance of {node}")
-            show(render(record, node=node, width=width()))
+            asks = str(arguments.get("force")).lower() in ("true", "yes", "1")
+            if asks or record.get("faults") or record.get("notes"):
+                show(render(record, node=node, width=width()))
+            else:
+                print_lines([in_brief(record, node=node)])
         # The figures stay on the node: a result that fails is printed as a whole.
         found.pop("record", None)
         return {**found, "asked": asked}

@@ -14,6 +14,7 @@ from ansible.utils.display import Display
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_background import BackgroundAction
+from glm_fleet.core.progress import Progress, Reporter
 
 _display = Display()
 _LOOK_S = 10.0
@@ -38,7 +39,9 @@ class ActionModule(BackgroundAction):
         host = variables.get("inventory_hostname", "")
         stall = float(arguments.get("stall_timeout", 900))
         begun = moved = time.monotonic()
-        progress = said = ""
+        progress = ""
+        # A start has no figures: a line for each of its phases, and one now and then.
+        reporter = Reporter(host, terminal=False)
         while True:
             look = self._look(arguments, variables)
             if look.get("failed") or look["watched"]["ready"]:
@@ -47,10 +50,9 @@ class ActionModule(BackgroundAction):
             watched = look["watched"]
             if watched["progress"] != progress:
                 progress, moved = watched["progress"], now
-            line = f"  {host}: {watched['phase']}"
-            if line != said or now - begun > _LOOK_S:
-                said = line
-                _display.display(f"{line} ({now - begun:.0f} s)")
+            text = reporter.show(Progress(watched["phase"], 0, 0, 0.0))
+            if text:
+                _display.display(f"{text.rstrip()} ({now - begun:.0f} s)")
             if now - moved > stall:
                 reason = f"it makes no progress for {stall:.0f} s"
                 return self._look({**arguments, "give_up": reason}, variables)

@@ -23,9 +23,14 @@ def width(untold: int = 120) -> int:
 
 
 def show(lines: Iterable[Line]) -> None:
-    """Print a table below an empty line, each line in the color of its tone."""
+    """Print a table below an empty line."""
+    Display().display("")
+    print_lines(lines)
+
+
+def print_lines(lines: Iterable[Line]) -> None:
+    """Print each line in the color of its tone."""
     display = Display()
-    display.display("")
     for line in lines:
         display.display(line.text, color=_COLORS[line.tone])
 

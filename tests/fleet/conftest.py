@@ -126,6 +126,13 @@ class Run:
         return {host: each["changed"] for host, each in self.recap().items() if each["changed"]}
 
 
+def assert_short(run: Run, most: int) -> None:
+    """See that an operator can read the whole of a run: fewer lines than ``most``."""
+    lines = run.output.splitlines()
+    say(f"{len(lines)} lines were shown, {most} are too many")
+    assert len(lines) < most, run.output
+
+
 class Fleet:
     """The lab fleet, driven as an operator does and asked as a client does.
 

@@ -54,7 +54,7 @@ def test_no_weights_are_fetched_for_a_release_that_cannot_run(fleet: Fleet) -> N
     assert run.rc != 0
     assert CAUSE in run.output
     assert "its rehearsal failed" in run.output
-    assert "Fetch a share on each fetcher" not in run.output
+    assert "Fetch the weights once, to every node" not in run.output
     for node in fleet.nodes:
         weights = fleet.shell(node, "find /srv/glm-fleet -name '*.safetensors' | wc -l").output
         assert weights.strip() == "0", f"{node} has weights"
@@ -69,7 +69,7 @@ def test_a_first_run_rehearses_once_and_serves(fleet: Fleet) -> None:
     canary = fleet.nodes[0]
     run = fleet.playbook("site.yml", *REHEARSE)
     assert run.rc == 0, run.output[-6000:]
-    before = run.output.index("Fetch a share on each fetcher")
+    before = run.output.index("Fetch the weights once, to every node")
     found = REHEARSED.search(run.output[:before])
     assert found, "nothing was rehearsed before the weights were fetched"
     say(f"rehearsed in {found[1]} s before the weights were fetched")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from .conftest import ROOT, Fleet, Run, lab, say, wait_until
+from .conftest import ROOT, Fleet, Run, assert_short, lab, say, wait_until
 
 pytestmark = pytest.mark.fleet
 
@@ -113,12 +113,14 @@ def test_the_second_run_changes_nothing(fleet: Fleet) -> None:
     assert_good(second)
     assert set(second.recap()) >= {*fleet.nodes, fleet.gateway, "controller"}
     assert second.changed == {}
+    assert_short(second, 60)
 
 
 def test_check_mode_on_a_converged_fleet_finds_no_difference(fleet: Fleet) -> None:
     run = fleet.playbook("site.yml", "--check", "--diff")
     assert_good(run)
     assert run.changed == {}
+    assert_short(run, 60)
 
 
 def test_the_release_that_runs_was_cherry_picked_with_a_conflict(fleet: Fleet) -> None:

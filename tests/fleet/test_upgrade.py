@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .conftest import INVENTORY, Fleet, Run, keep, lab, say, wait_until
+from .conftest import INVENTORY, Fleet, Run, assert_short, keep, lab, say, wait_until
 from .load import Load, under_load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
@@ -99,6 +99,7 @@ def test_an_upgrade_that_no_client_notices(fleet: Fleet) -> None:
         load.wait_ready(*fleet.nodes)
     assert_no_request_was_lost(load)
     assert load.fewest_ready() >= 2
+    assert_short(run, 150)
     after = running(fleet)
     assert len(set(after.values())) == 1
     assert set(after.values()).isdisjoint(before.values())

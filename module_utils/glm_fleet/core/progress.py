@@ -2,7 +2,7 @@
 """How far something long has come: measured where it happens, shown on the controller.
 
 The process that works keeps a `ProgressFile`; an action plugin reads it over SSH and turns
-it into text: a bar on a terminal, a line every half minute in a log.
+it into text: a bar on a terminal, a line now and then in a log.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from .errors import FleetError
 from .files import write_atomically
 from .format import duration, human_bytes
 
+# Between two lines of a log: more as it takes longer, for a start or a copy can take an hour.
 LOG_EVERY_S = 30.0
+_LOG_SHARE = 0.25
+_LOG_AT_MOST_S = 300.0
 _TERMINAL_EVERY_S = 1.0
 # What is over sooner is not worth a word.
 _SILENT_S = 3.0
@@ -171,11 +174,16 @@ class ProgressFile:
                 return
 
 
+def log_pause(elapsed: float) -> float:
+    """Return the seconds between two lines of a log, after this many seconds of work."""
+    return min(_LOG_AT_MOST_S, max(LOG_EVERY_S, _LOG_SHARE * elapsed))
+
+
 class Reporter:
     """Decides when to show progress and as what.
 
     ``terminal`` says whether a person looks at a screen where one line can be drawn anew;
-    otherwise there is a line every half minute and one for each phase.
+    otherwise there is a line every half minute, less often later, and one for each phase.
     """
 
     def __init__(
@@ -191,7 +199,7 @@ class Reporter:
     def show(self, progress: Progress) -> str:
         """Return the text to print as it is (with its own line ends), or nothing."""
         now = self._clock()
-        every = _TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S
+        every = _TERMINAL_EVERY_S if self._terminal else log_pause(now - self._begun)
         if now - self._begun < _SILENT_S:
             return ""
         # A new phase is worth a line of its own.

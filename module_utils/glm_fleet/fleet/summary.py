@@ -9,21 +9,27 @@ from dataclasses import dataclass
 from ..core.errors import split_remedy
 from ..core.format import duration
 from ..core.table import Line
+from .run_view import has_no_room, named, title
 
 MOST_LINES = 10
 # Each cause takes two lines, beside the first line and one for those that have no room.
-_MOST_CAUSES = (MOST_LINES - 2) // 2
-_LONGEST = 400
+MOST_CAUSES = (MOST_LINES - 2) // 2
+_LONGEST_STEP = 400
+_MOST_NAMES = 3
 _OTHERWISE = "run it again when this is mended: what is complete stays, and it goes on from there"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that failed on a host, or a host that could not be reached, in its own words."""
+    """A task that failed on a host, or a host that could not be reached, in its own words.
+
+    ``once`` tells that the host only stood for all: it ran a task that runs once.
+    """
 
     host: str
     task: str
     words: str
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,29 +57,32 @@ def summarize(run: EndedRun) -> list[Line]:
     if not run.failed:
         return [Line(f"{head}.", "good")]
     causes = _causes(run)
-    lines = [Line(f"{head}, and it stopped: {_named(run.failed)} failed.", "bad")]
-    for (cause, step), names in list(causes.items())[:_MOST_CAUSES]:
-        lines.append(Line(f"  {_named(names)}: {cause}"[:_LONGEST], "bad"))
-        lines.append(Line(f"    What to do: {step}"[:_LONGEST]))
-    if len(causes) > _MOST_CAUSES:
-        lines.append(Line(f"  {len(causes) - _MOST_CAUSES} more causes stand above."))
+    failed = sorted(host for told in causes.values() for host in told)
+    who = f": {named(failed, _MOST_NAMES)} failed" if failed else ""
+    lines = [Line(f"{head}, and it stopped{who}.", "bad")]
+    for (cause, step), told in list(causes.items())[:MOST_CAUSES]:
+        text = f"{named(sorted(told), _MOST_NAMES)}: {cause}" if told else cause
+        lines.append(Line(f"  {text}", "bad"))
+        lines.append(Line(f"    What to do: {step}"))
+    if len(causes) > MOST_CAUSES:
+        lines.append(Line(f"  {len(causes) - MOST_CAUSES} more causes stand above."))
     return lines
 
 
 def _causes(run: EndedRun) -> dict[tuple[str, str], list[str]]:
-    """Return {(cause, what to do): hosts}, of each host the failure that ended its run."""
-    last = {each.host: each for each in run.failures}
+    """Return {(cause, what to do): hosts}, of each host the failure that ended its run.
+
+    In the order in which they came, without the hosts that only stood for all.
+    """
+    last = {each.host: each for each in run.failures if each.host in run.failed}
+    ended = [each for each in run.failures if last.get(each.host) is each]
+    ended += [Failure(host, "", "it failed") for host in run.failed if host not in last]
     found: dict[tuple[str, str], list[str]] = {}
-    for host in run.failed:
-        failure = last.get(host, Failure(host, "", "it failed"))
+    for failure in ended:
         cause, step = split_remedy(failure.words or "it failed", _OTHERWISE)
-        found.setdefault((f"{cause} ({failure.task})" if failure.task else cause, step), []).append(
-            host
-        )
+        if has_no_room(failure.words):
+            cause, step = f"{title(failure.words)}, as told above", step[:_LONGEST_STEP]
+        cause = f"{cause} ({failure.task})" if failure.task else cause
+        hosts = found.setdefault((cause, step), [])
+        hosts += [] if failure.once else [failure.host]
     return found
-
-
-def _named(hosts: Sequence[str]) -> str:
-    if len(hosts) > 3:
-        return f"{', '.join(hosts[:2])} and {len(hosts) - 2} others"
-    return " and ".join([", ".join(hosts[:-1]), hosts[-1]] if len(hosts) > 1 else hosts)

@@ -100,6 +100,18 @@ def test_a_log_gets_a_line_each_half_minute_and_one_for_each_phase() -> None:
     assert reporter.end() == ""
 
 
+def test_an_hour_is_not_a_hundred_lines() -> None:
+    clock = Clock()
+    reporter = Reporter("gpu01", terminal=False, clock=clock)
+    said: list[float] = []
+    for _ in range(3600):
+        clock.now += 1
+        if reporter.show(HALF):
+            said.append(clock.now)
+    assert 15 < len(said) < 30
+    assert max(later - before for before, later in zip(said, said[1:])) <= 300
+
+
 def test_a_terminal_gets_one_line_that_is_drawn_anew() -> None:
     clock = Clock()
     reporter = Reporter("gpu01", terminal=True, clock=clock)

@@ -49,5 +49,12 @@ def test_there_are_never_more_than_ten_lines() -> None:
     failures = [Failure(name, "x", f"{name} has a cause\nof {'its own ' * 200}") for name in names]
     lines = end(failed=names, failures=failures)
     assert len(lines) == MOST_LINES
+    assert lines[1] == "  gpu00: gpu00 has a cause, as told above (x)"
     assert lines[-1] == "  26 more causes stand above."
     assert all("\n" not in line and len(line) < 500 for line in lines)
+
+
+def test_a_host_that_stood_for_all_is_not_blamed() -> None:
+    lines = end(failed=["gpu01"], failures=[Failure("gpu01", "Look", "gpu02 is broken", once=True)])
+    assert lines[0] == "site.yml took 3:21: nothing changed, and it stopped."
+    assert lines[1] == "  gpu02 is broken (Look)"

@@ -30,7 +30,7 @@ from glm_fleet.node.acceptance.record import (
     why_needed,
 )
 from glm_fleet.node.acceptance.run import Settings
-from glm_fleet.node.acceptance.table import entries, render
+from glm_fleet.node.acceptance.table import entries, in_brief, render
 from glm_fleet.release.conformance import AT_FULL_SIZE
 from glm_fleet.release.installed import COMPLETE
 
@@ -286,6 +286,17 @@ def test_the_table_has_a_row_for_each_gpu_and_says_what_to_do() -> None:
     (said,) = [line for line in lines if line.startswith("GPU 3 (serial 1650421000003)")]
     assert "temperature: 93 °C" in said
     assert "cooling" in lines[lines.index(said) + 1]
+
+
+def test_a_node_that_passed_takes_a_line() -> None:
+    record: Record = {"gpus": node(), "faults": [], "seconds": 171.0, "notes": []}
+    line = in_brief(record, node="gpu01")
+    assert line.tone == "good"
+    assert line.text.startswith(
+        "  gpu01: acceptance took 171 s: 8 GPUs are good, the slowest does "
+    )
+    assert line.text.endswith("all-reduce over 8: 231.0 GB/s; of one step 41 us")
+    assert in_brief({}, node="gpu01").text.endswith("0 GPUs are good")
 
 
 # -- when a node has to be accepted --------------------------------------------------------

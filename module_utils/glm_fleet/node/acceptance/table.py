@@ -60,17 +60,34 @@ def render(record: Record, *, node: str, width: int) -> list[Line]:
         Line(f"Acceptance of {node}, {record.get('seconds', 0.0):.0f} s"),
         *render_table(heading, rows, width, tones),
     ]
-    summed = [trial["together"] for trial in trials if "together" in trial]
-    if summed:
-        speed = min(each.get("bus_gbytes_per_second", 0.0) for each in summed)
-        delay = max(each.get("microseconds", 0.0) for each in summed)
-        lines.append(
-            Line(f"all-reduce over {len(summed)}: {speed:.1f} GB/s; of one step {delay:.0f} us")
-        )
+    together = _together(record)
+    lines += [Line(together)] if together else []
     lines += [Line(f"note: {each}") for each in record.get("notes", ())]
     for fault in faults:
         lines += [Line(sentence(fault), "bad"), Line(f"    {fault['remedy']}")]
     return lines
+
+
+def in_brief(record: Record, *, node: str) -> Line:
+    """Say in a line that the GPUs of a node passed, with the figures of the slowest."""
+    rows = [figures(trial) for trial in record.get("gpus", ())]
+    found = [
+        f"{min(values):.0f} {unit}"
+        for key, unit in (("tflops", "TFLOP/s"), ("gbytes_per_second", "GB/s"))
+        if (values := [row[key] for row in rows if row[key] is not None])
+    ]
+    slowest = [f"the slowest does {' and '.join(found)}"] if found else []
+    text = ", ".join([f"{len(rows)} GPUs are good", *slowest, *filter(None, [_together(record)])])
+    return Line(f"  {node}: acceptance took {record.get('seconds', 0.0):.0f} s: {text}", "good")
+
+
+def _together(record: Record) -> str:
+    summed = [trial["together"] for trial in record.get("gpus", ()) if "together" in trial]
+    if not summed:
+        return ""
+    speed = min(each.get("bus_gbytes_per_second", 0.0) for each in summed)
+    delay = max(each.get("microseconds", 0.0) for each in summed)
+    return f"all-reduce over {len(summed)}: {speed:.1f} GB/s; of one step {delay:.0f} us"
 
 
 def sentence(fault: FaultEntry) -> str:
