@@ -83,9 +83,14 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 def _begin(settings: Mapping[str, Any]) -> Turn:
     """Return the turn that a task asks for, before its first step."""
     wanted = plain(settings["wanted"])
+    accepted = plain(settings["acceptance"])
+    # Boards that failed by the release's kernels alone may run another release now.
+    wrong = accepted.get("did_not_pass") and not accepted.get("of_release")
+    if wrong and settings["purpose"] == "return":
+        raise FleetError(f"Its GPUs did not prove themselves: {accepted.get('message', '')}")
     serves = bool((wanted.get("running") or {}).get("active"))
     restart = bool(wanted.get("differences"))
-    accept = needs_acceptance(plain(settings["acceptance"]), stays=serves and not restart)
+    accept = needs_acceptance(accepted, stays=serves and not restart)
     return Turn(
         Order(
             settings["purpose"],

@@ -99,6 +99,13 @@ ASKED_OF = {"asked": ("110", "101"), "worse": ("111", "010")}
 
 # Nodes whose GPUs have to prove themselves still.
 TRIED: dict[str, tuple[Values, Values]] = {
+    "wrong": (
+        {
+            "purpose": "return",
+            "accepted": {"did_not_pass": True, "message": "GPU 3 is slow", "of_release": False},
+        },
+        {},
+    ),
     "accepted": ({"purpose": "switch", "accepted": {"needed": ["new"], "asked": ASKED}}, {}),
     "unfit": (
         {"purpose": "switch", "accepted": {"needed": ["new"], "asked": ASKED}},
@@ -125,14 +132,15 @@ class Taken:
     """The turn of a node: what was asked, what came of it and what an operator saw."""
 
     def __init__(self, folder: Path, node: str, output: str) -> None:
-        calls = (folder / f"calls-{node}").read_text().splitlines()
+        path = folder / f"calls-{node}"
+        calls = path.read_text().splitlines() if path.exists() else []
         # Looks at a start, and what others ask, are not steps.
         aside = ("watch", "answers")
         self.calls = [each for each in map(json.loads, calls) if each[1] not in aside]
         self.asked = [f"{host} {asked}" for host, asked, _ in self.calls]
         self.options: list[Values] = [each[2] for each in self.calls]
         self.result: Values = json.loads((folder / f"turn-{node}").read_text())
-        self.outcome: Values = self.result["outcome"]
+        self.outcome: Values = self.result.get("outcome", {})
         begun = f"  {node}: "
         self.said = [line[len(begun) :] for line in output.splitlines() if line.startswith(begun)]
 
@@ -310,6 +318,13 @@ def test_fewer_right_answers_go_back(scored: Mapping[str, Taken]) -> None:
     assert taken.outcome["state"] == "rolled back"
     assert "gives fewer right answers than before" in taken.outcome["why"]
     assert "100.0%" in taken.outcome["why"]
+
+
+def test_a_node_with_a_bad_board_is_not_let_back(tried: Mapping[str, Taken]) -> None:
+    taken = tried["wrong"]
+    assert taken.asked == []
+    assert taken.result["failed"]
+    assert taken.result["msg"] == "Its GPUs did not prove themselves: GPU 3 is slow"
 
 
 def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) -> None:

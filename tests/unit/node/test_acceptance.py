@@ -443,7 +443,8 @@ def test_a_slow_gpu_fails_the_node_and_is_tried_again(tmp_path: Path, settings: 
     # What was started on them since does not change that.
     run.unit = "active"
     known = accept_node(settings, Wish(), run, path=path)
-    assert (known["ran"], known["did_not_pass"]) == (False, True)
+    assert (known["ran"], known["did_not_pass"], known["of_release"]) == (False, True, False)
+    assert known["message"] == found["message"]
     run.unit, run.slow = "inactive", ""
     assert accept_node(settings, Wish(), run, path=path)["passed"]
 

@@ -94,7 +94,9 @@ def ensure(
     busy = f"{wish.unit} is {state}" if engine and not wish.stop else ""
     if wish.only_look or busy:
         # Boards that did not pass may not go on, whatever was started on them since.
-        return {**_result(reasons, False, {}), "busy": busy, "did_not_pass": reasons == [FAILED]}
+        failed = reasons == [FAILED]
+        found = _result(reasons, False, record if failed else {})
+        return {**found, "busy": busy, "passed": None, "did_not_pass": failed}
     if engine:
         run(["systemctl", "stop", wish.unit], timeout=_STOP_S)
     wait_until_clear(
