@@ -324,7 +324,7 @@ def test_a_node_with_a_bad_board_is_not_let_back(tried: Mapping[str, Taken]) -> 
     taken = tried["wrong"]
     assert taken.asked == []
     assert taken.result["failed"]
-    assert taken.result["msg"] == "Its GPUs did not prove themselves: GPU 3 is slow"
+    assert "Its GPUs did not prove themselves: GPU 3 is slow" in taken.result["msg"]
 
 
 def test_a_failure_goes_back_and_the_task_goes_on(turns: Mapping[str, Taken]) -> None:
