@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from glm_fleet.serving.kept_answers import COMPARED
 
-from .conftest import Fleet
+from .conftest import Fleet, say
 from .load import under_load
 from .test_upgrade import assert_no_request_was_lost, ready, release, row, running
 
@@ -155,3 +157,17 @@ def test_every_node_keeps_what_it_answered(fleet: Fleet) -> None:
         kept[node] = json.loads(text)
     assert len({each["model"] for each in kept.values()}) == 1
     assert all(len(each["said"]) == 8 for each in kept.values())
+
+
+def test_healthy_nodes_raise_no_alarm(fleet: Fleet) -> None:
+    """Fifty attestations beside the requests of clients, each compared with before and others."""
+    with under_load(fleet, "attestations of nodes that serve") as load:
+        run = fleet.playbook("tests/fleet/playbooks/attest.yml", "-e", "attest_times=17")
+    assert run.rc == 0, run.output[-6000:]
+    assert_no_request_was_lost(load)
+    assert ready(fleet) == fleet.nodes
+    for name in COMPARED:
+        lines = [line for line in run.output.splitlines() if f": {name}: " in line]
+        assert len(lines) >= 50, f"{name}: {len(lines)} times"
+        far = sorted(float(each) for each in re.findall(r"(?:by|\)) (\d+\.\d+)", "\n".join(lines)))
+        say(f"{name}: {len(lines)} times, {far[len(far) // 2]} in the middle, {far[-1]} at most")
