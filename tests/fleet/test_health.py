@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -31,6 +33,43 @@ INVOCATION = "systemctl show -P InvocationID glm-serving"
 CLOCK = "/usr/lib/python3/dist-packages/glm-fleet-test-clock.pth"
 ARTIFACTS = "/srv/glm-fleet/artifacts"
 SHARD = "$(ls /srv/glm-fleet/model/*.json | grep -v manifest.json | head -1)"
+
+
+# Asks the node for one token after a long prompt, twice: as it is, and with a worker that may
+# compute for so little of the time that the prompt takes forty seconds. Prints the seconds of both.
+LONE_PREFILL = r"""
+import json, os, pathlib, re, signal, subprocess, threading, time, urllib.request
+
+settings = pathlib.Path("/etc/glm-fleet/deployments/current/serving.env").read_text()
+key = re.search(r"^VLLM_API_KEY=(.*)$", settings, re.M)
+worker = int(subprocess.check_output(["pgrep", "-f", "^VLLM::Worker"], text=True).split()[0])
+
+def ask(salt):
+    body = {"model": "glm-5.2", "prompt": [salt] + [7 + each % 90 for each in range(3900)],
+            "max_tokens": 1}
+    request = urllib.request.Request(
+        "http://127.0.0.1:8000/v1/completions", json.dumps(body).encode(),
+        {"Content-Type": "application/json",
+         "Authorization": "Bearer " + (key[1].strip('"') if key else "")})
+    begun = time.monotonic()
+    with urllib.request.urlopen(request, timeout=110) as answer:
+        answer.read()
+    return time.monotonic() - begun
+
+alone = ask(11)
+took = []
+asking = threading.Thread(target=lambda: took.append(ask(12)))
+asking.start()
+try:
+    while asking.is_alive():
+        os.kill(worker, signal.SIGSTOP)
+        asking.join(1)
+        os.kill(worker, signal.SIGCONT)
+        asking.join(alone / 40)
+finally:
+    os.kill(worker, signal.SIGCONT)
+print(json.dumps([alone, *took]))
+"""
 
 
 def admin_state(state: str) -> str:
@@ -250,6 +289,26 @@ class Clients:
         self._end.set()
         for thread in self.threads:
             thread.join(20)
+
+
+def test_one_long_prompt_is_no_hang(serving: Fleet) -> None:
+    """A lone prefill of twice the stall timeout: nothing is answered, and the engine computes."""
+    run = serving.playbook("playbooks/watch.yml", "-e", f"health_stall_timeout={STALL_S}")
+    assert run.rc == 0, run.output[-4000:]
+    started = serving.shell(VICTIM, INVOCATION).output
+    seen: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(serving.shell, VICTIM, f"python3 - <<'END'\n{LONE_PREFILL}\nEND")
+        while not asked.done():
+            line = server_line(serving)
+            seen.append(f"{line['status']} ({line['agent_status']})")
+            time.sleep(0.5)
+    assert asked.result().rc == 0, asked.result().output
+    alone, slowed = json.loads(asked.result().output)
+    say(f"a prompt of 3,901 tokens: {alone:.1f} s, slowed down {slowed:.0f} s; {Counter(seen)}")
+    assert slowed > 1.2 * STALL_S
+    assert {each.split()[0] for each in seen} == {"UP"}
+    assert serving.shell(VICTIM, INVOCATION).output == started
 
 
 def test_a_hung_engine_comes_back_by_itself(serving: Fleet) -> None:
