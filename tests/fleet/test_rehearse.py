@@ -56,7 +56,7 @@ def test_no_weights_are_fetched_for_a_release_that_cannot_run(fleet: Fleet) -> N
     assert "its rehearsal failed" in run.output
     assert "Fetch the weights once, to every node" not in run.output
     for node in fleet.nodes:
-        weights = fleet.shell(node, "find /srv/glm-fleet -name '*.safetensors' | wc -l").output
+        weights = fleet.shell(node, "find /srv -name '*.safetensors' | wc -l").output
         assert weights.strip() == "0", f"{node} has weights"
         active = fleet.shell(node, "systemctl is-active glm-serving; ls /opt/glm-fleet/current")
         assert active.output.split()[0] == "inactive"

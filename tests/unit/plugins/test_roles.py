@@ -93,6 +93,17 @@ def test_whoever_reads_a_common_variable_depends_on_common() -> None:
             assert not read or "common" in known(role), f"{path.relative_to(ROOT)} reads {read}"
 
 
+PLAYS = [ROOT / "site.yml", *sorted((ROOT / "playbooks").glob("*.yml"))]
+
+
+@pytest.mark.parametrize("path", PLAYS, ids=lambda path: path.name)
+def test_what_a_play_says_is_heard_by_the_roles(path: Path) -> None:
+    """Variables of a role outrank those of a play: what stands in both is what the role says."""
+    of_roles = {name for role in ROLES for name in load(ROOT / "roles" / role / "vars/main.yml")}
+    said = {name for play in yaml.safe_load(path.read_text()) for name in play.get("vars", {})}
+    assert said & of_roles == set()
+
+
 def test_the_example_sets_only_variables_of_the_roles() -> None:
     known = {name for role in ROLES for name in options(role)}
     values = load(ROOT / "inventory/example/group_vars/all.yml")
