@@ -184,6 +184,13 @@ class Fleet:
         keep(name, output)
         return Run(process.returncode, output)
 
+    def serve(self) -> None:
+        """Run site.yml unless the nodes serve: a file of tests can be run alone."""
+        active = "systemctl is-active --quiet glm-serving"
+        if any(self.shell(node, active).rc for node in self.nodes):
+            run = self.playbook("site.yml")
+            assert run.rc == 0, run.output[-4000:]
+
     def kill_playbook_at(
         self,
         marker: str,

@@ -53,6 +53,12 @@ print(folder.name)
 RESTART = "systemctl restart glm-serving"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def serving(fleet: Fleet) -> None:
+    """Nodes that serve, whatever ran before."""
+    fleet.serve()
+
+
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_release_that_answers_wrongly_takes_no_request(fleet: Fleet, fault: str) -> None:
     before = running(fleet)

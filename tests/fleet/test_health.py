@@ -211,10 +211,7 @@ def wait_until_up(fleet: Fleet) -> None:
 @pytest.fixture(scope="module")
 def serving(fleet: Fleet) -> Iterator[Fleet]:
     """The fleet with its watch; healthy before and after."""
-    # Alone, without the tests that made the fleet serve.
-    if fleet.shell(VICTIM, "systemctl is-active --quiet glm-serving").rc:
-        run = fleet.playbook("site.yml")
-        assert run.rc == 0, run.output[-4000:]
+    fleet.serve()
     run = fleet.playbook("playbooks/watch.yml", "-e", "health_stall_timeout=600")
     assert run.rc == 0, run.output[-4000:]
     wait_until_up(fleet)

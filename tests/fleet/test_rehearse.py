@@ -133,6 +133,7 @@ def test_a_release_that_dies_at_its_start_is_refused(fleet: Fleet, mode: str) ->
 
 
 def test_a_node_that_serves_is_drained_for_a_rehearsal_by_hand(fleet: Fleet) -> None:
+    fleet.serve()
     node = fleet.nodes[1]
     invocation = "systemctl show -P InvocationID glm-serving"
     others = {each: fleet.shell(each, invocation).output for each in fleet.nodes if each != node}
