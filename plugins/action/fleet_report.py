@@ -83,10 +83,11 @@ class ActionModule(ControllerAction):
                     write_json(dest, report)
             else:
                 folder = dest.with_name("history") if dest else None
-                kept = history.load(folder, RUNS_DRAWN) if folder else []
+                kept, damaged = _kept(folder)
                 limits = Limits.from_dict(arguments["limits"])
                 failing = _FAILING[arguments["fail_on"]]
                 lines, report, failure = _health(records, failing, limits, kept)
+                lines += damaged
                 if dest and folder and not self._task.check_mode:
                     write_json(dest, report)
                     write_text(dest.with_suffix(".html"), render_page(report, kept, _TEMPLATE))
@@ -141,6 +142,14 @@ def _health(
     since = str(report["previous"] or "")
     lines = render_health(nodes, gateways, width(), report["changes"], since)
     return lines, report, failure
+
+
+def _kept(folder: Path | None) -> tuple[list[dict[str, Any]], list[Line]]:
+    """Return the reports of earlier checks, and lines about those that cannot be read."""
+    damaged: list[str] = []
+    kept = history.load(folder, RUNS_DRAWN, damaged) if folder else []
+    text = (f"Left out of the history: {each}." for each in damaged)
+    return kept, [line for each in text for line in wrap(each, width(), "bad")]
 
 
 def _groups(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:

@@ -139,11 +139,18 @@ def protected_by(links: Iterable[Path], previous: Path, running: Path | None = N
         except FileNotFoundError:
             continue
         except FleetError as error:
-            raise FleetError(
-                "It cannot be told what a roll-back needs, so nothing is retired",
-                expected=f"JSON with release and model in {path}",
-                found=error.found,
-                remedy="the next turn of this node writes that file anew",
-            ) from error
+            raise _unclear(path, error.found) from error
+        if known and not {"release", "model"} & set(known):
+            # {} says that there is nothing to go back to; this is of another version.
+            raise _unclear(path, ", ".join(sorted(known))[:80])
         found |= {each for each in (known.get("release"), known.get("model")) if each}
     return found
+
+
+def _unclear(path: Path, found: str) -> FleetError:
+    return FleetError(
+        "It cannot be told what a roll-back needs, so nothing is retired",
+        expected=f"JSON with release and model in {path}",
+        found=found,
+        remedy="the next turn of this node writes that file anew",
+    )

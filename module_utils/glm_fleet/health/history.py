@@ -109,14 +109,20 @@ class Report(TypedDict):
     gateways: Sequence[GatewayRow]
 
 
-def load(folder: Path, most: int) -> list[dict[str, Any]]:
-    """Return the last ``most`` kept reports, oldest first; what cannot be read is left out."""
+def load(folder: Path, most: int, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the last ``most`` kept reports, oldest first.
+
+    What cannot be read is left out, and why is appended to ``damaged``.
+    """
     reports = []
     for path in _files(folder)[-most:] if most else []:
         try:
             reports.append(dict(read(Report, path)))
-        except (FileNotFoundError, FleetError):
+        except FileNotFoundError:
             continue
+        except FleetError as error:
+            if damaged is not None:
+                damaged.append(f"{error.message} ({error.found})")
     return reports
 
 

@@ -15,6 +15,7 @@ Run as a program: ``python3 -m glm_fleet.watch --help``.
 from __future__ import annotations
 
 import argparse
+import calendar
 import json
 import re
 import sys
@@ -53,6 +54,7 @@ _KILL_AFTER_S = 10
 _JOURNAL_LINES = 500
 _INCIDENTS_KEPT = 20
 _STACK_TIMEOUT_S = 20.0
+_STAMP = "%Y-%m-%dT%H-%M-%SZ"
 # What the server says of itself comes at once, but for one that is very busy.
 _QUICK_S = 5.0
 _PATIENCE_S = 20.0
@@ -286,7 +288,7 @@ class Watchdog:
         self.ending_until = self.clock() + timeout
 
     def _keep_evidence(self, state: Mapping[str, Any], sample: Mapping[str, Any]) -> Path:
-        stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+        stamp = time.strftime(_STAMP, time.gmtime())
         folder = self.settings.incidents / stamp
         folder.mkdir(parents=True, exist_ok=True)
         lines = journal(self.run, state["invocation_id"], _JOURNAL_LINES)
@@ -329,12 +331,24 @@ class Watchdog:
     def _recent_restarts(self) -> list[float]:
         try:
             times = read(list[float], self.settings.incidents / "restarts.json")
-        except (FileNotFoundError, FleetError):
+        except FileNotFoundError:
             return []
+        except FleetError as error:
+            # An empty list would restart a hopeless engine without end.
+            _log(4, f"{error}: restarts are counted by the evidence that was kept")
+            times = list(map(_time_of, self.settings.incidents.glob("20*")))
         return [each for each in times if 0 <= time.time() - each < _HOUR_S]
 
     def _write_restarts(self, times: Sequence[float]) -> None:
         write_atomically(self.settings.incidents / "restarts.json", json.dumps(list(times)) + "\n")
+
+
+def _time_of(incident: Path) -> float:
+    """Return when an incident was, in seconds since 1970; 0 for a folder of another name."""
+    try:
+        return float(calendar.timegm(time.strptime(incident.name, _STAMP)))
+    except ValueError:
+        return 0.0
 
 
 def _log(level: int, text: str) -> None:

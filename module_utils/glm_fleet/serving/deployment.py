@@ -348,8 +348,11 @@ class Deployments:
         """Return why a deployment is known not to run here, '' if nothing is known."""
         try:
             return read(_Refusal, self._root / identifier / REFUSED)["reason"]
-        except (FileNotFoundError, FleetError):
+        except FileNotFoundError:
             return ""
+        except FleetError:
+            # Somebody refused it: started all the same, it would fail in front of clients.
+            return f"it was refused, and the note of why is damaged ({REFUSED})"
 
     def why_not(self, release: str, model: str, cuda_graphs: str) -> str:
         """Return why this node does not run a mode of CUDA graphs, '' if nothing is known."""

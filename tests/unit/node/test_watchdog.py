@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,23 @@ def test_a_start_that_dies_slowly_is_one_incident(node: Node) -> None:
     node.active = "active"
     node.invocation += 1
     assert node.look() == "starting"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "7", '["x"]', '{"a": 1}'])
+def test_a_damaged_count_of_restarts_is_had_from_the_evidence(node: Node, damage: str) -> None:
+    incidents = node.watch.settings.incidents
+    incidents.mkdir()
+    for ago in (600, 1200, 86400):
+        name = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime(time.time() - ago))
+        (incidents / name).mkdir()
+    (incidents / "restarts.json").write_text(damage)
+    node.running, node.answers = 1, False
+    node.look()
+    node.step = 0
+    while node.look() != "hung":
+        pass
+    assert not [command for command in node.commands if "--signal=SIGKILL" in command]
+    assert node.out
 
 
 def test_after_so_many_restarts_a_person_is_needed(node: Node) -> None:
