@@ -14,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 
-ENTRIES = ("gate", "notify", "sentry", "swarm", "watch")
+ENTRIES = ("gate", "helper", "notify", "sentry", "swarm", "watch")
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "glm-sentry.service",
     ]
     render(folder, "serving", served, roles=["common", "artifact"])
+    helper = ["glm-helper.socket", "glm-helper@.service"]
+    render(folder, "common", helper)
     watched = ["glm-watch.service", "glm-fleet-health.service"]
     user = {"health_schedule_user": "ops"}
     render(folder, "health", watched, roles=["common", "artifact", "serving"], variables=user)
@@ -64,6 +66,7 @@ def exposure(name: str, text: str, folder: Path) -> float:
     [
         "glm-serving.service",
         "glm-prestart@.service",
+        "glm-helper@.service",
         "glm-sentry.service",
         "glm-watch.service",
         "glm-swarm.service",
@@ -85,7 +88,29 @@ def test_the_score_sees_what_a_unit_lacks(units: dict[str, str], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "name", ["glm-prestart@.service", "glm-sentry.service", "glm-watch.service"]
+    ("name", "user"), [("glm-sentry.service", "glm-sentry"), ("glm-watch.service", "glm-watch")]
+)
+def test_a_daemon_is_a_user_of_its_own_without_rights(
+    name: str, user: str, units: dict[str, str]
+) -> None:
+    lines = units[name].splitlines()
+    assert f"User={user}" in lines
+    assert "CapabilityBoundingSet=" in lines
+    assert not any(line.startswith(("ReadWritePaths", "AmbientCapabilities=C")) for line in lines)
+
+
+def test_the_helper_is_for_the_daemons_alone(units: dict[str, str], tmp_path: Path) -> None:
+    render(tmp_path, "common", ["glm-helper.socket"])
+    lines = (tmp_path / "glm-helper.socket").read_text().splitlines()
+    for line in ("SocketUser=root", "SocketGroup=glm-helper", "SocketMode=0660", "Accept=yes"):
+        assert line in lines
+    for daemon in ("glm-sentry.service", "glm-watch.service"):
+        assert "SupplementaryGroups=glm-helper" in units[daemon]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["glm-prestart@.service", "glm-helper@.service", "glm-sentry.service", "glm-watch.service"],
 )
 def test_what_runs_as_root_takes_nothing_from_others(name: str, units: dict[str, str]) -> None:
     (command,) = re.findall(r"(?m)^ExecStart=(.*)$", units[name])

@@ -109,7 +109,7 @@ def test_the_check_takes_nothing_of_the_service(rendered: Path, planted: Path) -
     assert not (planted / "taken").exists()
 
 
-@pytest.mark.parametrize("name", ["gate", "notify", "sentry", "swarm", "watch"])
+@pytest.mark.parametrize("name", ["gate", "helper", "notify", "sentry", "swarm", "watch"])
 def test_every_entry_point_is_there_both_ways(name: str, planted: Path) -> None:
     for command in (f"-I -B {LIBRARY}/glm_fleet {name}", f"-B -m glm_fleet.{name}"):
         done = subprocess.run(
@@ -133,4 +133,4 @@ def test_an_unknown_entry_point_is_refused() -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "expected one of gate, notify" in done.stderr
+    assert "expected one of gate, helper, notify" in done.stderr

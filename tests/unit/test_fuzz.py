@@ -422,9 +422,7 @@ def watched(text: str, folder: Path) -> object:
     policy = folder / "policy.json"
     policy.write_text(POLICY)
     watch = Watchdog(
-        WatchSettings(
-            "x.service", 40.0, 2, folder / "incidents", "py-spy", policy, folder / "none"
-        ),
+        WatchSettings("x.service", 40.0, 2, folder / "incidents", policy, folder / "none"),
         program(UNITS),
         Flag(folder / "stalled", folder / "told.json", sleep=lambda _: None),
         client=lambda port, **_: server(text),

@@ -17,7 +17,7 @@ from pathlib import Path
 # keeps the text of its unit, and a roll-back starts an old unit with the library of today: these
 # names stay for ever.
 # `__main__` starts them by name without a folder, an environment or a home of anybody.
-ENTRY_POINTS = ("gate", "sentry", "watch", "swarm", "__main__")
+ENTRY_POINTS = ("gate", "helper", "sentry", "watch", "swarm", "__main__")
 
 # By its words and not as a syntax tree: every check works this out for every host, and a parser
 # takes twenty times as long. The tests compare both.

@@ -26,6 +26,8 @@ PYTHON_MIN = (3, 9)
 UNCONFIRMED = "unconfirmed"
 # Before each answer of the check, so that what a shell or a Python prints by itself does not count.
 MARK = "glm-fleet-enrolment"
+# A command in the form in which Ansible gives sudo its own: sudoers may allow that form alone.
+AS_ANSIBLE = "/bin/sh -c 'echo BECOME-SUCCESS-enrolment ; true'"
 # What Ansible looks for where the inventory leaves the choice to it.
 DISCOVERED = (*(f"python3.{minor}" for minor in range(14, 8, -1)), "/usr/bin/python3", "python3")
 
@@ -344,7 +346,7 @@ def look_script(target: SshTarget) -> str:
     # The words of all that were tried, the status of the last one.
     python = " || ".join(f"{{ {each}; }}" for each in tries)
     parts = (
-        ("sudo", f'if [ "$(id -u)" = 0 ]; then :; else {sudo} true; fi', ""),
+        ("sudo", f'if [ "$(id -u)" = 0 ]; then :; else {sudo} {AS_ANSIBLE}; fi', ""),
         ("python", python, " </dev/null"),
     )
     # Its words are read: not in the language of whoever logs in.

@@ -6,6 +6,8 @@ to attest it. So every gateway also asks the sentry (HAProxy's agent check, one 
 ``up`` while the very start that runs was attested, ``down`` otherwise. A start that nobody
 attests, because no controller is at work, the sentry attests itself.
 
+It is not root: what it has attested, `helper` does for it.
+
 Run as a program: ``python3 -m glm_fleet.sentry --help``.
 """
 
@@ -25,18 +27,16 @@ from typing import Callable
 from ..core.errors import FleetError
 from ..core.files import write_atomically
 from ..core.http import local_http
-from ..core.runner import run_program
-from ..serving.attestation import attest, wanted_by
-from ..serving.deployment import ENVIRONMENT, POLICY, UNIT, Deployments, Places
+from ..serving.deployment import POLICY, Places
 from ..serving.evidence import EVIDENCE
-from ..serving.kept_answers import Known
-from ..serving.policy import read_api_key, read_policy
+from ..serving.policy import read_policy
 from ..serving.record import START_RECORD, read_note, read_record
+from .helper import ask
 
 # Names the start of which the watch sees that it makes no progress.
-STALLED = Path("/run/glm-fleet/stalled")
+STALLED = Path("/run/glm-fleet/watch/stalled")
 # The last word that each gateway got, by its address: the watchdog waits until all were told.
-TOLD = Path("/run/glm-fleet/told.json")
+TOLD = Path("/run/glm-fleet/sentry/told.json")
 # A controller that waits for the start attests it within seconds.
 _GRACE_S = 10.0
 _LONGEST_PAUSE_S = 900.0
@@ -50,7 +50,9 @@ def answer(record: Path = START_RECORD, evidence: Path = EVIDENCE, stalled: Path
     invocation = read_record(record).get("invocation", "")
     if not invocation:
         return "down #nothing was started"
-    if read_note(stalled).get("invocation") == invocation:
+    flag = read_note(stalled)
+    # A flag that cannot be read was set for something.
+    if flag.get("invocation") == invocation or (not flag and stalled.exists()):
         return "down #the engine makes no progress"
     if read_note(evidence).get("invocation") != invocation:
         return "down #not attested"
@@ -107,29 +109,15 @@ class Attestor:
             self._due = self._clock() + self._pause
 
 
-def attest_now(places: Places) -> bool:
-    """Attest what runs, thoroughly; tell whether it passed, and say why not in the journal."""
+def attest_now() -> bool:
+    """Have what runs attested; tell whether it passed, and say why not in the journal."""
     try:
-        policy = read_policy(places.etc / POLICY)
-        http = local_http(
-            policy["port"],
-            address=policy["address"],
-            api_key=read_api_key(places.etc / ENVIRONMENT),
-        )
-        deployments = Deployments(places)
-        known = Known(policy["answers"], deployments) if policy["answers"] else None
-        found = attest(run_program, http, wanted_by(policy, UNIT, known=known), thorough=True)
-        if found["passed"]:
-            deployments.note_passed(found["release_id"], found["model_id"])
+        answer = ask({"do": "attest"})
     except FleetError as error:
         sys.stderr.write(f"sentry: {error}\n")
         return False
-    failed = [f"{each['name']}: {each['detail']}" for each in found["checks"] if not each["passed"]]
-    if failed:
-        sys.stderr.write(f"sentry: this start takes no requests: {'; '.join(failed)}\n")
-        return False
-    sys.stderr.write("sentry: a start that nobody attended was attested\n")
-    return True
+    sys.stderr.write(f"sentry: {answer['said']}\n")
+    return answer["done"]
 
 
 def is_ready(places: Places) -> bool:
@@ -166,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = Attestor(
         ready=lambda: is_ready(places),
         attested=lambda: answer() == "up",
-        attest_now=lambda: attest_now(places),
+        attest_now=attest_now,
     )
     with _Server((options.bind, options.port), _Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

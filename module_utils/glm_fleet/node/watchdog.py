@@ -38,6 +38,7 @@ from ..serving.engine import ENVIRONMENT_PATH, POLICY_PATH, progress_mark, read_
 from ..serving.policy import Policy, read_api_key, read_policy
 from ..serving.probe import Nothing, Sample
 from ..serving.record import read_note
+from .helper import Answer, Question, ask
 from .prestart import left_over
 from .readiness import STALLED, TOLD
 
@@ -53,7 +54,6 @@ _PAUSE_S = 0.1
 _KILL_AFTER_S = 10
 _JOURNAL_LINES = 500
 _INCIDENTS_KEPT = 20
-_STACK_TIMEOUT_S = 20.0
 _STAMP = "%Y-%m-%dT%H-%M-%SZ"
 # What the server says of itself comes at once, but for one that is very busy.
 _QUICK_S = 5.0
@@ -163,7 +163,6 @@ class Settings:
     stall_timeout_s: float
     restarts_per_hour: int
     incidents: Path
-    py_spy: str
     policy: Path = POLICY_PATH
     environment: Path = ENVIRONMENT_PATH
 
@@ -179,6 +178,7 @@ class Watchdog:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     processes: Callable[[], Sequence[Process]] = list_processes
+    helper: Callable[[Question], Answer] = ask
     canary: Canary = field(default_factory=Canary)
     invocation: str = ""
     ready: bool = False
@@ -260,13 +260,13 @@ class Watchdog:
         timeout = self.settings.stall_timeout_s
         _log(3, f"nothing moved in the engine for {timeout:g} s although it was asked to")
         self.flag.wait_until_told()
+        recent = self._recent_restarts()
         try:
             folder = self._keep_evidence(state, sample)
         except OSError as error:
             # A full disk must not keep a hung engine.
             folder = self.settings.incidents
             _log(3, f"the evidence could not be kept: {error}")
-        recent = self._recent_restarts()
         if len(recent) >= self.settings.restarts_per_hour:
             self.given_up = True
             _log(
@@ -278,13 +278,14 @@ class Watchdog:
         self._write_restarts([*recent, time.time()])
         _log(4, f"restarting {self.settings.unit}; evidence in {folder}")
         # Not `systemctl restart`: it would wait for requests that will never end.
-        self.run(["systemctl", "kill", "--signal=SIGTERM", self.settings.unit], check=False)
+        end: Question = {"do": "signal", "invocation": state["invocation_id"]}
+        self.helper({**end, "signal": "SIGTERM"})
         for _ in range(_KILL_AFTER_S):
             self.sleep(1.0)
             if unit_state(self.run, self.settings.unit)["invocation_id"] != state["invocation_id"]:
                 break
         else:
-            self.run(["systemctl", "kill", "--signal=SIGKILL", self.settings.unit], check=False)
+            self.helper({**end, "signal": "SIGKILL"})
         self.ending_until = self.clock() + timeout
 
     def _keep_evidence(self, state: Mapping[str, Any], sample: Mapping[str, Any]) -> Path:
@@ -311,22 +312,11 @@ class Watchdog:
         return left_over(found, owner) if owner is not None else []
 
     def _stack(self, pid: int) -> str:
-        """Return the stacks of a process; one that cannot be stopped is read as it runs."""
-        said = ""
-        for extra in ([], ["--nonblocking"]):
-            try:
-                answer = self.run(
-                    [self.settings.py_spy, "dump", "--pid", str(pid), *extra],
-                    timeout=_STACK_TIMEOUT_S,
-                    check=False,
-                )
-            except FleetError as error:
-                said += f"{error}\n"
-                continue
-            if answer.rc == 0:
-                return answer.stdout
-            said += answer.stdout + answer.stderr
-        return said
+        """Return the stacks of a process, or why they cannot be had."""
+        try:
+            return self.helper({"do": "stack", "pid": pid})["said"]
+        except FleetError as error:
+            return f"{error}\n"
 
     def _recent_restarts(self) -> list[float]:
         try:
@@ -364,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stall-timeout", type=float, required=True, help="seconds")
     parser.add_argument("--restarts-per-hour", type=int, required=True)
     parser.add_argument("--incidents", type=Path, default=Path("/var/lib/glm-fleet/incidents"))
-    parser.add_argument("--py-spy", default="/opt/glm-fleet/bin/py-spy")
+    # Units of earlier versions name it; the helper knows it by itself.
+    parser.add_argument("--py-spy", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     watch = Watchdog(
         Settings(
@@ -372,7 +363,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.stall_timeout,
             options.restarts_per_hour,
             options.incidents,
-            options.py_spy,
         ),
         run_program,
         Flag(),
