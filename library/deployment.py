@@ -31,8 +31,9 @@ options:
         points the links at it that lead elsewhere.
       - V(active) stops the service, switches to O(id) and starts it, unless it runs already.
         The node has to be drained.
+      - V(options) names the options of vLLM's parser in the release that is active.
     type: str
-    choices: [staged, info, policy, active]
+    choices: [staged, info, policy, active, options]
     required: true
   release:
     description: Id of the release, for V(staged).
@@ -149,6 +150,11 @@ skipped_rungs:
   returned: with V(info)
   type: list
   elements: dict
+options:
+  description: Options such as C(--max-num-seqs), sorted; [] where they cannot be told.
+  returned: with V(options)
+  type: list
+  elements: str
 deployment:
   description: The deployment, shaped as RV(wanted).
   returned: with V(active)
@@ -185,6 +191,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     host = Deploying(run_program, Deployments(places), module.check_mode)
     if params["state"] == "staged":
         return host.stage(make(**{part: params[part] for part in _PARTS}))
+    if params["state"] == "options":
+        return {"changed": False, "options": host.options()}
     if params["state"] == "info":
         return host.find(target=params["target"], rungs=params["rungs"], retry=params["retry"])
     if params["state"] == "policy":
@@ -209,7 +217,7 @@ def main() -> None:
             "state": {
                 "type": "str",
                 "required": True,
-                "choices": ["staged", "info", "policy", "active"],
+                "choices": ["staged", "info", "policy", "active", "options"],
             },
             "release": {"type": "str"},
             "model": {"type": "str"},

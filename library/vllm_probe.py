@@ -74,6 +74,10 @@ options:
     description: V(attest) gives up when a start makes no progress for so many seconds.
     type: float
     default: 900
+  start_timeout:
+    description: V(attest) gives up when a start is not ready after so many seconds, if any.
+    type: float
+    default: 0
 """
 
 EXAMPLES = r"""
@@ -206,6 +210,7 @@ def main() -> None:
             "again": {"type": "bool", "default": False},
             "progress_file": {"type": "path"},
             "stall_timeout": {"type": "float", "default": 900.0},
+            "start_timeout": {"type": "float", "default": 0.0},
         },
         supports_check_mode=True,
     )

@@ -38,6 +38,7 @@ class ActionModule(BackgroundAction):
     def _watch(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         host = variables.get("inventory_hostname", "")
         stall = float(arguments.get("stall_timeout", 900))
+        limit = float(arguments.get("start_timeout") or 0)
         begun = moved = time.monotonic()
         progress = ""
         # A start has no figures: a line for each of its phases, and one now and then.
@@ -55,6 +56,9 @@ class ActionModule(BackgroundAction):
                 _display.display(f"{text.rstrip()} ({now - begun:.0f} s)")
             if now - moved > stall:
                 reason = f"it makes no progress for {stall:.0f} s"
+                return self._look({**arguments, "give_up": reason}, variables)
+            if limit and now - begun > limit:
+                reason = f"it is not ready after {limit:.0f} s, and there is no more time for it"
                 return self._look({**arguments, "give_up": reason}, variables)
 
     def _look(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:

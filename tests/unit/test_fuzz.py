@@ -24,7 +24,7 @@ from glm_fleet.artifact.hashes import Proven
 from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id, load_manifest
 from glm_fleet.artifact.retention import protected_by
 from glm_fleet.artifact.store import Store
-from glm_fleet.bench import quality
+from glm_fleet.bench import quality, tuned
 from glm_fleet.core.decode import decode, parse, read
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.http import Http
@@ -354,6 +354,11 @@ POLICY = json.dumps(
      "answers": {"tolerance": 0.5, "drift": 0.15, "needles": True}}
 )  # fmt: skip
 QUESTIONS = json.dumps({"question": "What is 3 and 4?", "answer": "#### 7"})
+TUNE = """{"schema": "glm-fleet/tune/1", "node": "gpu01", "state": "running", "before": "a",
+"running": "b", "began": "2026-01-01T00:00:00+00:00", "load": {"streams": [1]}, "left_out": {},
+"settings": {"serving_max_num_seqs": [32, null]}, "ended": "", "tries": [{"settings": {"--x": true},
+"rates": [{"1": 5.0}], "started": true, "start_s": 1.0, "measure_s": 2.0, "problem": "",
+"confirms": false}]}"""
 SCORES = json.dumps([{"release": "r", "model": "m", "questions": "q", "right": "101"}])
 PROMPT = Prompt("3 tokens", [7, 8, 9])
 LIKELY = json.dumps(
@@ -779,6 +784,7 @@ READERS = (
     Reader("served model", MODELS, lambda text, _: served_model(server(text), "glm-5.2")),
     Reader("policy", POLICY, in_file(read_policy)),
     Reader("questions", QUESTIONS, lambda text, _: quality.read_set(text, 9)),
+    Reader("tune", TUNE, lambda text, _: tuned.parse_record(text, what="The record")),
     Reader("scores", SCORES, in_file(lambda path: read(list[quality.Score], path))),
     Reader("likely tokens", LIKELY, lambda text, _: answers.ask(server(text), "m", PROMPT, "s")),
     Reader("code words", SPOKEN, lambda text, _: needles.check_needles(server(text), "m", 8192)),

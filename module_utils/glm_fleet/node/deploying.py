@@ -20,6 +20,7 @@ from ..serving.activation import (
     install_policy,
     mend_links,
 )
+from ..serving.command import parser_options
 from ..serving.deployment import UNIT, Deployment, Deployments
 from ..serving.policy import parse_policy
 from ..serving.record import read_running
@@ -76,7 +77,7 @@ class Deploying:
                 deployments.forgive(identifier)
         while not target and not retry and len(ladder) > 1 and deployments.refused(ladder[0]):
             skipped.append(deployments.read(ladder.pop(0)))
-        wanted = deployments.find(ladder[0])
+        wanted = deployments.find(ladder[0]) if ladder else None
         return {
             "changed": False,
             "running": running,
@@ -91,6 +92,10 @@ class Deploying:
             "back": deployments.before(wanted.id) if wanted else "",
             "starts": deployments.starts(),
         }
+
+    def options(self) -> list[str]:
+        """Return the options that vLLM's parser has in the release that is active."""
+        return parser_options(self.deployments.places.release_link)
 
     def switch(
         self,

@@ -3,13 +3,59 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import FleetError
 from .graphs import MODES, resolve
+
+# The flags that settings of a node become.
+FLAGS = {
+    "--host": "bind_address",
+    "--port": "port",
+    "--served-model-name": "model_name",
+    "--tensor-parallel-size": "tensor_parallel_size",
+    "--attention-backend": "attention_backend",
+    "--dtype": "dtype",
+    "--kv-cache-dtype": "kv_cache_dtype",
+    "--max-model-len": "max_model_len",
+    "--gpu-memory-utilization": "gpu_memory_utilization",
+    "--max-num-seqs": "max_num_seqs",
+    "--tool-call-parser": "tool_call_parser",
+    "--reasoning-parser": "reasoning_parser",
+    "--chat-template": "chat_template",
+    "--shutdown-timeout": "shutdown_timeout",
+}
+# Flags that follow from settings without having their value.
+_FOLLOWING = ("--enable-auto-tool-choice", "--enforce-eager", "--compilation-config")
+OWN_FLAGS = frozenset((*FLAGS, *_FOLLOWING))
+# Where vLLM defines the options of `vllm serve`, below its package.
+_PARSERS = ("engine/arg_utils.py", "entrypoints/openai/cli_args.py")
+_OPTION = re.compile(r"--[a-z][a-z0-9-]+")
+
+
+def parser_options(release: Path) -> list[str]:
+    """Return the options that the parser of a release has, [] where that cannot be told.
+
+    ``release`` is its environment. They are read from its source, as the literals that it gives
+    to argparse: starting `vllm serve --help` takes half a minute.
+    """
+    found: set[str] = set()
+    for package in release.glob("lib/python3*/site-packages/vllm"):
+        for name in _PARSERS:
+            try:
+                tree = ast.parse((package / name).read_text())
+            except (OSError, ValueError, SyntaxError):
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and _OPTION.fullmatch(str(node.value)):
+                    found.add(str(node.value))
+    return sorted(found)
 
 
 def serve_command(settings: Mapping[str, Any]) -> list[str]:
@@ -20,24 +66,9 @@ def serve_command(settings: Mapping[str, Any]) -> list[str]:
     graphs that nobody knows.
     """
     graphs = MODES[resolve(str(settings["cuda_graphs"]), [])]
-    options: list[tuple[str, Any]] = [
-        ("--host", settings["bind_address"]),
-        ("--port", settings["port"]),
-        ("--served-model-name", settings["model_name"]),
-        ("--tensor-parallel-size", settings["tensor_parallel_size"]),
-        ("--attention-backend", settings["attention_backend"]),
-        ("--dtype", settings["dtype"]),
-        ("--kv-cache-dtype", settings["kv_cache_dtype"]),
-        ("--max-model-len", settings["max_model_len"]),
-        ("--gpu-memory-utilization", settings["gpu_memory_utilization"]),
-        ("--max-num-seqs", settings["max_num_seqs"]),
-        ("--tool-call-parser", settings["tool_call_parser"]),
-        ("--reasoning-parser", settings["reasoning_parser"]),
-        ("--chat-template", settings["chat_template"]),
-        ("--shutdown-timeout", settings["shutdown_timeout"]),
-    ]
     command = ["serve", str(settings["model_path"])]
-    for flag, value in options:
+    for flag, name in FLAGS.items():
+        value = settings[name]
         if value not in (None, ""):
             command += [flag, str(value)]
     if settings["tool_call_parser"]:
