@@ -102,7 +102,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.release.installer import run_installer
 from ansible.module_utils.glm_fleet.release.wheel_lock import (
     Packages,
     WheelTarget,
@@ -114,7 +114,7 @@ from ansible.module_utils.glm_fleet.release.wheel_lock import (
 def run(params: dict[str, Any]) -> dict[str, Any]:
     """Resolve, check the pins before anything is downloaded, download."""
     packages = Packages(
-        runner=run_program,
+        runner=run_installer,
         uv=shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
         python=sys.executable,
         target=WheelTarget(params["python_version"], params["platform"]),

@@ -121,8 +121,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
-from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.release.conformance import prove_conformance
+from ansible.module_utils.glm_fleet.release.installer import run_installer
 from ansible.module_utils.glm_fleet.release.kernel_proof import prove_kernels
 from ansible.module_utils.glm_fleet.release.library_proof import prove_libraries
 from ansible.module_utils.glm_fleet.release.proof.environment import (
@@ -147,7 +147,7 @@ def run(params: dict[str, Any]) -> dict[str, Any]:
         wheels=wheels,
         python_version=params["python_version"],
         uv=uv,
-        runner=run_program,
+        runner=run_installer,
     )
     tree = unpack_source(wheel, Path(params["dest"]))
     try:
@@ -155,7 +155,7 @@ def run(params: dict[str, Any]) -> dict[str, Any]:
             environment,
             tree,
             backend=params["backend"],
-            version=wheel.name.split("-")[1].partition("+")[0],
+            version=wheel.name.split("-")[1],
             capabilities=capabilities,
             shapes={name: int(value) for name, value in params["shapes"].items()},
         )
@@ -171,7 +171,7 @@ def _download(params: dict[str, Any], uv: str) -> list[Path]:
     if not params["packages"]:
         return []
     packages = Packages(
-        runner=run_program,
+        runner=run_installer,
         uv=uv,
         python=sys.executable,
         target=WheelTarget(params["python_version"], params["platform"]),

@@ -41,6 +41,10 @@ options:
   base_wheel:
     description: Result C(wheel) of M(vllm_wheel) for the base wheel.
     type: dict
+  made_of:
+    description: Commit that the base wheel was made of, where it is an ancestor of the ref.
+    type: str
+    default: ""
   variant:
     description: Word for the local version label, such as V(cpu).
     type: str
@@ -140,6 +144,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     recipe = make_recipe(
         source=params["source"],
         base_wheel=params["base_wheel"],
+        made_of=params["made_of"],
         variant=params["variant"],
         settings=params["settings"],
         find_links=params["find_links"],
@@ -189,6 +194,7 @@ def main() -> None:
             "keep": {"type": "int", "default": 3},
             "source": {"type": "dict"},
             "base_wheel": {"type": "dict"},
+            "made_of": {"type": "str", "default": ""},
             "variant": {"type": "str", "default": ""},
             "settings": {"type": "dict"},
             "find_links": {"type": "list", "elements": "str", "default": []},

@@ -16,7 +16,9 @@ description:
 author: glm-fleet contributors (@glm-fleet)
 attributes:
   check_mode:
-    description: V(resolved) writes nothing in any mode; V(patched) does nothing.
+    description:
+      - V(resolved) writes nothing in any mode; V(patched) does nothing; V(located) finds a wheel
+        only where the clone is there.
     support: full
 options:
   state:
@@ -24,8 +26,10 @@ options:
       - V(resolved) only asks the remote repository and compares the heads.
       - V(patched) fetches, cherry-picks, joins, verifies, and writes the changed files
         below O(dest).
+      - V(located) fetches, and finds the published wheel of the commit, or of the nearest
+        ancestor that compiles to the same, in O(wheel_index).
     type: str
-    choices: [resolved, patched]
+    choices: [resolved, located, patched]
     required: true
   repository:
     description: URL or path of the repository, as the manifest names it.
@@ -106,6 +110,25 @@ options:
     description: Attention backend that the result must register. Empty for none.
     type: str
     default: TRITON_MLA_SPARSE
+  wheel_index:
+    description: URL of an index with wheels by commit. Needed for O(state=located).
+    type: str
+  wheel_variant:
+    description: Folder of the CUDA build in O(wheel_index), such as V(cu130). Empty for none.
+    type: str
+    default: ""
+  platform:
+    description: Platform of the nodes, such as V(x86_64-manylinux_2_35), for O(state=located).
+    type: str
+  compiled_paths:
+    description: Files and folders of the source whose change asks for another wheel.
+    type: list
+    elements: str
+    default: []
+  depth:
+    description: How many commits the index is asked for.
+    type: int
+    default: 100
 """
 
 EXAMPLES = r"""
@@ -140,6 +163,12 @@ source:
       description: Known faults that this recipe has and that were accepted.
       type: list
       elements: str
+wheel:
+  description:
+    - The wheel as C(url), the C(commit) that it was made of, and how many commits C(behind) the
+      ref that is. Empty in check mode when the clone is not there yet.
+  returned: for O(state=located)
+  type: dict
 report:
   description:
     - Commits picked, files changed and dropped, conflicts with the rule that joined each,
@@ -164,6 +193,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.core.errors import FleetError, from_os_error
 from ansible.module_utils.glm_fleet.core.runner import run_program
+from ansible.module_utils.glm_fleet.release.commit_wheel import ask_web, find_commit_wheel
 from ansible.module_utils.glm_fleet.release.compiler import Compiler
 from ansible.module_utils.glm_fleet.release.corrections import (
     Fault,
@@ -175,6 +205,7 @@ from ansible.module_utils.glm_fleet.release.git import PullRequest, Repository
 from ansible.module_utils.glm_fleet.release.merge import Resolver
 from ansible.module_utils.glm_fleet.release.recorded import read_resolution
 from ansible.module_utils.glm_fleet.release.verify.model import SourceExpectations
+from ansible.module_utils.glm_fleet.release.wheel_lock import WheelTarget
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
@@ -218,6 +249,10 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     }
     if params["state"] == "resolved":
         return {"changed": False, "source": source}
+    if params["state"] == "located":
+        fetched = not module.check_mode and repository.fetch(resolved, pulls)
+        wheel = _locate(params, repository, resolved.sha) if repository.has(resolved.sha) else {}
+        return {"changed": fetched, "source": source, "wheel": wheel}
     if module.check_mode:
         return {"changed": True, "source": source}
     repository.fetch(resolved, pulls)
@@ -232,11 +267,29 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     return {"changed": True, "source": source, "report": patched.report()}
 
 
+def _locate(params: dict[str, Any], repository: Repository, sha: str) -> dict[str, Any]:
+    found = find_commit_wheel(
+        repository,
+        sha,
+        index_url=params["wheel_index"],
+        variant=params["wheel_variant"],
+        target=WheelTarget("", params["platform"]),
+        compiled=params["compiled_paths"],
+        depth=params["depth"],
+        ask=ask_web,
+    )
+    return {"url": found.url, "commit": found.commit, "behind": found.behind}
+
+
 def main() -> None:
     """Wire the source core to Ansible."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "required": True, "choices": ["resolved", "patched"]},
+            "state": {
+                "type": "str",
+                "required": True,
+                "choices": ["resolved", "located", "patched"],
+            },
             "repository": {"type": "str", "required": True},
             "ref": {"type": "str", "required": True},
             "pull_requests": {
@@ -268,8 +321,16 @@ def main() -> None:
             "cache": {"type": "path", "required": True},
             "dest": {"type": "path"},
             "backend": {"type": "str", "default": "TRITON_MLA_SPARSE"},
+            "wheel_index": {"type": "str"},
+            "wheel_variant": {"type": "str", "default": ""},
+            "platform": {"type": "str"},
+            "compiled_paths": {"type": "list", "elements": "str", "default": []},
+            "depth": {"type": "int", "default": 100},
         },
-        required_if=[("state", "patched", ["dest"])],
+        required_if=[
+            ("state", "patched", ["dest"]),
+            ("state", "located", ["wheel_index", "platform"]),
+        ],
         supports_check_mode=True,
     )
     try:

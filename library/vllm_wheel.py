@@ -67,8 +67,14 @@ options:
     description: Repository as given to M(vllm_source).
     type: str
   commit:
-    description: Commit that the base wheel was made of.
+    description: Commit whose source the result is, but for the changed files.
     type: str
+  made_of:
+    description:
+      - Commit that the base wheel was made of, where it is an ancestor of O(commit). What changed
+        since is taken from the source. Empty for O(commit).
+    type: str
+    default: ""
   patch:
     description: Folder with the changed files.
     type: path
@@ -136,6 +142,7 @@ from ansible.module_utils.glm_fleet.core.files import sha256_file, write_atomica
 from ansible.module_utils.glm_fleet.core.runner import run_program
 from ansible.module_utils.glm_fleet.release.download import fetch_wheel
 from ansible.module_utils.glm_fleet.release.git import Repository
+from ansible.module_utils.glm_fleet.release.installer import run_installer
 from ansible.module_utils.glm_fleet.release.repack import overlay
 from ansible.module_utils.glm_fleet.release.wheel import WheelFile, check_against_tree, read_wheel
 from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, WheelTarget
@@ -190,7 +197,7 @@ def _fetch(module: AnsibleModule) -> tuple[bool, WheelFile | None]:
             remedy="correct release_base_wheel",
         )
     packages = Packages(
-        runner=run_program,
+        runner=run_installer,
         uv=shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
         python=sys.executable,
         target=WheelTarget(params["python_version"], params["platform"]),
@@ -212,16 +219,23 @@ def _overlay(module: AnsibleModule) -> dict[str, Any]:
         return {"changed": True, "wheel": {}}
     base = read_wheel(Path(params["base"]))
     repository = Repository(params["repository"], Path(params["git_dir_cache"]), run_program)
+    made_of = params["made_of"] or params["commit"]
     counts = check_against_tree(
         base.path,
-        repository.tree(params["commit"]),
+        repository.tree(made_of),
         exceptions=params["exceptions"],
         changed=params["changed"],
     )
+    changed = list(params["changed"])
+    if made_of != params["commit"]:
+        since = repository.changed(made_of, params["commit"])
+        newer = [path for path in since if path not in params["changed"]]
+        repository.export(params["commit"], newer, Path(params["patch"]))
+        changed += newer
     path = overlay(
         base,
         Path(params["patch"]),
-        params["changed"],
+        changed,
         Path(params["dest"]),
         name=params["name"],
         version=params["version"],
@@ -247,6 +261,7 @@ def main() -> None:
             "git_dir_cache": {"type": "path"},
             "repository": {"type": "str"},
             "commit": {"type": "str"},
+            "made_of": {"type": "str", "default": ""},
             "patch": {"type": "path"},
             "changed": {"type": "list", "elements": "str", "default": []},
             "exceptions": {"type": "list", "elements": "str", "default": []},

@@ -50,6 +50,13 @@ WARNING = """\
                 "using Triton fallback for sparse attention indexer."
             )
 """
+OPS = "from vllm.v1.attention.ops.common import pack_seq_triton, unpack_seq_triton\n"
+IMPORTS = """\
+from vllm.v1.attention.ops.mqa_logits_triton import (
+    fp8_mqa_logits_triton,
+    fp8_paged_mqa_logits_triton,
+)
+"""
 
 NEW_FILES = {
     "vllm/v1/attention/ops/mqa_logits_triton.py": '''\
@@ -89,14 +96,7 @@ class TritonMLASparseBackend(AttentionBackend):
 
 def with_imports(text: str) -> str:
     text = replace_once(text, "    has_deep_gemm,\n)", "    is_deep_gemm_supported,\n)")
-    anchor = "from vllm.v1.attention.ops.common import pack_seq_triton, unpack_seq_triton\n"
-    imports = (
-        "from vllm.v1.attention.ops.mqa_logits_triton import (\n"
-        "    fp8_mqa_logits_triton,\n"
-        "    fp8_paged_mqa_logits_triton,\n"
-        ")\n"
-    )
-    return replace_once(text, anchor, anchor + imports)
+    return replace_once(text, OPS, OPS + IMPORTS)
 
 
 def with_test(text: str, anchor: str) -> str:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import hashlib
+import http.server
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +28,7 @@ from typing import Any
 import pytest
 import yaml
 
+from . import standin
 from .conftest import Upstream
 
 pytestmark = pytest.mark.release
@@ -272,6 +277,125 @@ def test_a_full_disk(tmp_path: Path, variables: dict[str, Any], megabytes: int) 
     assert output.count("fatal: [") == 1
     assert "manifest.json" not in output
     assert not re.search(r"\.(scratch|part)$", output, re.MULTILINE)
+
+
+def branch(upstream: Upstream, name: str, start: str, files: dict[str, str], folder: Path) -> str:
+    """Commit files onto ``start`` as a branch; return the commit."""
+    tree = folder / f"tree-{name.replace('/', '-')}"
+    upstream.git("worktree", "add", "--quiet", "--detach", str(tree), start)
+    try:
+        for path, text in files.items():
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_text(text)
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+        for words in (["add", "--all"], ["commit", "--quiet", "--message", "later"]):
+            subprocess.run([*git, *words], cwd=tree, check=True)
+        made = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=tree, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    finally:
+        upstream.git("worktree", "remove", "--force", str(tree))
+    upstream.git("update-ref", name, made)
+    return made
+
+
+@pytest.fixture
+def index(
+    upstream: Upstream, wheels: dict[str, Path], tmp_path: Path
+) -> Iterator[tuple[str, Path]]:
+    """A small index of wheels by commit, with that of 0.23.0: (URL, folder)."""
+    folder = tmp_path / "index"
+    commit = folder / upstream.git("rev-parse", "v0.23.0") / "cu130" / "vllm"
+    commit.mkdir(parents=True)
+    shutil.copy(wheels["0.23.0"], folder)
+    row = {
+        "package_name": "vllm",
+        "platform_tag": "any",
+        "path": f"../../../{wheels['0.23.0'].name}",
+    }
+    (commit / "metadata.json").write_text(json.dumps([row]))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+    )
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_commit_of_main_on_the_wheel_of_its_ancestor(
+    upstream: Upstream, index: tuple[str, Path], variables: dict[str, Any], tmp_path: Path
+) -> None:
+    """What changed since the wheel was made comes from the source; no fleet waits for an index."""
+    later = {"vllm/later.py": "later = 1\n", "vllm/logger.py": "changed = 1\n"}
+    main = branch(upstream, "refs/heads/main", "v0.23.0", later, tmp_path)
+    auto = {
+        "release_ref": "main",
+        "release_base_wheel": "auto",
+        "release_driver": "580.1",
+        "release_wheel_index": index[0],
+    }
+    builder = Builder(tmp_path / "builder", {**variables, **auto})
+    builder.good("--check")
+    assert not builder.root.exists()
+    builder.good()
+    ((_, manifest),) = builder.releases().items()
+    told = manifest["provenance"]
+    assert told["version"].startswith(f"0.23.0+at.g{main[:7]}.pr38476.g")
+    assert told["inputs"]["source"]["sha"] == main
+    (wheel,) = builder.root.glob("artifacts/release/*/wheels/vllm-*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        assert packed.read("vllm/later.py") == b"later = 1\n"
+        assert packed.read("vllm/logger.py") == b"changed = 1\n"
+        assert b"elif use_deep_gemm" in packed.read(
+            "vllm/model_executor/layers/sparse_attn_indexer.py"
+        )
+    assert set(_CHANGED.findall(builder.good())) == {"0"}
+
+    compiled = branch(upstream, "refs/heads/main", main, {"csrc/x.cu": "// new\n"}, tmp_path)
+    said = refusal(builder)
+    assert f"no published wheel to put the commit {compiled[:12]} on" in said
+    assert "none for 1 commit(s), and before those csrc/x.cu was changed" in said
+
+
+def test_a_pull_requests_own_branch_as_the_ref(
+    upstream: Upstream, index: tuple[str, Path], variables: dict[str, Any], tmp_path: Path
+) -> None:
+    first = Builder(tmp_path / "first", variables)
+    first.good()
+    (wheel,) = first.root.glob("artifacts/release/*/wheels/vllm-*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        files = {
+            name: packed.read(name).decode()
+            for name in packed.namelist()
+            if name in standin.EDITS or name in standin.NEW_FILES
+        }
+    head = branch(upstream, "refs/pull/7/head", "v0.23.0", files, tmp_path)
+    builder = Builder(
+        tmp_path / "builder",
+        {
+            **variables,
+            "release_ref": "refs/pull/7/head",
+            "release_pull_requests": [],
+            "release_base_wheel": "auto",
+            "release_driver": "580.1",
+            "release_wheel_index": index[0],
+        },
+    )
+    builder.good()
+    ((_, manifest),) = builder.releases().items()
+    assert manifest["provenance"]["version"] == f"0.23.0+at.g{head[:7]}"
+    assert all(check["passed"] for check in manifest["provenance"]["checks"])
+    (made,) = builder.root.glob("artifacts/release/*/wheels/vllm-*.whl")
+    with zipfile.ZipFile(made) as packed:
+        assert {name: packed.read(name).decode() for name in files} == files
 
 
 def test_old_releases_are_retired(built: Builder) -> None:

@@ -19,16 +19,17 @@ from glm_fleet.release.merge import Resolver
 from glm_fleet.release.recorded import read_resolution
 from glm_fleet.release.verify.model import SourceExpectations
 
-from lab.standin import find_block, indent_of, replace_once, shift
+from lab.standin import replace_once, shift
 
 from .conftest import RELEASES, Upstream, say
 from .standin import (
     DECODE_FALLBACK,
+    IMPORTS,
     INDEXER,
+    OPS,
     PREFILL_FALLBACK,
     STUB,
     WARNING,
-    with_imports,
     with_test,
 )
 
@@ -38,7 +39,9 @@ CUDA = "vllm/platforms/cuda.py"
 BACKEND = "vllm/v1/attention/backends/mla/indexer.py"
 DISPATCH = {"dispatch-join": 2}
 LATER = {**DISPATCH, "warn-instead-of-error": 1}
+GREW = "dispatch-join without indices"
 MOVED = {**LATER, "addition-after-change": 1, "two-additions": 1}
+REWRITTEN = {**MOVED, "dispatch-join": 1, GREW: 1, "replaced-in-tree": 2}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ TABLE = {
     "0.25.1": Row({INDEXER: 5, CUDA: 1}, MOVED),
     "0.26.0": Row({INDEXER: 5, CUDA: 1}, MOVED),
     "0.27.1": Row({INDEXER: 5, CUDA: 1}, MOVED),
-    "0.28.0": Row({INDEXER: 5, CUDA: 1, BACKEND: 2}, None),
+    "0.28.0": Row({INDEXER: 5, CUDA: 1, BACKEND: 2}, REWRITTEN),
+    "0.33.0": Row({INDEXER: 6, CUDA: 1, BACKEND: 2, STUB: 0}, None),
 }
 
 
@@ -118,7 +122,7 @@ def rules(joins: tuple[Join, ...]) -> dict[str, int]:
 
 
 def test_the_table(upstream: Upstream, outcomes: dict[str, Outcome]) -> None:
-    lines = [f"{'onto':8}{'conflicts':11}{'in':58}outcome"]
+    lines = [f"{'onto':8}{'conflicts':11}{'in':70}outcome"]
     found = {}
     for version in sorted(RELEASES):
         conflicts = conflicts_of_git(upstream, version)
@@ -131,7 +135,7 @@ def test_the_table(upstream: Upstream, outcomes: dict[str, Outcome]) -> None:
             else ""
         )
         outcome = f"built: {how or 'applies cleanly'}" if patched else "refused, with a report"
-        lines.append(f"{version:8}{sum(conflicts.values()):<11}{files:58}{outcome}")
+        lines.append(f"{version:8}{sum(conflicts.values()):<11}{files:70}{outcome}")
     say("\n" + "\n".join(lines))
     assert found == TABLE
 
@@ -172,77 +176,154 @@ def test_both_parts_choose_between_three(outcomes: dict[str, Outcome], version: 
     ast.parse(text)
 
 
+def test_what_the_pull_requests_call_does_not_get_is_named(outcomes: dict[str, Outcome]) -> None:
+    """0.28.0 passes one more argument to the call that is guarded."""
+    text = outcomes["0.28.0"].text(INDEXER)
+    guarded, fallback = text.split("elif use_deep_gemm:")[2].split("else:", 1)
+    assert "indices=decode_metadata.indices" in guarded
+    assert "indices" not in fallback.split("num_rows")[0]
+
+
+def test_a_condition_is_replaced_where_the_release_moved_it(outcomes: dict[str, Outcome]) -> None:
+    """Two more places of 0.28.0 ask has_deep_gemm: they stay as they are."""
+    text = outcomes["0.28.0"].text(BACKEND)
+    assert text.count("is_cuda() and is_deep_gemm_supported()") == 1
+    assert "    has_deep_gemm,\n    is_deep_gemm_supported,\n" in text
+    assert text.count("has_deep_gemm()") == 2
+
+
 def test_the_refusal_says_what_to_do(outcomes: dict[str, Outcome]) -> None:
-    error = outcomes["0.28.0"].error
+    error = outcomes["0.33.0"].error
     assert error is not None
     conflicts = error.details["conflicts"]
-    assert {each["path"] for each in conflicts} == {INDEXER, BACKEND}
+    assert {each["path"] for each in conflicts} == {INDEXER, CUDA}
     for each in conflicts:
         assert each["line"] > 0
         assert each["ours"] or each["theirs"]
+        assert each["ours"].rstrip() in error.found
+        assert each["theirs"].rstrip() in error.found
         assert each["closest_rule"]
         assert each["reason"]
     assert "rebased" in error.remedy
     assert "release_resolutions" in error.remedy
-    assert not outcomes["0.28.0"].folder.exists()
+    assert not outcomes["0.33.0"].folder.exists()
+
+
+# 0.33.0 works on a part of the rows, and its branches say for which keys: so must the fallback.
+ROWS = (
+    ("weights[chunk.token_start : chunk.token_end]", "weights[row_start:row_end]"),
+    (
+        "    chunk.cu_seqlen_ks,\n    chunk.cu_seqlen_ke,\n",
+        "    cu_seqlen_ks,\n    cu_seqlen_ke,\n",
+    ),
+)
+KEYS = "row_starts = cu_seqlen_ks\nrow_ends = cu_seqlen_ke\n"
 
 
 def by_hand(text: str) -> str:
-    """Resolve the indexer of 0.28.0 as a person would."""
-    for name, fallback in (("", PREFILL_FALLBACK), ("paged_", DECODE_FALLBACK)):
-        lines = text.splitlines(keepends=True)
-        first, last = find_block(lines, f"logits = fp8_fp4_{name}mqa_logits(")
-        columns = indent_of(lines[first]) - 4
-        lines[last:last] = [
-            f"{' ' * columns}else:\n",
-            *shift(fallback.splitlines(keepends=True), columns + 4),
-        ]
-        lines[first - 1] = f"{' ' * columns}elif use_deep_gemm:\n"
-        text = "".join(lines)
+    """Resolve the indexer of 0.33.0 as a person would."""
+    prefill = PREFILL_FALLBACK + KEYS
+    for old, new in ROWS:
+        prefill = replace_once(prefill, old, new)
+    for first, last, fallback in (
+        ("q_scale_slice, chunk_weights =", "num_rows = logits.shape[0]\n", prefill),
+        ("padded_q_scale, decode_weights =", "num_rows = logits.shape[0]\n", DECODE_FALLBACK),
+    ):
+        start = text.index("else:\n", text.rindex("\n", 0, text.index(first)) - 30)
+        columns = start - text.rindex("\n", 0, start) - 1
+        text = f"{text[:start]}elif use_deep_gemm:{text[start + len('else:') :]}"
+        end = text.rindex("\n", 0, text.index(last, start)) + 1
+        branch = [f"{' ' * columns}else:\n"]
+        branch += shift(fallback.splitlines(keepends=True), columns + 4)
+        text = text[:end] + "".join(branch) + text[end:]
     start = text.index("        if current_platform.is_cuda() and not has_deep_gemm()")
     end = text.index("            )\n", start) + len("            )\n")
     text = text[:start] + WARNING + text[end:]
-    anchor = "        topk_indices_buffer[: hidden_states.shape[0]] = -1\n"
-    return with_test(with_imports(text), anchor)
+    text = replace_once(text, "    has_deep_gemm,\n    mqa", "    is_deep_gemm_supported,\n    mqa")
+    text = replace_once(text, OPS, OPS + IMPORTS)
+    clear = "        topk_indices_buffer[: hidden_states.shape[0]] = -1\n"
+    return with_test(text, f"    if not skip_topk_buffer_clear:\n{clear}")
 
 
-def backend_by_hand(text: str) -> str:
-    # Two more places of this release ask has_deep_gemm, so its import stays.
-    anchor = "    has_deep_gemm,\n"
-    text = replace_once(text, anchor, f"{anchor}    is_deep_gemm_supported,\n")
-    anchor = (
-        "            if current_platform.is_cuda() and has_deep_gemm():\n                metadata"
+def platform_by_hand(text: str) -> str:
+    tail = "                *sparse_tail,\n"
+    return replace_once(
+        text, tail, f"{tail}                AttentionBackendEnum.TRITON_MLA_SPARSE,\n"
     )
-    return replace_once(text, anchor, anchor.replace("has_deep_gemm", "is_deep_gemm_supported"))
 
 
-def record(upstream: Upstream, file: Path, wrong: tuple[str, str] = ("", "")) -> None:
-    """Write what a person decided for 0.28.0, with one mistake if ``wrong`` names it."""
+def record(upstream: Upstream, file: Path, *wrong: tuple[str, str]) -> None:
+    """Write what a person decided for 0.33.0, with the mistakes of ``wrong``."""
     tree = file.with_suffix(".tree")
-    upstream.git("worktree", "add", "--quiet", "--detach", str(tree), "v0.28.0")
+    upstream.git("worktree", "add", "--quiet", "--detach", str(tree), "v0.33.0")
     try:
-        for path, edit in ((INDEXER, by_hand), (BACKEND, backend_by_hand)):
+        for path, edit in ((INDEXER, by_hand), (CUDA, platform_by_hand)):
             text = edit((tree / path).read_text())
-            if wrong[0] and wrong[0] in text:
-                text = replace_once(text, *wrong)
+            for old, new in wrong:
+                first, found, rest = text.rpartition(old)
+                text = first + new + rest if found else text
             (tree / path).write_text(text)
         patch = run_program(["git", "diff", "--full-index"], cwd=str(tree)).stdout
     finally:
         upstream.git("worktree", "remove", "--force", str(tree))
-    ref = upstream.git("rev-parse", "v0.28.0")
+    ref = upstream.git("rev-parse", "v0.33.0")
     file.write_text(f"Ref: {ref}\nHead: {upstream.head}\n\n{patch}")
 
 
 def test_a_recorded_resolution_is_the_way_out(upstream: Upstream, tmp_path: Path) -> None:
-    record(upstream, tmp_path / "0.28.0.patch")
-    patched, _ = compile_release(upstream, tmp_path, "0.28.0", tmp_path / "0.28.0.patch")
-    assert rules(patched.joins) == {"recorded-resolution": 2, "two-additions": 1}
+    """It passes what 0.33.0 passes there, where the pull request's text would be wrong."""
+    record(upstream, tmp_path / "0.33.0.patch")
+    patched, _ = compile_release(upstream, tmp_path, "0.33.0", tmp_path / "0.33.0.patch")
+    assert rules(patched.joins) == {"recorded-resolution": 2, "replaced-in-tree": 2}
     assert all(check.passed for check in patched.checks)
 
 
-def test_a_wrong_recorded_resolution_is_caught(upstream: Upstream, tmp_path: Path) -> None:
-    mistake = ("indices=decode_metadata.indices", "indices=None")
-    record(upstream, tmp_path / "0.28.0.patch", mistake)
-    with pytest.raises(FleetError, match="nothing_else_changed") as caught:
-        compile_release(upstream, tmp_path, "0.28.0", tmp_path / "0.28.0.patch")
-    assert "indices" in str(caught.value)
+@pytest.mark.parametrize(
+    ("old", "new", "check", "said"),
+    [
+        pytest.param(
+            "weights[row_start:row_end],\n                        cu_seqlen_ks",
+            "weights[chunk.token_start : chunk.token_end],\n                        cu_seqlen_ks",
+            "nothing_else_changed",
+            "passes weights[chunk.token_start:chunk.token_end], which the release no longer does",
+            id="the pull request's rows",
+        ),
+        pytest.param(
+            "                        cu_seqlen_ks,\n                        cu_seqlen_ke,\n"
+            "                    )\n                    row_starts",
+            "                        cu_seqlen_ke,\n                        cu_seqlen_ks,\n"
+            "                    )\n                    row_starts",
+            "nothing_else_changed",
+            "no branch of the release passes",
+            id="keys in another order",
+        ),
+        pytest.param(
+            "                    row_starts = cu_seqlen_ks\n"
+            "                    row_ends = cu_seqlen_ke\n",
+            "",
+            "prefill_dispatch",
+            "row_ends, row_starts is used, which the branch 'else' does not set",
+            id="keys not told",
+        ),
+        pytest.param(
+            "elif use_deep_gemm", "elif not use_deep_gemm", "decode_dispatch",
+            "0 dispatches on use_deep_gemm", id="another choice",
+        ),
+        pytest.param(
+            "indices=decode_metadata.indices", "indices=None", "nothing_else_changed",
+            "changed outside the conflicts, near line", id="an invented argument",
+        ),
+        pytest.param(
+            "max_model_len=longest", "max_model_len=max_model_len", "nothing_else_changed",
+            "passes max_model_len for longest", id="another width of the rows",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_resolution_is_refused(
+    upstream: Upstream, tmp_path: Path, old: str, new: str, check: str, said: str
+) -> None:
+    record(upstream, tmp_path / "0.33.0.patch", (old, new))
+    with pytest.raises(FleetError, match=check) as caught:
+        compile_release(upstream, tmp_path, "0.33.0", tmp_path / "0.33.0.patch")
+    assert said in str(caught.value)
+    assert "rebased pull request or another ref" in caught.value.remedy

@@ -56,7 +56,8 @@ def slips(after: str, merged: str) -> Iterator[tuple[str, str]]:
             yield f"lost, {said}", "".join([*before, *rest])
             yield f"doubled, {said}", "".join([*before, line, line, *rest])
             yield f"indented, {said}", "".join([*before, f"    {line}", *rest])
-            if at + 1 < end and lines[at + 1] != line:
+            # Beside a blank line a line has not moved.
+            if at + 1 < end and lines[at + 1].strip() and lines[at + 1] != line:
                 yield f"moved down, {said}", "".join([*before, rest[0], line, *rest[1:]])
             if at > first and lines[first] != line:
                 moved = [*lines[:first], line, *lines[first:at], *rest]

@@ -72,8 +72,10 @@ from glm_fleet.node.remote_call import answer_in
 from glm_fleet.node.watchdog import Flag, Watchdog
 from glm_fleet.node.watchdog import Settings as WatchSettings
 from glm_fleet.node.xid import faults
+from glm_fleet.release.commit_wheel import read_wheels
 from glm_fleet.release.environment import read_recipe
 from glm_fleet.release.installed import COMPLETE, find_damage, is_complete
+from glm_fleet.release.wheel_lock import WheelTarget
 from glm_fleet.serving import answers, engine, needles
 from glm_fleet.serving.answers import Prompt
 from glm_fleet.serving.client import complete, served_model
@@ -359,6 +361,9 @@ TUNE = """{"schema": "glm-fleet/tune/1", "node": "gpu01", "state": "running", "b
 "settings": {"serving_max_num_seqs": [32, null]}, "ended": "", "tries": [{"settings": {"--x": true},
 "rates": [{"1": 5.0}], "started": true, "start_s": 1.0, "measure_s": 2.0, "problem": "",
 "confirms": false}]}"""
+NODE_WHEELS = WheelTarget("3.12", "x86_64-manylinux_2_35")
+WHEELS = json.dumps([{"package_name": "vllm", "platform_tag": "manylinux_2_28_x86_64",
+                      "path": "../../vllm-1-py3-none-any.whl", "sha256": "ab" * 32}])  # fmt: skip
 SCORES = json.dumps([{"release": "r", "model": "m", "questions": "q", "right": "101"}])
 PROMPT = Prompt("3 tokens", [7, 8, 9])
 LIKELY = json.dumps(
@@ -841,6 +846,9 @@ READERS = (
     Reader("config", MODEL_CONFIG, lambda text, _: read_config(text, "config.json")),
     Reader("header of a shard", SHARD_HEADER, lambda text, _: read_header(text, "it")),
     Reader("size of a model", MODEL_SIZE, sized),
+    Reader(
+        "index of wheels", WHEELS, lambda text, _: read_wheels(text, "https://x/c/v/", NODE_WHEELS)
+    ),
     Reader("index", INDEX, adopted),
     Reader("part", "[25, 25, 0, 7]", part),
     Reader("pins", json.dumps({"a/b@main": COMMIT}), pins),

@@ -49,19 +49,20 @@ def run_program(
     input_text: str | None = None,
     timeout: float | None = None,
     check: bool = True,
+    environ: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Run ``argv`` (no shell) and return its exit status and output.
 
-    ``env`` is added to the caller's environment; ``timeout`` is in seconds. Raises
-    `FleetError` when the program is missing, takes too long, or (with ``check``) exits
-    with another status than 0.
+    ``env`` is added to the caller's environment, or to ``environ`` in its place; ``timeout`` is
+    in seconds. Raises `FleetError` when the program is missing, takes too long, or (with
+    ``check``) exits with another status than 0.
     """
     name = os.path.basename(argv[0])  # noqa: PTH119 - argv may be a bare program name
     try:
         done = subprocess.run(
             list(argv),
             cwd=cwd,
-            env={**os.environ, **_LOCALE, **(env or {})},
+            env={**(os.environ if environ is None else environ), **_LOCALE, **(env or {})},
             input=input_text,
             stdin=None if input_text is not None else subprocess.DEVNULL,
             capture_output=True,

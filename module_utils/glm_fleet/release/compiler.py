@@ -92,7 +92,7 @@ class Compiler:
             for pull in pulls:
                 self._put_on(tree, resolved, pull, done)
             commit = self._head(tree)
-            changed = self._changed(resolved.sha, commit)
+            changed = self.repository.changed(resolved.sha, commit)
             checks = self._verify(tree, resolved, changed, done)
             _export(tree, changed, dest)
             return Patched(
@@ -134,7 +134,11 @@ class Compiler:
         checks = verify_tree(
             tree,
             changed=tuple(changed),
-            before={path: self._text(resolved.sha, path) for path in changed},
+            # Of the indexer too where a pull request's own branch is the ref.
+            before={
+                path: self._text(resolved.sha, path)
+                for path in {*changed, self.expectations.indexer}
+            },
             versions=done.versions,
             expectations=self.expectations,
             merge=self.repository.merge,
@@ -304,7 +308,7 @@ class Compiler:
 
     def _drop(self, tree: Path, before: str, pull: PullRequest) -> list[str]:
         git = self.repository.git
-        touched = self._changed(before, self._head(tree))
+        touched = self.repository.changed(before, self._head(tree))
         paths = [path for path in touched if _is_dropped(path, pull)]
         for path in paths:
             known = git("cat-file", "-e", f"{before}:{path}", check=False).rc == 0
@@ -335,10 +339,6 @@ class Compiler:
             git("commit", "--quiet", "--message", f"Correct: {correction.reason}", cwd=tree)
         return found
 
-    def _changed(self, old: str, new: str) -> list[str]:
-        listing = self.repository.git("diff", "--no-renames", "--name-only", "-z", old, new)
-        return sorted(path for path in listing.stdout.split("\0") if path)
-
     def _text(self, commit: str, path: str) -> str | None:
         shown = self.repository.git("cat-file", "blob", f"{commit}:{path}", check=False)
         return shown.stdout if shown.rc == 0 else None
@@ -347,7 +347,9 @@ class Compiler:
         self, base: str, pull: PullRequest, before: str, tree: Path
     ) -> list[FileVersions]:
         after = self._head(tree)
-        paths = set(self._changed(base, pull.head)) | set(self._changed(before, after))
+        paths = set(self.repository.changed(base, pull.head)) | set(
+            self.repository.changed(before, after)
+        )
         return [
             self._versions_of(path, base, pull, before, after)
             for path in sorted(paths)

@@ -14,7 +14,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 
@@ -51,10 +51,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Match:
-    """A choice of the pull request and the choice of the release it is joined with."""
+    """A choice of the pull request and the choice of the release it is joined with.
+
+    ``gained`` are the keyword arguments that the release's call has since gained, and that the
+    pull request's own branch therefore does not get.
+    """
 
     theirs: Choice
     ours: Choice
+    gained: tuple[str, ...] = ()
 
 
 def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
@@ -100,10 +105,10 @@ def match(
 ) -> Match | None:
     """Find the choice among ``options`` of the release that guards the same statements.
 
-    None when the release has these statements without a choice: then nothing has to be
-    joined. Raises `Miss` with the condition that failed.
+    A call there may have gained keyword arguments. None when the release has these statements
+    without a choice: then nothing has to be joined. Raises `Miss` with the condition that failed.
     """
-    wanted = _dumps(choice.node.body, _aliases(dict(functions(theirs))[choice.function]))
+    wanted = _dumps(choice.node.body, aliases(dict(functions(theirs))[choice.function]))
     in_base = dict(functions(base)).get(choice.function)
     if in_base is None or _count_runs(in_base, wanted) != 1:
         raise Miss(3, "what the pull request guards is not what its base had")
@@ -111,14 +116,19 @@ def match(
     if function is None:
         raise Miss(3, f"the release has no function {choice.function}")
     near = [option for option in options if option.function == choice.function]
-    aliases = _aliases(function)
-    same = [option for option in near if _dumps(option.node.orelse, aliases) == wanted]
+    known = aliases(function)
+    same = [option for option in near if _dumps(option.node.orelse, known) == wanted]
     if len(same) == 1:
         return Match(choice, same[0])
     if same:
         raise Miss(5, f"the release guards it in {len(same)} places")
     if _count_runs(function, wanted) == 1:
         return None
+    plain = named(choice.node.body, aliases(dict(functions(theirs))[choice.function]))
+    grown = [(option, _gained(named(option.node.orelse, known), plain)) for option in near]
+    found = [(option, more) for option, more in grown if more]
+    if len(found) == 1:
+        return Match(choice, *found[0])
     raise Miss(5, "the release's 'else' is not what the pull request guards")
 
 
@@ -179,35 +189,68 @@ def shift(lines: Sequence[str], columns: int) -> list[str]:
     return out
 
 
-def _dumps(body: Sequence[ast.stmt], aliases: dict[str, ast.expr] | None = None) -> list[str]:
-    names = _Names(aliases or {})
-    return [ast.dump(names.visit(copy.deepcopy(node))) for node in body]
+def named(body: Sequence[ast.stmt], known: dict[str, ast.expr]) -> list[Any]:
+    """Return copies of statements with every alias replaced by what it stands for."""
+    names = _Names(known)
+    return [names.visit(copy.deepcopy(node)) for node in body]
+
+
+def _dumps(body: Sequence[ast.stmt], known: dict[str, ast.expr] | None = None) -> list[str]:
+    return [ast.dump(node) for node in named(body, known or {})]
+
+
+def _gained(ours: Sequence[ast.stmt], theirs: Sequence[ast.stmt]) -> tuple[str, ...]:
+    """Return the keyword arguments that calls of ``theirs`` gained in ``ours``.
+
+    Empty when there is another difference, or none.
+    """
+    if len(ours) != len(theirs):
+        return ()
+    gained: list[str] = []
+    for mine, other in zip(ours, theirs):
+        mine = copy.deepcopy(mine)
+        for number, known in enumerate(_calls(other)):
+            # Looked up anew: a new argument may have brought calls of its own, which are gone now.
+            call = next(iter(_calls(mine)[number:]), None)
+            if call is None:
+                return ()
+            names = {each.arg for each in known.keywords}
+            new = [each for each in call.keywords if each.arg and each.arg not in names]
+            call.keywords = [each for each in call.keywords if each not in new]
+            gained += [str(each.arg) for each in new]
+        if ast.dump(mine) != ast.dump(other):
+            return ()
+    return tuple(gained)
+
+
+def _calls(node: ast.AST) -> list[ast.Call]:
+    return [each for each in ast.walk(node) if isinstance(each, ast.Call)]
 
 
 def _count_runs(function: Function, wanted: Sequence[str]) -> int:
     """Count where these statements stand one after the other in a function."""
-    aliases = _aliases(function)
+    known = aliases(function)
     count = 0
     for node in ast.walk(function):
         for part in ("body", "orelse", "finalbody"):
             block = getattr(node, part, None)
             if isinstance(block, list):
-                dumps = _dumps(block, aliases)
+                dumps = _dumps(block, known)
                 spots = range(len(dumps) - len(wanted) + 1)
                 count += sum(dumps[at : at + len(wanted)] == list(wanted) for at in spots)
     return count
 
 
 class _Names(ast.NodeTransformer):
-    def __init__(self, aliases: dict[str, ast.expr]) -> None:
-        self._aliases = aliases
+    def __init__(self, known: dict[str, ast.expr]) -> None:
+        self._known = known
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        known = self._aliases.get(node.id) if isinstance(node.ctx, ast.Load) else None
+        known = self._known.get(node.id) if isinstance(node.ctx, ast.Load) else None
         return copy.deepcopy(known) if known is not None else node
 
 
-def _aliases(function: Function) -> dict[str, ast.expr]:
+def aliases(function: ast.AST) -> dict[str, ast.expr]:
     """Return the names that stand for one attribute all through a function.
 
     ``x = a.b`` counts when neither ``x`` nor ``a`` is bound again and no ``.b`` is set.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -201,13 +202,13 @@ class Repository:
             self.git_dir.parent.mkdir(parents=True, exist_ok=True)
             self.git("init", "--quiet", "--bare", str(self.git_dir), local=False)
         wanted = [resolved.sha, *(pull.head for pull in pulls)]
-        missing = [sha for sha in wanted if not self._has(sha)]
+        missing = [sha for sha in wanted if not self.has(sha)]
         shallow = self._is_shallow()
         if missing or shallow:
             names = [resolved.full_ref, *(_pull_ref(pull) for pull in pulls)]
             self._fetch_refs(names, unshallow=shallow)
         for sha in wanted:
-            if not self._has(sha):
+            if not self.has(sha):
                 raise FleetError(
                     f"The commit {sha} did not come with the fetch",
                     expected=f"it in {self.public_url}",
@@ -242,11 +243,40 @@ class Repository:
         if done.rc != 0:
             raise self._unreachable(done)
 
-    def _has(self, sha: str) -> bool:
+    def has(self, sha: str) -> bool:
+        """Tell whether the clone is there and has a commit."""
         return self.git("cat-file", "-e", f"{sha}^{{commit}}", check=False).rc == 0
 
     def _is_shallow(self) -> bool:
         return self.git("rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+
+    def history(self, commit: str, most: int) -> list[str]:
+        """Return a commit and its ancestors along the main line, the nearest first."""
+        words = ("rev-list", "--first-parent", f"--max-count={most}", commit)
+        return self.git(*words).stdout.split()
+
+    def changed(self, old: str, new: str, below: Sequence[str] = ()) -> list[str]:
+        """Return the paths that differ between two commits, all or those ``below`` some."""
+        words = ("diff", "--no-renames", "--name-only", "-z", old, new, "--", *below)
+        return sorted(path for path in self.git(*words).stdout.split("\0") if path)
+
+    def export(self, commit: str, paths: Sequence[str], folder: Path) -> None:
+        """Write files of a commit below ``folder``, but for those that the commit lacks."""
+        have = self.tree(commit)
+        wanted = [path for path in paths if path in have]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not wanted:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            packed = Path(scratch, "files.tar")
+            self.git("archive", "--format=tar", f"--output={packed}", commit, "--", *wanted)
+            with tarfile.open(packed) as archive:
+                for member in archive:
+                    content = archive.extractfile(member)
+                    if content and member.name in wanted:
+                        target = folder / member.name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(content.read())
 
     def tree(self, commit: str, folder: str = "") -> dict[str, str]:
         """Return the files of a commit below ``folder`` as path -> blob id."""

@@ -69,7 +69,7 @@ def prove_kernels(
     return {
         "compiled": len(rows),
         "seconds": round(time.monotonic() - begun, 1),
-        # Of a version that the entries do not know only the pull request's kernels are proven.
+        # Of later versions the entries know some of the release's own kernels, not all.
         "of_release": is_listed(version),
         "largest_shared_bytes": max((row["shared"] for row in rows), default=0),
         "kernels": summary(rows),
@@ -146,8 +146,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def launched(entry: Entry, tree: Path, capability: str) -> bool:
     """Tell whether the release launches an entry on such a GPU.
 
-    The release decides by a condition that it keeps in an attribute; what the condition asks and
-    is not known here may be true.
+    The release decides by a condition that it keeps in an attribute, or under which it imports a
+    module; what the condition asks and is not known here may be true.
     """
     path, attribute = entry.gate
     if not attribute:
@@ -156,6 +156,8 @@ def launched(entry: Entry, tree: Path, capability: str) -> bool:
         module = ast.parse((tree / path).read_bytes())
     except (OSError, SyntaxError) as error:
         raise FleetError(f"{path} of the release cannot be read", found=str(error)) from error
+    if attribute.startswith("from "):
+        return _imported(module.body, attribute.removeprefix("from "), capability) is not False
     for node in ast.walk(module):
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Attribute) and target.attr == attribute
@@ -163,6 +165,22 @@ def launched(entry: Entry, tree: Path, capability: str) -> bool:
         ):
             return _truth(node.value, capability) is not False
     return True
+
+
+def _imported(body: Sequence[ast.stmt], name: str, capability: str) -> bool | None:
+    """Tell whether ``from <name>`` is reached; None where a condition asks something else."""
+    found: bool | None = False
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and "." * node.level + (node.module or "") == name:
+            return True
+        if isinstance(node, ast.If):
+            truth = _truth(node.test, capability)
+            for part, taken in ((node.body, truth is not False), (node.orelse, truth is not True)):
+                inside = _imported(part, name, capability) if taken else False
+                if inside is True and truth is not None:
+                    return True
+                found = None if inside is not False else found
+    return found
 
 
 def _truth(test: ast.expr, capability: str) -> bool | None:

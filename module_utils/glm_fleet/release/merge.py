@@ -31,6 +31,10 @@ from .conflict import (
     side_text,
 )
 from .dispatch import Choice, Match, Miss, choices, functions, match, split_lines, unwrap, wrap
+from .replacement import replace
+
+_DISPATCH = "dispatch-join"
+_REPLACED = "replaced-in-tree"
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Resolver:
             out.extend(joined)
             joins.append(Join(path, name, line, 1))
         if refused:
-            raise refuse_file(path, refused)
+            return self._replaced(path, versions, dispatch, refused)
         text = "".join(out)
         share = _share(versions.conflicts - len(joins), len(dispatch.matches))
         for join, conflicts in zip(dispatch.matches, share):
@@ -88,10 +92,31 @@ class Resolver:
                 )
             except (Miss, SyntaxError) as miss:
                 raise refuse_file(path, [_dispatch_report(path, join, versions, miss)]) from miss
-            joins.append(Join(path, "dispatch-join", join.ours.first, conflicts))
+            # What the other branch gets and the pull request's does not is named by the rule.
+            rule = f"{_DISPATCH} without {', '.join(join.gained)}" if join.gained else _DISPATCH
+            joins.append(Join(path, rule, join.ours.first, conflicts))
         if path.endswith(".py"):
             require_python(path, text)
         return Joined(text, tuple(sorted(joins, key=lambda join: join.line)))
+
+    @staticmethod
+    def _replaced(
+        path: str, versions: Versions, dispatch: _Dispatch, refused: list[dict[str, object]]
+    ) -> Joined:
+        """Merge a file as syntax trees, whose conflicts no rule takes; else refuse it."""
+        if not dispatch.python or dispatch.matches or dispatch.misses:
+            raise refuse_file(path, refused)
+        try:
+            done = replace(versions.base, versions.ours, versions.theirs)
+        except Miss as miss:
+            for each in refused:
+                each["rules"] = {**_reasons(each), _REPLACED: miss.reason}
+                if miss.met > 1:
+                    each |= {"closest_rule": _REPLACED, "reason": miss.reason}
+            raise refuse_file(path, refused) from miss
+        share = _share(versions.conflicts, len(done.lines))
+        joins = (Join(path, _REPLACED, *each) for each in zip(done.lines, share))
+        return Joined(done.text, tuple(joins))
 
     def _apply(
         self, document: Document, ancestry: Document, index: int, dispatch: _Dispatch
@@ -262,9 +287,14 @@ class _Dispatch:
         left = choices(document.lines("theirs"), tree, self.second_test) if tree else []
         for choice, miss in zip(left, self.misses):
             if choice.first <= last and first <= choice.last:
-                return miss.met, "dispatch-join", miss.reason
+                return miss.met, _DISPATCH, miss.reason
         reason = f"there is no 'if {self.second_test}:' with an 'else:' of the pull request"
-        return 0, "dispatch-join", reason
+        return 0, _DISPATCH, reason
+
+
+def _reasons(conflict: dict[str, object]) -> dict[str, object]:
+    rules = conflict["rules"]
+    return dict(rules) if isinstance(rules, dict) else {}
 
 
 def _share(total: int, parts: int) -> list[int]:
@@ -283,10 +313,10 @@ def _dispatch_report(
         "line": join.ours.first,
         "ours": part(versions.ours, join.ours),
         "theirs": part(versions.theirs, join.theirs),
-        "closest_rule": "dispatch-join",
+        "closest_rule": _DISPATCH,
         "conditions_met": 6,
         "reason": str(miss),
-        "rules": {"dispatch-join": str(miss)},
+        "rules": {_DISPATCH: str(miss)},
     }
 
 

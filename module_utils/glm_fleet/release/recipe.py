@@ -65,14 +65,19 @@ def make_recipe(
     variant: str,
     settings: Mapping[str, Any],
     find_links: Sequence[str],
+    made_of: str = "",
 ) -> Recipe:
     """Put the resolved source, the base wheel and the settings together.
 
     ``source`` has url, ref, sha and pull_requests (number, head, drop); ``base_wheel``
     file, name, version and sha256; ``settings`` everything else that decides the result.
+    ``made_of`` is the commit of the base wheel where that is an ancestor of the ref.
     """
     pulls = [(int(each["number"]), str(each["head"])) for each in source["pull_requests"]]
-    version = local_version(str(base_wheel["version"]), variant, pulls)
+    # The version of a release says what it is made of; that of an ancestor's wheel does not.
+    sha = str(source["sha"])
+    at = "" if pulls and made_of in ("", sha) else sha
+    version = local_version(str(base_wheel["version"]), variant, pulls, at=at)
     inputs = {
         "compiler": COMPILER,
         "source": dict(source),

@@ -75,15 +75,19 @@ def requirement_name(requirement: str) -> str:
     return canonical(match.group(1)) if match else ""
 
 
-def local_version(base: str, variant: str, pulls: Sequence[tuple[int, str]]) -> str:
+def local_version(
+    base: str, variant: str, pulls: Sequence[tuple[int, str]], *, at: str = ""
+) -> str:
     """Label a version: ``0.23.0`` -> ``0.23.0+[variant.]pr38476.g3740c02``.
 
-    A local label that the base has stays in front.
+    A local label that the base has stays in front. ``at`` is the commit of the source where the
+    version does not name it.
     """
     public, _, label = base.partition("+")
     parts = [label] if label else []
     if variant and variant not in label.split("."):
         parts.append(variant)
+    parts += [f"at.g{at[:7]}"] if at else []
     parts += [f"pr{number}.g{head[:7]}" for number, head in pulls]
     return f"{public}+{'.'.join(parts)}"
 

@@ -132,6 +132,29 @@ def test_a_gate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         launched(GATED, tmp_path, "8.0")
 
 
+IMPORTED = Entry("q", "vllm.m", "f", {}, gate=("vllm/model.py", "from .nvidia.model"))
+
+
+@pytest.mark.parametrize(
+    ("condition", "on_80", "on_90"),
+    [
+        ("current_platform.is_cuda()", True, True),
+        ("current_platform.is_cuda() and current_platform.has_device_capability(89)", False, True),
+        ("current_platform.is_rocm()", False, False),
+        ("envs.ANYTHING", True, True),
+    ],
+)
+def test_the_condition_of_an_import_decides(
+    condition: str, on_80: bool, on_90: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/model.py").write_text(
+        f"if {condition}:\n    from .nvidia.model import M\nelse:\n    from .other import M\n"
+    )
+    assert launched(IMPORTED, tmp_path, "8.0") is on_80
+    assert launched(IMPORTED, tmp_path, "9.0") is on_90
+
+
 def test_entries_are_of_a_range_of_releases() -> None:
     names = {
         version: {entry.function for entry in entries_for("TRITON_MLA_SPARSE", version)}
@@ -141,7 +164,16 @@ def test_entries_are_of_a_range_of_releases() -> None:
     assert entries_for("", "0.24.0") == []
     assert is_listed("0.27.1")
     assert not is_listed("0.28.0")
-    assert len(entries_for("TRITON_MLA_SPARSE", "0.32.0")) == 3
+    later = {entry.function for entry in entries_for("TRITON_MLA_SPARSE", "0.32.0")}
+    assert {"fused_indexer_q_rope_quant", "fused_q"} < later
+
+
+def test_a_build_for_the_cpu_has_the_kernels_of_the_pull_request_alone() -> None:
+    found = entries_for("TRITON_MLA_SPARSE", "0.32.0+cpu.pr38476.g1234567")
+    assert len(found) == 3
+    assert entries_for("TRITON_MLA_SPARSE", "0.24.0+pr38476.g1234567") == entries_for(
+        "TRITON_MLA_SPARSE", "0.24.0"
+    )
 
 
 def test_every_size_that_an_entry_names_is_known() -> None:

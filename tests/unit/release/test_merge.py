@@ -255,3 +255,111 @@ def test_a_refusal_shows_every_conflict_whole() -> None:
     assert "a.py, line 3:\nthe release has:\none\nthe pull request has:\n(nothing)" in error.found
     assert "a.py, line 90:" in error.found
     assert "line_39()" in error.found
+
+
+def test_a_call_of_the_release_that_gained_an_argument_is_joined_and_named() -> None:
+    """The pull request's own call does not get the argument, and the manifest says so."""
+    more = "            indices=pick(chunk),\n"
+    ours = function(XPU.replace("            chunk.start,\n", f"            chunk.start,\n{more}"))
+    result = resolution(function(PLAIN), ours, function(TRITON), 4)
+    wanted = JOINED.replace("            chunk.start,\n", f"            chunk.start,\n{more}")
+    assert result.text == function(wanted)
+    assert [join.rule for join in result.joins] == ["dispatch-join without indices"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("            chunk.start,\n", "            chunk.start,\n            chunk.end,\n"),
+        ("            chunk.start,\n", "            chunk.end,\n            indices=q,\n"),
+        ("            chunk.start,\n", "            chunk.start,\n            **chunk.more,\n"),
+        ("        )\n", "            indices=q,\n        )\n        logits = logits + 1\n"),
+        ("logits = mqa_logits", "rows = mqa_logits"),
+    ],
+)
+def test_a_call_that_changed_otherwise_is_not_joined(old: str, new: str) -> None:
+    ours = function(XPU.replace(old, new))
+    with pytest.raises(FleetError, match="not what the pull request guards"):
+        resolve(function(PLAIN), ours, function(TRITON))
+
+
+IMPORTS = "from vllm.deep import (\n    metadata,\n    has_it,\n)\n\n\n"
+BUILD = """\
+class Builder:
+    def build(self, rows):
+        rows = rows + 1
+        # Needed on CUDA.
+        if is_cuda() and has_it():
+            self.rows = metadata(rows)
+        return rows
+"""
+REPLACED = (IMPORTS + BUILD).replace("has_it", "is_supported")
+# The release rewrote what stands around the condition, and asks for the name once more.
+REWRITTEN = """\
+from vllm.deep import (
+    metadata,
+    has_it,
+    next_n,
+)
+
+
+def other():
+    return has_it()
+
+
+class Builder:
+    def build(self, rows):
+        rows = self.local(rows)
+        if is_cuda() and has_it():
+            lengths = rows[:, -1]
+            self.rows = metadata(lengths)
+        return rows
+"""
+
+
+def test_a_condition_in_rewritten_surroundings_is_replaced_in_the_syntax_tree() -> None:
+    base = (IMPORTS + BUILD).replace("has_it,\n", "has_it,\n")
+    result = resolution(base, REWRITTEN, REPLACED, 2)
+    wanted = REWRITTEN.replace("    has_it,\n", "    has_it,\n    is_supported,\n").replace(
+        "if is_cuda() and has_it()", "if is_cuda() and is_supported()"
+    )
+    assert result.text == wanted
+    assert [(join.rule, join.line, join.conflicts) for join in result.joins] == [
+        ("replaced-in-tree", 1, 1),
+        ("replaced-in-tree", 15, 1),
+    ]
+
+
+def test_an_import_that_nothing_needs_any_more_goes() -> None:
+    ours = REWRITTEN.replace("return has_it()", "return next_n()")
+    assert "has_it" not in resolution(IMPORTS + BUILD, ours, REPLACED, 2).text
+
+
+@pytest.mark.parametrize(
+    ("side", "old", "new", "reason"),
+    [
+        ("ours", "def build(", "def make(", "0 such conditions in Builder.build"),
+        ("ours", "is_cuda() and has_it()", "has_it()", "0 such conditions in Builder.build"),
+        (
+            "ours",
+            "        return rows\n",
+            "        if is_cuda() and has_it():\n            metadata(0)\n        return rows\n",
+            "2 such conditions in Builder.build",
+        ),
+        ("ours", "metadata(lengths)", "lengths", "guards another call"),
+        ("ours", "    metadata,\n    has_it,\n", "    metadata, has_it,\n", "not one a line"),
+        ("theirs", "rows = rows + 1", "rows = rows + 2", "more than conditions and imports"),
+        ("theirs", "# Needed on CUDA.", "# Needed.", "changes comments"),
+        ("theirs", "        return rows\n", "        log()\n        return rows\n", "statements"),
+        ("theirs", "def build(self, rows)", "def build(self, rows, n)", "more than conditions"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused(side: str, old: str, new: str, reason: str) -> None:
+    texts = {"base": IMPORTS + BUILD, "ours": REWRITTEN, "theirs": REPLACED}
+    assert old in texts[side]
+    texts[side] = texts[side].replace(old, new, 1)
+    with pytest.raises(FleetError) as caught:
+        resolution(conflicts=2, **texts)
+    refused = caught.value.details["conflicts"]
+    assert refused
+    assert all(reason in each["rules"]["replaced-in-tree"] for each in refused)

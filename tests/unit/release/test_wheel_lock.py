@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.runner import RunResult
+from glm_fleet.release.installer import installer_environment, run_installer
 from glm_fleet.release.wheel_lock import (
     Locked,
     Packages,
@@ -154,3 +161,114 @@ def test_wrong_bytes_are_refused(tmp_path: Path) -> None:
     runner = FakePrograms(wheels={"a-1-py3-none-any.whl": "other"})
     with pytest.raises(FleetError, match="a==1"):
         packages(runner, tmp_path).download([Locked("a", "1", (sha("A"),))])
+
+
+# -- what the operator has configured for his own work ---------------------------------------
+def made_wheel(folder: Path, name: str, version: str) -> Path:
+    """Write a wheel with nothing in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": f"{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n",
+    }
+    with zipfile.ZipFile(path, "w") as packed:
+        for file, text in files.items():
+            packed.writestr(f"{info}/{file}", text)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[str]:
+    """Serve a small package index that has glm-probe 1.0."""
+    folder = tmp_path / "index" / "glm-probe"
+    wheel = made_wheel(folder, "glm_probe", "1.0")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (folder / "index.html").write_text(f'<a href="{wheel.name}#sha256={digest}">{wheel.name}</a>')
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder.parent))
+    )
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def hostile(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configure uv and pip in every way that changes what they take."""
+    other = home / "other"
+    made_wheel(other, "glm_probe", "9.0")
+    (home / "constraints.txt").write_text("glm-probe==9.0\n")
+    (home / ".config/pip").mkdir(parents=True)
+    (home / ".config/pip/pip.conf").write_text(
+        f"[global]\nfind-links = {other}\nindex-url = http://127.0.0.1:9/\nno-binary = :all:\n"
+    )
+    (home / ".config/uv").mkdir()
+    (home / ".config/uv/uv.toml").write_text(
+        f'find-links = ["{other}"]\nindex-url = "http://127.0.0.1:9/"\nno-index = true\n'
+    )
+    for name, value in {
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home / ".config"),
+        "UV_FIND_LINKS": str(other),
+        "UV_CONSTRAINT": str(home / "constraints.txt"),
+        "UV_OVERRIDE": str(home / "constraints.txt"),
+        "UV_INDEX": "http://127.0.0.1:9/",
+        "UV_EXCLUDE_NEWER": "2001-01-01",
+        "UV_NO_BINARY": "1",
+        "UV_CACHE_DIR": str(home / "cache"),
+        "PIP_FIND_LINKS": str(other),
+        "PIP_CONSTRAINT": str(home / "constraints.txt"),
+        "PIP_EXTRA_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BINARY": ":all:",
+        "PIP_PRE": "1",
+        "PIP_TARGET": str(home / "target"),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_the_operator_configured_for_himself_makes_no_other_release(
+    index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real uv and pip, and every setting that could lead them elsewhere."""
+    hostile(tmp_path / "home", monkeypatch)
+    real = Packages(
+        run_installer,
+        str(Path(sys.executable).with_name("uv")),
+        sys.executable,
+        WheelTarget("3.11", "x86_64-manylinux_2_28"),
+        tmp_path / "store",
+        index_url=index,
+    )
+    locked = real.compile(["glm-probe"])
+    assert [(each.name, each.version) for each in locked] == [("glm-probe", "1.0")]
+    (wheel,) = real.download(locked).values()
+    assert wheel.name == "glm_probe-1.0-py3-none-any.whl"
+    assert not (tmp_path / "home/target").exists()
+
+
+def test_how_a_server_is_reached_stays() -> None:
+    given = {
+        "PATH": "/bin",
+        "PIP_CERT": "/a.pem",
+        "UV_HTTP_TIMEOUT": "9",
+        "UV_INDEX_SITE_PASSWORD": "x",
+        "SSL_CERT_FILE": "/b.pem",
+        "HTTPS_PROXY": "http://p",
+    }
+    theirs = {"PIP_FIND_LINKS": "/w", "UV_PRERELEASE": "allow", "UV_INDEX": "http://x"}
+    assert installer_environment({**given, **theirs}) == {
+        **given,
+        "PIP_CONFIG_FILE": "/dev/null",
+        "UV_NO_CONFIG": "1",
+    }

@@ -8,8 +8,9 @@ Data. An argument is a literal, or one of
     {"tuple": [...]}, {"slice": [start, stop]}, {"namespace": {...}}, {"size": name}
     {"values": [dtype, [number, ...]]}  a small tensor on the CPU, whose values decide
 
-``releases`` is a half-open range of vLLM's versions. ``gate`` names an attribute that the release
-sets to a condition; where it is false for the GPU, the kernel is not launched.
+``releases`` is a half-open range of vLLM's versions. ``gate`` names a file of the release and an
+attribute that it sets to a condition, or ``from MODULE`` for an import that it does under one.
+Where that is false for the GPU, the kernel is not launched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# From this version on the release's own kernels were rewritten, and are not listed here yet.
+# From this version on some of the release's own kernels are called otherwise, and not listed yet.
 UNLISTED = "0.28"
 
 # Shapes of GLM-5.2 on one of 8 GPUs; release_model_shapes can say otherwise.
@@ -134,7 +135,7 @@ _GLOBAL_INDICES = Entry(
         "BLOCK_SIZE": {"size": "block"},
         "NUM_TOPK_TOKENS": {"size": "topk"},
     },
-    releases=("0", UNLISTED),
+    releases=("0", "0.29"),
 )
 _PREFILL_CHUNK = Entry(
     "indexer's metadata of a prefill",
@@ -152,7 +153,7 @@ _PREFILL_CHUNK = Entry(
         "compress_ratio": 1,
         "query_slice": {"slice": [0, 200]},
     },
-    releases=("0", UNLISTED),
+    releases=("0", "0.29"),
 )
 _SLOTS = Entry(
     "slots of new tokens",
@@ -204,8 +205,31 @@ _FUSED_INDEXER_Q = Entry(
         "head_scale": 0.1,
         "is_neox": False,
     },
-    releases=("0.25", UNLISTED),
+    releases=("0.25", ""),
     gate=("vllm/model_executor/models/deepseek_v2.py", "use_fused_indexer_q"),
+)
+# From 0.29 on GLM-5.2 has a model of its own on CUDA.
+_FUSED_Q = Entry(
+    "queries of attention and indexer, rotated and quantised",
+    "vllm.models.deepseek_v32.common.kernels",
+    "fused_q",
+    {
+        "positions": _tensor("int64", "batched_tokens"),
+        "q_pe": _tensor("bfloat16", "batched_tokens", "heads", "rope"),
+        "q_pe_cos_sin_cache": _tensor("bfloat16", "max_model_len", "rope"),
+        "index_q": _tensor("bfloat16", "batched_tokens", "index_heads", "index_dim"),
+        "index_q_cos_sin_cache": _tensor("bfloat16", "max_model_len", "rope"),
+        "ql_nope": _tensor("bfloat16", "batched_tokens", "heads", "latent"),
+        "q_scale": _tensor("float32", 1),
+        "index_weights": _tensor("bfloat16", "batched_tokens", "index_heads"),
+        "index_weights_softmax_scale": 0.1,
+        "index_weights_head_scale": 0.1,
+        "has_indexer": True,
+        "index_rope_interleave": False,
+        "quantize_mqa": False,
+    },
+    releases=("0.29", ""),
+    gate=("vllm/models/deepseek_v32/__init__.py", "from .nvidia.model"),
 )
 
 _OF_PULL_REQUEST = (_SPARSE_ATTENTION, _PREFILL_LOGITS, _DECODE_LOGITS)
@@ -217,25 +241,31 @@ BACKENDS: dict[str, tuple[Entry, ...]] = {
         _SLOTS,
         _TOP_K_TOP_P,
         _FUSED_INDEXER_Q,
+        _FUSED_Q,
     ),
 }
 
 
 def entries_for(backend: str, version: str) -> list[Entry]:
-    """Return the entries of a backend in one version of vLLM, such as ``0.24.0``."""
+    """Return the entries of a backend in one version of vLLM, such as ``0.24.0``.
 
+    A build for the CPU (``0.32.0+cpu``) has the pull request's kernels, and never takes the
+    release's own ones for CUDA.
+    """
+    cpu = "cpu" in version.partition("+")[2].split(".")
     return [
         entry
         for entry in BACKENDS.get(backend, ())
-        if _key(entry.releases[0]) <= _key(version)
+        if (not cpu or entry in _OF_PULL_REQUEST)
+        and _key(entry.releases[0]) <= _key(version)
         and (not entry.releases[1] or _key(version) < _key(entry.releases[1]))
     ]
 
 
 def is_listed(version: str) -> bool:
-    """Tell whether the entries hold the release's own kernels, or the pull request's alone."""
+    """Tell whether the entries hold all of the release's own kernels, or some of them."""
     return _key(version) < _key(UNLISTED)
 
 
 def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in version.partition("+")[0].split(".") if part.isdigit())

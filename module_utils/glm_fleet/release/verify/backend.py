@@ -10,6 +10,7 @@ from typing import Union
 
 from ...core.check import Check
 from ..dispatch import functions
+from .fallback import is_logits_call
 from .model import FunctionNode, SourceExpectations, make_check
 from .names import Modules, bound_names
 
@@ -169,8 +170,8 @@ class _Dispatch:
     def _unset(self, chain: Sequence[_Branch]) -> list[str]:
         """Name what a branch does not set although it is used after the choice.
 
-        A branch must set what every other one sets; the last one, which the pull request
-        brings, what any other one sets.
+        A branch must set what every other one sets, unless it was set before; the last one, which
+        the pull request brings, what any other one sets.
         """
         assert self._function is not None  # noqa: S101 - `problems` returned without one
         end = max(statement.end_lineno or 0 for _, body in chain for statement in body)
@@ -179,11 +180,19 @@ class _Dispatch:
             for node in ast.walk(self._function)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.lineno > end
         }
+        first = chain[0][0].lineno if chain[0][0] is not None else 0
+        before = {
+            node.id
+            for node in ast.walk(self._function)
+            if isinstance(node, ast.Name)
+            and isinstance(node.ctx, ast.Store)
+            and node.lineno < first
+        }
         sets = [_stored(body) & used for _, body in chain]
         problems = []
         for number, (test, _) in enumerate(chain):
             others = [names for place, names in enumerate(sets) if place != number]
-            wanted = set.intersection(*others) if others else set()
+            wanted = set.intersection(*others) - before if others else set()
             if number == len(chain) - 1:
                 wanted = set.union(*others) if others else set()
             missing = sorted(wanted - sets[number])
@@ -200,8 +209,7 @@ class _Dispatch:
             ast.unparse(node.func)
             for statement in body
             for node in ast.walk(statement)
-            if isinstance(node, ast.Call)
-            and ast.unparse(node.func).removesuffix("_triton").endswith("mqa_logits")
+            if isinstance(node, ast.Call) and is_logits_call(node)
         ]
         if len(calls) != 1:
             return f"{len(calls)} calls compute the logits: {', '.join(calls) or 'none'}"

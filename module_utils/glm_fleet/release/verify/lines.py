@@ -12,16 +12,17 @@ from difflib import SequenceMatcher
 
 from ..conflict import Conflict, Merge, parse_segments
 from ..dispatch import functions, split_lines
+from .fallback import is_logits_call, wrong_fallback
 from .model import ERROR_LINES, FileVersions, SourceExpectations
 
 
-def _added_runs(old: str, new: str) -> list[list[str]]:
-    """Return the runs of lines that ``new`` adds to ``old``, without blank lines at the ends."""
+def _changed_runs(old: str, new: str) -> list[tuple[list[str], list[str]]]:
+    """Return (lines of ``old``, lines of ``new`` in their place) wherever ``new`` adds lines."""
     before, after = split_lines(old), split_lines(new)
     matcher = SequenceMatcher(None, before, after, autojunk=False)
     return [
-        after[start:end]
-        for tag, _, _, start, end in matcher.get_opcodes()
+        (before[first:last], after[start:end])
+        for tag, first, last, start, end in matcher.get_opcodes()
         if tag in ("insert", "replace")
     ]
 
@@ -42,10 +43,13 @@ class _Plain:
     problems: tuple[str, ...] = ()
 
 
-def without_joins(file: FileVersions, expect: SourceExpectations) -> _Plain:
+def without_joins(
+    file: FileVersions, expect: SourceExpectations, *, decided: bool = False
+) -> _Plain:
     """Take the pull request's choice out of every ``if A / elif B / else`` of the result.
 
-    The branch ``else`` must be that of the pull request, line by line.
+    The branch ``else`` must be that of the pull request, line by line. Where a person decided, it
+    may pass what the release passes now, and must where the pull request's text no longer fits.
     """
     if file.base is None or not file.head or not file.after or not file.path.endswith(".py"):
         return _Plain(file)
@@ -73,7 +77,10 @@ def without_joins(file: FileVersions, expect: SourceExpectations) -> _Plain:
             _code(textwrap.dedent("".join(lines[end:stop])).splitlines())
             for lines, end, stop in zip((head, after), ends, last)
         ]
-        if fallback[0] != fallback[1] or _shape(wanted.orelse) != _shape(found.orelse):
+        if decided:
+            said = _decided_fallback(file, expect, where, wanted, found)
+            problems += [f"{where}: line {ends[1]}: in the 'else' {each}" for each in said]
+        elif fallback[0] != fallback[1] or _shape(wanted.orelse) != _shape(found.orelse):
             problems.append(f"{where}: line {ends[1]}: another 'else' than the pull request's")
         after[found.lineno - 1] = after[found.lineno - 1].split("elif ")[0] + "else:\n"
         del after[ends[1] - 1 : last[1]]
@@ -84,6 +91,29 @@ def without_joins(file: FileVersions, expect: SourceExpectations) -> _Plain:
         head[wanted.lineno - 1 : last[0]] = body
     plain = replace(file, head="".join(head), after="".join(after))
     return _Plain(plain, tuple(problems))
+
+
+def _decided_fallback(
+    file: FileVersions, expect: SourceExpectations, where: str, wanted: ast.If, found: ast.If
+) -> list[str]:
+    """Compare a fallback that a person resolved with both sides of the conflict."""
+    scope = dict(functions(ast.parse(file.before or ""))).get(where)
+    call = {ast.unparse(node.func) for part in found.body for node in ast.walk(part)
+            if is_logits_call(node) and isinstance(node, ast.Call)}  # fmt: skip
+    choices = [
+        node
+        for node in ast.walk(scope or ast.Module([], []))
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) == expect.first_test
+        and call & {ast.unparse(each.func) for each in ast.walk(node) if isinstance(each, ast.Call)}
+    ]
+    if scope is None or len(choices) != 1:
+        return [f"{len(choices)} choices of the release could be meant"]
+    # The call that the pull request guards, as it stood in its base.
+    guarded = ast.Module(wanted.body, [])
+    return wrong_fallback(
+        wanted.orelse, found.orelse, base=guarded, release=choices[0], scope=scope
+    )
 
 
 def _tests_on(text: str, test: str) -> list[tuple[str, ast.If]]:
@@ -120,7 +150,7 @@ def missing_lines(plain: Sequence[_Plain], expect: SourceExpectations) -> list[s
             continue
         have = [_plain(line, expect) for line in split_lines(file.after)]
         position = 0
-        for run in _added_runs(file.base or "", file.head):
+        for _, run in _changed_runs(file.base or "", file.head):
             for line in run:
                 wanted = _plain(line, expect)
                 if not wanted:
@@ -162,18 +192,19 @@ def foreign_changes(
             merged = merge(file.base, file.before, file.head)[1]
             problems += [
                 f"{file.path}: {problem}"
-                for problem in _beyond_the_joins(merged, file.after, file.path in decided)
+                for problem in _beyond_the_joins(file, merged, file.path in decided)
             ]
     return sorted(problems)
 
 
-def _beyond_the_joins(merged: str, after: str, decided: bool) -> list[str]:
+def _beyond_the_joins(file: FileVersions, merged: str, decided: bool) -> list[str]:
     """Compare the result with the plain merge: only its conflicts may look different.
 
     In the place of a conflict every line must come from one of its sides, and no line of
     the release may be lost that the pull request did not remove.
     """
-    result = split_lines(after)
+    result = split_lines(file.after or "")
+    imports = _imported(file.before or "") if file.path.endswith(".py") else frozenset()
     position = 0
     problems: list[str] = []
     segments = parse_segments(merged)
@@ -188,17 +219,35 @@ def _beyond_the_joins(merged: str, after: str, decided: bool) -> list[str]:
         if start is None:
             near = _first_difference(result, lines, position)
             return [*problems, f"changed outside the conflicts, near {near}"]
-        problems += _wrong_in_place(result[position:start], gap, decided)
+        problems += _wrong_in_place(result[position:start], gap, decided, imports)
         position = start + len(lines)
         gap = []
     if gap:
-        problems += _wrong_in_place(result[position:], gap, decided)
+        problems += _wrong_in_place(result[position:], gap, decided, imports)
     elif position != len(result):
         problems.append(f"lines after the end: {result[position].strip()}")
     return problems
 
 
-def _wrong_in_place(lines: list[str], gap: list[Conflict], decided: bool) -> list[str]:
+def _imported(text: str) -> frozenset[str]:
+    """Return the lines of a file that are one imported name each."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return frozenset()
+    lines = split_lines(text)
+    return frozenset(
+        lines[name.lineno - 1].rstrip()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if lines[name.lineno - 1].strip() == f"{name.name},"
+    )
+
+
+def _wrong_in_place(
+    lines: list[str], gap: list[Conflict], decided: bool, imports: frozenset[str]
+) -> list[str]:
     """Name what is wrong in the place of conflicts.
 
     The result must weave both sides: the release's lines and the pull request's additions each
@@ -213,7 +262,7 @@ def _wrong_in_place(lines: list[str], gap: list[Conflict], decided: bool) -> lis
     )
     if decided:
         return place.made_up(lines)
-    return place.badly_woven(_code(lines))
+    return place.badly_woven(_code(lines), imports)
 
 
 def _code(lines: Sequence[str]) -> list[str]:
@@ -225,8 +274,9 @@ class _Place:
 
     def __init__(self, ours: list[str], theirs: list[str], base: list[str]) -> None:
         self._ours, self._theirs, self._base = _code(ours), _code(theirs), _code(base)
-        self._runs = [_code(run) for run in _added_runs("".join(base), "".join(theirs))]
-        self._added = Counter(line for run in self._runs for line in run)
+        runs = _changed_runs("".join(base), "".join(theirs))
+        self._runs = [(_code(old), _code(new)) for old, new in runs]
+        self._added = Counter(line for _, run in self._runs for line in run)
         # What the pull request removes of the ancestor goes, though the release kept it.
         self._removed = Counter(self._base) - Counter(self._theirs)
 
@@ -242,9 +292,13 @@ class _Place:
             for line in Counter(each.strip() for each in lines if each.strip()) - sides
         ]
 
-    def badly_woven(self, found: list[str]) -> list[str]:
-        """Name what is lost, moved, indented anew or made up."""
-        allowed = (Counter(self._ours) - self._removed) + self._added
+    def badly_woven(self, found: list[str], imports: frozenset[str]) -> list[str]:
+        """Name what is lost, moved, indented anew or made up.
+
+        A name that the pull request no longer imports may stay: the release may still use it.
+        """
+        gone = Counter({line: n for line, n in self._removed.items() if line not in imports})
+        allowed = (Counter(self._ours) - gone) + self._added
         problems = [
             f"a line that neither side has here: {line.strip()}"
             for line in Counter(found) - allowed
@@ -253,8 +307,8 @@ class _Place:
         kept = [line for line, own in zip(self._ours, guard) if not own]
         lost = _out_of_order(_without(kept, self._removed), found)
         problems += [f"a line of the release is lost or moved: {line.strip()}" for line in lost]
-        for run in self._runs:
-            problems += self._misplaced(run, found)
+        for old, run in self._runs:
+            problems += self._misplaced(old, run, found)
         return problems
 
     def _guard(self) -> list[bool]:
@@ -278,8 +332,11 @@ class _Place:
             last += 1
         return [first <= number < last for number in range(len(own))]
 
-    def _misplaced(self, run: list[str], found: list[str]) -> list[str]:
-        """Tell whether an addition of the pull request is not whole, or before the release's."""
+    def _misplaced(self, old: list[str], run: list[str], found: list[str]) -> list[str]:
+        """Tell whether an addition of the pull request is not whole, or not in its place.
+
+        That is the place of the lines that it replaces, else after what the release added.
+        """
         wanted = [line for line in run if line not in self._ours] or run
         if not wanted:
             return []
@@ -290,6 +347,11 @@ class _Place:
         ]
         if not starts:
             return [f"an addition of the pull request is not whole: {wanted[0].strip()}"]
+        before = self._line_before(old)
+        if before is not None:
+            if any((found[start - 1] if start else "") in before for start in starts):
+                return []
+            return [f"an addition of the pull request is elsewhere: {wanted[0].strip()}"]
         own = set(self._ours) - set(self._base) - set(self._theirs)
         after = [found[start + len(wanted) :][:1] for start in starts]
         if all(line and line[0] in own for line in after):
@@ -297,6 +359,21 @@ class _Place:
                 f"an addition of the pull request stands before the release's: {wanted[0].strip()}"
             ]
         return []
+
+    def _line_before(self, old: list[str]) -> tuple[str, ...] | None:
+        """Return what may stand before the lines that come in the place of ``old``.
+
+        None where the release does not have those lines, or has them in several places.
+        """
+        starts = [
+            start
+            for start in range(len(self._ours) - len(old) + 1)
+            if old and self._ours[start : start + len(old)] == old
+        ]
+        if len(starts) != 1:
+            return None
+        # An import that the release still needs stays before the one that replaces it.
+        return (self._ours[starts[0] - 1] if starts[0] else "", old[-1])
 
 
 def _depth(line: str) -> int:

@@ -39,7 +39,7 @@ def verify_tree(
     corrected file must be.
     """
     corrected = corrected or {}
-    plain = [without_joins(file, expectations) for file in versions]
+    plain = [without_joins(file, expectations, decided=file.path in decided) for file in versions]
     python = {
         path: (tree / path).read_bytes().decode(errors="replace")
         for path in changed
