@@ -30,6 +30,7 @@ FILTERS = (
     "environment_file",
     "library_digest",
     "graph_mode",
+    "speculative_config",
     "graph_rungs",
     "graph_remark",
     "failed_turns",

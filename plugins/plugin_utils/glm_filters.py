@@ -28,7 +28,7 @@ from glm_fleet.fleet.endpoints import plan_endpoints as plan_endpoints
 from glm_fleet.fleet.endpoints import reached_at as reached_at
 from glm_fleet.gateway import clients
 from glm_fleet.release.variant import choose_variant
-from glm_fleet.serving import command, graphs
+from glm_fleet.serving import command, graphs, speculation
 from glm_fleet.serving.rehearsal import is_small_file
 from glm_fleet.transfer import torrent
 from glm_terminal import plain, width
@@ -189,6 +189,14 @@ def graph_mode(wanted: str, release: Mapping[str, Any]) -> str:
     """Give the mode of CUDA graphs that ``serving_cuda_graphs`` stands for on a release."""
     try:
         return graphs.resolve(wanted, graphs.open_faults(release.get("manifest") or {}))
+    except FleetError as error:
+        raise AnsibleFilterError(str(error)) from error
+
+
+def speculative_config(wanted: Mapping[str, Any], release: Mapping[str, Any]) -> str:
+    """Give what ``serving_speculative`` is to vLLM; refused with a release that is wrong then."""
+    try:
+        return speculation.speculative_config(wanted, release.get("manifest") or {})
     except FleetError as error:
         raise AnsibleFilterError(str(error)) from error
 

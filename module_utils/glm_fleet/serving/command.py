@@ -29,6 +29,7 @@ FLAGS = {
     "--tool-call-parser": "tool_call_parser",
     "--reasoning-parser": "reasoning_parser",
     "--chat-template": "chat_template",
+    "--speculative-config": "speculative",
     "--shutdown-timeout": "shutdown_timeout",
 }
 # Flags that follow from settings without having their value.
@@ -69,7 +70,7 @@ def serve_command(settings: Mapping[str, Any]) -> list[str]:
     command = ["serve", str(settings["model_path"])]
     for flag, name in FLAGS.items():
         value = settings[name]
-        if value not in (None, ""):
+        if value not in (None, "", {}):
             command += [flag, str(value)]
     if settings["tool_call_parser"]:
         command.append("--enable-auto-tool-choice")

@@ -186,6 +186,8 @@ def test_every_size_that_an_entry_names_is_known() -> None:
                     assert all(isinstance(each, int) or each in known for each in value[1])
                 elif kind == "size":
                     assert value in known
+                elif kind == "name":
+                    assert len(value) == 2
                 else:
                     check(value)
         elif isinstance(spec, list):

@@ -185,6 +185,11 @@ def make(spec: Any, sizes: Mapping[str, int], torch: Any) -> Any:
         return tuple(make(each, sizes, torch) for each in value)
     if kind == "slice":
         return slice(*value)
+    if kind == "name":
+        found: Any = importlib.import_module(value[0])
+        for part in value[1].split("."):
+            found = getattr(found, part)
+        return found
     if kind == "namespace":
         return types.SimpleNamespace(
             **{name: make(each, sizes, torch) for name, each in value.items()}

@@ -7,6 +7,7 @@ Data. An argument is a literal, or one of
     {"each": [value, ...]}              one call for each value
     {"tuple": [...]}, {"slice": [start, stop]}, {"namespace": {...}}, {"size": name}
     {"values": [dtype, [number, ...]]}  a small tensor on the CPU, whose values decide
+    {"name": [module, "Class.member"]}  a name of the release
 
 ``releases`` is a half-open range of vLLM's versions. ``gate`` names a file of the release and an
 attribute that it sets to a condition, or ``from MODULE`` for an import that it does under one.
@@ -16,7 +17,7 @@ Where that is false for the GPU, the kernel is not launched.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # From this version on some of the release's own kernels are called otherwise, and not listed yet.
@@ -155,31 +156,40 @@ _PREFILL_CHUNK = Entry(
     },
     releases=("0", "0.29"),
 )
+_BLOCK_TABLE: dict[str, Any] = {
+    "pcp_world_size": 1,
+    "pcp_rank": 0,
+    "dcp_world_size": 1,
+    "dcp_rank": 0,
+    "max_num_batched_tokens": {"size": "batched_tokens"},
+    "block_table": {"namespace": {"gpu": _tensor("int32", "sequences", "row_blocks")}},
+    "block_size": {"size": "block"},
+    "kv_cache_block_size": {"size": "block"},
+    "blocks_per_kv_block": 1,
+    "slot_mapping": {"namespace": {"gpu": _tensor("int64", "batched_tokens")}},
+    "cp_kv_cache_interleave_size": 1,
+}
 _SLOTS = Entry(
     "slots of new tokens",
     "vllm.v1.worker.block_table",
     "BlockTable.compute_slot_mapping",
     {
-        "self": {
-            "namespace": {
-                "pcp_world_size": 1,
-                "pcp_rank": 0,
-                "dcp_world_size": 1,
-                "dcp_rank": 0,
-                "max_num_batched_tokens": {"size": "batched_tokens"},
-                "block_table": {"namespace": {"gpu": _tensor("int32", "sequences", "row_blocks")}},
-                "block_size": {"size": "block"},
-                "kv_cache_block_size": {"size": "block"},
-                "blocks_per_kv_block": 1,
-                "slot_mapping": {"namespace": {"gpu": _tensor("int64", "batched_tokens")}},
-                "cp_kv_cache_interleave_size": 1,
-            }
-        },
+        "self": {"namespace": _BLOCK_TABLE},
         "num_reqs": {"size": "sequences"},
         "query_start_loc": _tensor("int32", "sequences_1"),
         "positions": _tensor("int64", "batched_tokens"),
     },
-    releases=("0", UNLISTED),
+    releases=("0", "0.26"),
+)
+# From 0.26 on a table can also be one that maps no tokens.
+_MODE = {"name": ["vllm.v1.worker.block_table", "SlotMappingMode.TOKEN_TO_KV_SLOT"]}
+_SLOTS_BY_MODE = replace(
+    _SLOTS,
+    arguments={
+        **_SLOTS.arguments,
+        "self": {"namespace": {**_BLOCK_TABLE, "slot_mapping_mode": _MODE}},
+    },
+    releases=("0.26", "0.29"),
 )
 _TOP_K_TOP_P = Entry(
     "sampling by top-k and top-p",
@@ -239,6 +249,7 @@ BACKENDS: dict[str, tuple[Entry, ...]] = {
         _GLOBAL_INDICES,
         _PREFILL_CHUNK,
         _SLOTS,
+        _SLOTS_BY_MODE,
         _TOP_K_TOP_P,
         _FUSED_INDEXER_Q,
         _FUSED_Q,
