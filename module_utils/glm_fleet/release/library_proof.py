@@ -28,6 +28,7 @@ OTHER_GPUS = {
     "_flashmla": "FlashMLA is for capability 9.0 and above; TRITON_MLA_SPARSE does its work",
     "_vllm_fa3_C": "FlashAttention 3 is for capability 9.0; older GPUs take FlashAttention 2",
     "deep_gemm": "DeepGEMM is for capability 9.0 and above; the Triton fallback does its work",
+    "_flashkda_C": "FlashKDA is for capability 9.0 and above, and for models with delta attention",
     "_qutlass_C": "the NVFP4 kernels are for capability 10.0 and above",
 }
 _Bytes = Union[bytes, mmap.mmap]
