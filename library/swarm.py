@@ -152,6 +152,7 @@ from ansible.module_utils.glm_fleet.transfer.control import (
     UNIT,
     ask,
     failure_of,
+    published_beside,
     unit_command,
 )
 from ansible.module_utils.glm_fleet.transfer.session import Job
@@ -236,7 +237,8 @@ def launch(job: Job, path: str) -> None:
     job.root.mkdir(parents=True, exist_ok=True)
     job_file = RUN_FOLDER / "job.json"
     write_atomically(job_file, json.dumps(job.as_dict()), mode=0o600)
-    run_program(unit_command(job_file, job.root, sys.executable, path))
+    fixed = published_beside(job.root, job.manifest)
+    run_program(unit_command(job_file, job.root, sys.executable, path, fixed))
 
 
 def greet(run: str) -> None:

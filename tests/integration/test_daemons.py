@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from glm_fleet.artifact.manifest import FileEntry, Manifest
+from glm_fleet.transfer.control import published_beside, unit_command
 
 from tests.container import Machine, booted, missing
 from tests.rendering import render
@@ -156,6 +159,31 @@ def test_a_hung_engine_is_taken_out_told_of_and_ended(node: Machine) -> None:
     assert "restarting glm-serving.service" in said
     told = node.shell("cat /run/glm-fleet/sentry/told.json")
     assert json.loads(told) == {"127.0.0.1": "down"}
+
+
+def test_the_swarm_changes_nothing_that_was_published_beside(node: Machine) -> None:
+    folder = node.root / "srv/a"
+    for name in ("model/m-1", "model/m-2", "release/r-1", ".staging/model/m-3"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a").write_text("right")
+    manifest = Manifest("model", "m-2", (FileEntry("a", 5, "0" * 64),), {})
+    fixed = [Path("/") / each.relative_to(node.root) for each in published_beside(folder, manifest)]
+    assert fixed == [Path("/srv/a/release/r-1"), Path("/srv/a/model/m-1")]
+    job = Path("/run/glm-fleet/swarm/job.json")
+    command = unit_command(job, Path("/srv/a"), "/usr/bin/python3", "/lib", fixed)
+    probe = """cd /srv/a; for each in release/r-1 model/m-1 model/m-2 .staging/model/m-3; do
+        echo other > $each/a && echo $each; done
+        rm -r model/m-1 release/r-1; mv model/m-1 release/r-1 .staging/
+        mv .staging/model/m-3 model/ && echo published"""
+    del command[command.index("/usr/bin/python3") :]
+    node.shell("mkdir -p /run/glm-fleet/swarm; touch /run/glm-fleet/swarm/job.json")
+    words = [*command, "--wait", "--pipe", "/bin/sh", "-c", probe]
+    words = [each for each in words if "StandardInput" not in each and each != "--collect"]
+    said = node.shell(shlex.join(words), check=False)
+    for each in ("release/r-1", "model/m-1"):
+        assert (folder / each / "a").read_text() == "right", said
+    printed = [line for line in said.splitlines() if ":" not in line]
+    assert printed == ["model/m-2", ".staging/model/m-3", "published"], said
 
 
 def test_how_exposed_they_are_as_they_run(node: Machine) -> None:

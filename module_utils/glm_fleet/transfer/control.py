@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ..artifact.manifest import KINDS, Manifest
 from ..artifact.store import Store
 from ..core.decode import Words, parse, read
 from ..core.errors import FleetError
@@ -87,8 +88,23 @@ _FENCES = (
 )
 
 
-def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str]:
-    """Return the command that starts the agent as a unit of its own, fenced in."""
+def published_beside(root: Path, manifest: Manifest) -> list[Path]:
+    """Return the folders of everything that is published on this host but this artifact.
+
+    Its own folder is not among them: what is damaged there is moved back and fetched again.
+    """
+    own = root / manifest.kind / manifest.id
+    found = (path for kind in KINDS for path in sorted((root / kind).glob("*")))
+    return [path for path in found if path != own and path.is_dir() and not path.is_symlink()]
+
+
+def unit_command(
+    job_file: Path, root: Path, python: str, path: str, fixed: Sequence[Path] = ()
+) -> list[str]:
+    """Return the command that starts the agent as a unit of its own, fenced in.
+
+    ``fixed`` are folders below ``root`` that it can read alone.
+    """
     properties = {
         "Description": "glm-fleet: take and give an artifact while it is distributed",
         "StandardInput": f"file:{job_file}",
@@ -106,6 +122,8 @@ def unit_command(job_file: Path, root: Path, python: str, path: str) -> list[str
         "SystemCallErrorNumber": "EPERM",
         **dict.fromkeys(_FENCES, "yes"),
     }
+    if fixed:
+        properties["ReadOnlyPaths"] = " ".join(map(str, fixed))
     if root.parts[1:2] not in (("home",), ("root",)):
         properties["ProtectHome"] = "yes"
     # Two lists: what a service needs, without what only root may do, but for giving files to root.
