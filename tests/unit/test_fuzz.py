@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any, Callable
 import pytest
 from glm_fleet.artifact.hashes import Proven
 from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id, load_manifest
+from glm_fleet.artifact.merkle import hash_file
 from glm_fleet.artifact.retention import protected_by
 from glm_fleet.artifact.store import Store
 from glm_fleet.bench import quality, tuned
@@ -69,13 +71,14 @@ from glm_fleet.node.prestart import memory_in_use
 from glm_fleet.node.query import Host, NodeQuery
 from glm_fleet.node.readiness import answer as readiness_answer
 from glm_fleet.node.remote_call import answer_in
+from glm_fleet.node.root import Helper
 from glm_fleet.node.watchdog import Flag, Watchdog
 from glm_fleet.node.watchdog import Settings as WatchSettings
 from glm_fleet.node.xid import faults
 from glm_fleet.release.commit_wheel import read_wheels
 from glm_fleet.release.environment import read_recipe
 from glm_fleet.release.installed import COMPLETE, find_damage, is_complete
-from glm_fleet.release.wheel_lock import WheelTarget
+from glm_fleet.release.wheel_lock import WheelTarget, parse_lock
 from glm_fleet.serving import answers, engine, needles
 from glm_fleet.serving.answers import Prompt
 from glm_fleet.serving.client import complete, served_model
@@ -87,6 +90,7 @@ from glm_fleet.serving.record import read_record
 from glm_fleet.serving.rehearsal import cut_config, exec_words
 from glm_fleet.serving.rehearsals import read_rehearsals
 from glm_fleet.transfer.rendezvous import AgentAnswer, Meeting, Record
+from glm_fleet.transfer.torrent import Bundle, make_torrent, torrent_roots
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_judge import TIME, fleet_records
@@ -780,7 +784,48 @@ def diagnosed(text: str, _: Path) -> object:
     return judge_gpus([trial], device="cuda", changes={}, links={}, dcgm=read_dcgm(text))
 
 
+BUNDLE = Bundle("0001", (FileEntry("a/b", 300_000, "ab" * 32), FileEntry("c", 3, "cd" * 32)))
+
+
+def torrent_of(bundle: Bundle) -> str:
+    """Return a torrent as a node makes it, a character for each byte."""
+    hashed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, each in enumerate(bundle.entries):
+            path = Path(folder, str(number))
+            path.write_bytes(b"x" * each.size)
+            hashed[each.path] = hash_file(path, bundle.piece_length)
+    return make_torrent("m-1", bundle.entries, bundle.piece_length, hashed).decode("latin-1")
+
+
+TORRENT = torrent_of(BUNDLE)
+
+
+def torn(text: str, _: Path) -> object:
+    """Take a torrent that another node made."""
+    return torrent_roots(text.encode("latin-1", errors="replace"), "m-1", BUNDLE)
+
+
+def asked(text: str, _: Path) -> object:
+    """Ask root for something."""
+    helper = Helper(
+        run=program("InvocationID=i1\n"),
+        processes=list,
+        attest_now=lambda: {"done": True, "said": ""},
+        uid=1,
+        py_spy="py-spy",
+    )
+    return helper.answer(text.encode(errors="surrogateescape"), "glm-watch")
+
+
 READERS = (
+    Reader("torrent", TORRENT, torn),
+    Reader(
+        "wheel lock",
+        "b==2 \\\n --hash=sha256:22\nA_x==1+cpu --hash=sha256:33\n",
+        lambda text, _: parse_lock(text),
+    ),
+    Reader("question to root", '{"do": "signal", "signal": "SIGTERM", "invocation": "i1"}', asked),
     Reader("trials of a GPU", TRIALS, trials),
     Reader("acceptance", ACCEPTED, in_file(accepted)),
     Reader("dcgmi", json.dumps(DCGM), diagnosed),
@@ -903,6 +948,18 @@ READERS = (
 )
 
 
+TRIED: dict[str, int] = dict.fromkeys(map(str, READERS), 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told_how_many() -> Iterator[None]:
+    """Say how many texts were tried of each kind: none gave anything but a `FleetError`."""
+    yield
+    tried = {name: count for name, count in TRIED.items() if count}
+    each = ", ".join(f"{name} {count}" for name, count in tried.items())
+    sys.stderr.write(f"\nfuzz: {sum(tried.values())} texts, {len(tried)} readers: {each}\n")
+
+
 @pytest.mark.parametrize("reader", READERS, ids=str)
 def test_a_reader_refuses_or_reads_one_wrong_value(reader: Reader, tmp_path: Path) -> None:
     # What is right is read; what is wrong may be refused.
@@ -910,6 +967,7 @@ def test_a_reader_refuses_or_reads_one_wrong_value(reader: Reader, tmp_path: Pat
     # All of them where the text is short, else some from everywhere in it.
     steps = max(1, sum(1 for _ in one_wrong(reader.good)) // MOST_TRIES)
     for text in itertools.islice(one_wrong(reader.good), 0, None, steps):
+        TRIED[str(reader)] += 1
         with contextlib.suppress(FleetError):
             reader.read(text, tmp_path)
 
@@ -926,5 +984,7 @@ def test_a_reader_refuses_or_reads_one_wrong_value(reader: Reader, tmp_path: Pat
 def test_a_reader_refuses_or_reads_damage(
     reader: Reader, tmp_path: Path, data: st.DataObject
 ) -> None:
+    text = data.draw(damaged(reader.good))
+    TRIED[str(reader)] += 1
     with contextlib.suppress(FleetError):
-        reader.read(data.draw(damaged(reader.good)), tmp_path)
+        reader.read(text, tmp_path)
