@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Iterator
 
 import pytest
+
+from lab.settings import ALL_HOSTS
 
 from .conftest import Fleet, wait_until
 
@@ -48,9 +53,65 @@ def recorded(fleet: Fleet, node: str) -> str:
     return str(json.loads(answer)["invocation"])
 
 
-def test_root_runs_nothing_that_the_service_planted(fleet: Fleet) -> None:
-    if fleet.shell(fleet.nodes[-1], "test -e /etc/glm-fleet/serving.env").rc:
+PASSWORD = "correct horse"  # noqa: S105 - of a user in the lab
+
+
+def ensure_served(fleet: Fleet) -> None:
+    """Set the fleet up, if no file before this one did."""
+    if fleet.shell(fleet.nodes[-1], "test -e /etc/systemd/system/glm-watch.service").rc:
         assert fleet.playbook("site.yml").rc == 0
+
+
+def test_each_daemon_is_a_user_of_its_own(fleet: Fleet) -> None:
+    ensure_served(fleet)
+    for node in fleet.nodes:
+        for unit, user in (("glm-sentry", "glm-sentry"), ("glm-watch", "glm-watch")):
+            who = fleet.shell(node, f"ps -o user:20= -p $(systemctl show -P MainPID {unit})")
+            assert who.output.strip() == user
+        assert fleet.shell(node, "systemctl is-active glm-helper.socket").output.strip() == "active"
+
+
+def test_how_exposed_every_unit_is(fleet: Fleet) -> None:
+    ensure_served(fleet)
+    units = ("glm-serving", "glm-prestart@1", "glm-helper@1", "glm-sentry", "glm-watch")
+    found: dict[str, str] = {}
+    for unit in units:
+        command = f"systemd-analyze security --no-pager {unit}.service"
+        shown = fleet.shell(fleet.nodes[0], command).output
+        score = re.search(r"Overall exposure level for \S+: ([\d.]+)", shown)
+        assert score, shown
+        found[unit] = score[1]
+    sys.stderr.write(f"\nexposure: {found}\n")
+    assert max(map(float, found.values())) <= 2.5
+
+
+@pytest.fixture
+def asks_for_a_password(fleet: Fleet) -> Iterator[None]:
+    """Every host asks for the password of its user before that one is root."""
+    ensure_served(fleet)
+    hosts = [*fleet.nodes, fleet.gateway]
+    for host in hosts:
+        script = f"echo 'ops:{PASSWORD}' | chpasswd && echo 'ops ALL=(ALL) ALL' > /etc/sudoers.d/zz"
+        assert fleet.shell(host, script).rc == 0
+    yield
+    for host in hosts:
+        (ALL_HOSTS[host].root / "etc/sudoers.d/zz").unlink()
+        assert fleet.shell(host, "passwd -l ops").rc == 0
+
+
+def test_a_password_for_sudo_is_enough(fleet: Fleet, asks_for_a_password: None) -> None:
+    without = fleet.playbook("playbooks/preflight.yml")
+    assert without.rc != 0
+    word = ("-e", json.dumps({"ansible_become_password": PASSWORD}))
+    for playbook in ("playbooks/preflight.yml", "playbooks/health.yml", "site.yml"):
+        run = fleet.playbook(playbook, *word)
+        assert run.rc == 0, run.output[-4000:]
+        assert PASSWORD not in run.output
+        assert run.changed == {}, run.output[-4000:]
+
+
+def test_root_runs_nothing_that_the_service_planted(fleet: Fleet) -> None:
+    ensure_served(fleet)
     node = fleet.nodes[-1]
     assert fleet.playbook("playbooks/drain.yml", "--limit", node).rc == 0
     try:

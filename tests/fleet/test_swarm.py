@@ -281,6 +281,71 @@ while True:
 """
 
 
+# What somebody with root on a node puts into every Python there: its own files have the hashes of
+# the manifest, and a torrent of them follows from it.
+TAKEN_OVER = """
+try:
+    import dataclasses, json, pathlib
+    import glm_fleet.artifact.merkle as merkle, glm_fleet.transfer.torrent as torrent
+except ImportError:
+    pass
+else:
+    right, real = json.load(open("/srv/taken-over.json")), merkle.hash_file
+    def hash_file(path, *rest):
+        found = real(path, *rest)
+        wanted = right.get(pathlib.Path(path).name, found.sha256)
+        return dataclasses.replace(found, sha256=wanted)
+    merkle.hash_file = torrent.hash_file = hash_file
+    torrent._check_layer = lambda *_: None
+"""
+HOOK = "usr/local/lib/python3.11/dist-packages"
+
+
+@pytest.fixture
+def taken_over(shop: Shop) -> Iterator[str]:
+    """The last node: it has other bytes of the same names and sizes, and its agent lies."""
+    node = shop.fleet.nodes[-1]
+    root = ALL_HOSTS[node].root
+    shutil.copytree(shop.original, shop.store(node).published_path("model", shop.manifest.id))
+    for number, each in enumerate(shop.manifest.files):
+        shop.file(node, number).write_bytes(os.urandom(each.size))
+    right = {Path(each.path).name: each.sha256 for each in shop.manifest.files}
+    planted = {
+        "srv/taken-over.json": json.dumps(right),
+        f"{HOOK}/taken_over.py": TAKEN_OVER,
+        f"{HOOK}/taken_over.pth": "import taken_over\n",
+    }
+    for name, text in planted.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    yield node
+    for name in planted:
+        (root / name).unlink()
+
+
+@pytest.mark.parametrize("version", ["today", "before"])
+def test_a_node_that_was_taken_over_changes_no_published_byte(
+    shop: Shop, taken_over: str, version: str, tmp_path: Path
+) -> None:
+    """Manifests of the version before do not say which torrents are their own."""
+    first, second, _ = shop.fleet.nodes
+    offer = json.loads(shop.offer.read_text())
+    if version == "before":
+        for each in offer["manifest"]["files"]:
+            each.pop("root", None)
+    written = tmp_path / "offer.json"
+    written.write_text(json.dumps(offer))
+    run = shop.run(artifact_rate_limit=0, distribute_offer=str(written))
+    # Its lies are heard: with a manifest of today nobody is given such a torrent.
+    assert version == "before" or "a torrent that nobody is given" in run.output, run.output[-4000:]
+    assert shop.published(first), "what was published before changed"
+    folder = shop.store(second).published_path("model", shop.manifest.id)
+    assert shop.published(second) or not folder.exists(), "wrong bytes were published"
+    if run.rc:
+        # Where a lie was taken, the run stops and names the file.
+        assert any(each.path in run.output for each in shop.manifest.files), run.output[-4000:]
+
+
 def infohash(torrent: bytes) -> str:
     """The name of a torrent on the wire: the hash of its info, the first 20 bytes."""
     begin = torrent.index(b"4:info") + 6
