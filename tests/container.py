@@ -27,11 +27,14 @@ def missing() -> str:
 
 
 class Machine:
-    """A booted container; ``root`` is its file system as this machine sees it."""
+    """A booted container.
+
+    ``root`` is its file system, and ``init`` its first process, as this machine sees them.
+    """
 
     def __init__(self, root: Path, init: int) -> None:
         self.root = root
-        self._init = init
+        self.init = init
 
     def shell(self, script: str, *, user: str = "", check: bool = True) -> str:
         """Run a script there, as root or as a user; return what it printed."""
@@ -39,7 +42,7 @@ class Machine:
         if user:
             words = ["/sbin/runuser", "-u", user, "--", *words]
         done = subprocess.run(
-            ["nsenter", f"--target={self._init}", "--all", *words],
+            ["nsenter", f"--target={self.init}", "--all", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

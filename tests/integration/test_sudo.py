@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ansible.plugins.loader import become_loader, get_shell_plugin
+from glm_fleet.core.causes import SUDOERS
 from glm_fleet.fleet.enroll import MARK, look_script
 from glm_fleet.fleet.known_hosts import SshTarget
 
@@ -18,7 +23,8 @@ from tests.container import Machine, booted, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 
-DOCS = Path(__file__).resolve().parents[2] / "docs/enroll.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs/enroll.md"
 TARGET = SshTarget("gpu01", "192.0.2.11", 22, "ops", "192.0.2.11", ())
 PASSWORD = "of ops"  # noqa: S105 - in a container
 
@@ -56,6 +62,7 @@ def run(host: Machine, command: str, words: str = "") -> str:
 
 def test_the_line_lets_ansible_work_and_nothing_that_slips(host: Machine, sudoers: Path) -> None:
     sudoers.write_text(rule() + "\n")
+    assert rule() == SUDOERS.format(user="ops"), "what errors say is what the page says"
     assert "parsed OK" in host.shell("visudo -c -f /etc/sudoers.d/ops")
     for command in (
         "/usr/bin/python3",
@@ -79,3 +86,73 @@ def test_a_password_is_enough(host: Machine, sudoers: Path) -> None:
     target = replace(TARGET, become_password=PASSWORD)
     looked = run(host, f"/bin/sh -c {shlex.quote(look_script(target))}", f"{PASSWORD}\n")
     assert f"{MARK} sudo 0 " in looked, looked
+
+
+# From this machine to a port of the container, which has no network.
+RELAY = """
+import os, socket, threading
+link = socket.create_connection(("127.0.0.1", 22))
+def up():
+    while data := os.read(0, 65536): link.sendall(data)
+threading.Thread(target=up, daemon=True).start()
+while data := link.recv(65536): os.write(1, data)
+"""
+# What runs do: a module, an answer of a host without one, and a module with files beside it.
+PLAY = """
+- hosts: all
+  gather_facts: false
+  become: true
+  tasks:
+    - ansible.builtin.command: id -u
+      register: who
+    - node_info: {paths: [/]}
+      register: facts
+    - node_library: {dest: /opt/glm-fleet/lib}
+    - fleet_lock: {state: info}
+    - ansible.builtin.assert:
+        that: [who.stdout == "0", facts.record.node.disks | length > 0]
+"""
+
+
+@pytest.fixture(scope="module")
+def inventory(host: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inventory")
+    key = folder / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    line = key.with_suffix(".pub").read_text()
+    host.shell(
+        f"""ssh-keygen -A; mkdir -p -m 0700 ~ops/.ssh; echo '{line}' > ~ops/.ssh/authorized_keys
+        chown -R ops: ~ops; systemctl reset-failed ssh; systemctl start ssh"""
+    )
+    known = host.shell("cat /etc/ssh/ssh_host_ed25519_key.pub")
+    (folder / "known").write_text(f"container {known}\n")
+    (folder / "relay.py").write_text(RELAY)
+    (folder / "play.yml").write_text(PLAY)
+    way = f"nsenter --target={host.init} --net {sys.executable} {folder}/relay.py"
+    options = f'-o UserKnownHostsFile={folder}/known -o ControlPath=none -o ProxyCommand="{way}"'
+    (folder / "hosts").write_text(
+        f"container ansible_user=ops ansible_ssh_private_key_file={key} "
+        f"ansible_python_interpreter=/usr/bin/python3 ansible_ssh_common_args='{options}'\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("how", ["the line", "a password", "no password"])
+def test_runs_become_root(host: Machine, sudoers: Path, inventory: Path, how: str) -> None:
+    sudoers.write_text((rule() if how == "the line" else "ops ALL=(root) ALL") + "\n")
+    words = json.dumps({"ansible_become_password": PASSWORD} if how == "a password" else {})
+    playbook = str(Path(sys.executable).with_name("ansible-playbook"))
+    done = subprocess.run(
+        [playbook, "-i", str(inventory / "hosts"), "-e", words, str(inventory / "play.yml")],
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    said = done.stdout + done.stderr
+    assert PASSWORD not in said
+    assert (done.returncode == 0) == (how != "no password"), said
+    if how == "no password":
+        assert "sudo there asks the user for a password, and none is given" in said

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 
 _ENROLL = "run playbooks/enroll.yml"
+# What a controller needs of sudo to run without a password: the form of every command of Ansible.
+SUDOERS = "{user} ALL=(root) NOPASSWD: /bin/sh -c echo BECOME-SUCCESS-[a-z]* ; *"
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,14 @@ _SUDO = (
         r"|no tty present and no askpass|terminal is required to read the password"
         r"|password is required to run sudo|[Tt]imeout .*waiting for privilege escalation",
         "sudo there asks {user} for a password, and none is given",
-        "allow it without one, such as by `{user} ALL=(ALL) NOPASSWD: ALL` in /etc/sudoers.d, or "
-        "set ansible_become_password from a vault",
+        f"set ansible_become_password from a vault, or allow it without one, by `{SUDOERS}` in "
+        "/etc/sudoers.d",
     ),
     _Sentence(
         r"is not in the sudoers file|is not allowed to (?:execute|run)|may not run sudo"
         r"|not permitted to",
         "{user} may not use sudo there",
-        "allow it, such as by `{user} ALL=(ALL) NOPASSWD: ALL` in /etc/sudoers.d",
+        f"allow it, by `{SUDOERS}` in /etc/sudoers.d",
     ),
     _Sentence(
         r"sudo: (?:command )?not found|(?:sudo|env): not found|sudo: No such file",

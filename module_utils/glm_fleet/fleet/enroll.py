@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
-from ..core.causes import why_no_sudo
+from ..core.causes import SUDOERS, why_no_sudo
 from ..core.errors import FleetError
 from ..core.runner import Runner, RunResult
 from ..core.table import Line, render_table
@@ -371,8 +371,8 @@ def _no_sudo(target: SshTarget, said: str) -> FleetError:
     return FleetError(
         f"{target.user} may not use sudo without being asked",
         found=said[-200:],
-        remedy=f"allow it there, such as by `{target.user} ALL=(ALL) NOPASSWD: ALL` in "
-        "/etc/sudoers.d, or set ansible_become_password from a vault",
+        remedy=f"allow it there, by `{SUDOERS.format(user=target.user)}` in /etc/sudoers.d, or "
+        "set ansible_become_password from a vault",
     )
 
 
