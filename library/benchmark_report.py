@@ -47,10 +47,16 @@ options:
     description: What the JSON says of how it was measured.
     type: dict
     default: {}
+  bounds:
+    description: C(ttft_ms) and C(itl_ms) for goodput; C(gpus), C(bytes_per_second) of one of them
+      and C(context) in tokens, for the roofline.
+    type: dict
+    default: {}
   dest:
     description:
       - Path of the JSON file to write on the controller, replaced atomically. Not written in
-        check mode.
+        check mode. Beside it lie the page (C(.html)) and the last report of another release
+        (C(-before.json)).
       - Its schema is C(glm-fleet/benchmark/1), see docs/benchmark.md.
     type: path
     required: true

@@ -101,6 +101,15 @@ options:
     description: Seconds for which they do so.
     type: float
     default: 20
+  prompts:
+    description: Lengths in tokens of prompts that one stream sends after that, each twice.
+    type: list
+    elements: int
+    default: []
+  weights:
+    description: Folder of the model, to tell what decoding has to read. Not told if empty.
+    type: path
+    default: ""
 """
 
 EXAMPLES = r"""
@@ -132,6 +141,18 @@ clients:
       O(clients).
   returned: success
   type: dict
+prompts:
+  description:
+    - For each of O(prompts), C(prompt_tokens) and the time to the first token in milliseconds,
+      C(cold) where no cache had the prompt, and C(warm) right after that.
+  returned: success
+  type: list
+  elements: dict
+shape:
+  description: The bytes that decoding reads, as C(bench/roofline.py) names them; {} if it cannot
+    be told.
+  returned: success
+  type: dict
 running:
   description: C(release) and C(model) that were started on this host; empty on a gateway.
   returned: success
@@ -139,11 +160,13 @@ running:
 """
 
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.glm_fleet.bench import client
+from ansible.module_utils.glm_fleet.bench.roofline import read_shape
 from ansible.module_utils.glm_fleet.bench.stream import Server
 from ansible.module_utils.glm_fleet.core.errors import FleetError
 from ansible.module_utils.glm_fleet.serving.record import read_record
@@ -179,6 +202,14 @@ def _clients(params: dict[str, Any], salt: str) -> dict[str, Any]:
     return client.measure_clients(_server(params), clients, _load(params), salt=salt)
 
 
+def _shape(folder: str) -> dict[str, Any]:
+    try:
+        return asdict(read_shape(Path(folder))) if folder else {}
+    except FleetError:
+        # The figures count without it.
+        return {}
+
+
 def _level(params: dict[str, Any], per_node: int, salt: str) -> dict[str, Any]:
     server, load = _server(params), _load(params)
     endpoints = [(str(each["address"]), int(each["port"])) for each in params["metrics"]]
@@ -211,6 +242,8 @@ def main() -> None:
             "metrics": {"type": "list", "elements": "dict", "default": []},
             "clients": {"type": "int", "default": 0},
             "clients_seconds": {"type": "float", "default": 20.0},
+            "prompts": {"type": "list", "elements": "int", "default": []},
+            "weights": {"type": "path", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -222,9 +255,20 @@ def main() -> None:
         client.check_load(params)
         levels = [_level(params, each, salt) for each in params["streams"]]
         clients = _clients(params, salt)
+        server, load = _server(params), _load(params)
+        prompts = [
+            client.measure_prompt(server, load, tokens, salt=salt) for tokens in params["prompts"]
+        ]
     except FleetError as error:
         module.fail_json(**error.as_fail())
-    module.exit_json(changed=False, levels=levels, clients=clients, running=read_record())
+    module.exit_json(
+        changed=False,
+        levels=levels,
+        clients=clients,
+        prompts=prompts,
+        shape=_shape(params["weights"]),
+        running=read_record(),
+    )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ class ActionModule(FleetAction):
         levels: list[dict[str, Any]] = []
         result: dict[str, Any] = {"changed": False}
         steps: list[dict[str, Any]] = [
-            {"streams": [streams], "clients": 0}
+            {"streams": [streams], "clients": 0, "prompts": [], "weights": ""}
             for streams in self._task.args.get("streams", [1, 2, 4, 8, 16, 32])
         ]
-        if int(self._task.args.get("clients") or 0):
+        asked = self._task.args
+        if int(asked.get("clients") or 0) or asked.get("prompts") or asked.get("weights"):
             steps.append({"streams": []})
         for step in steps:
             result = self._execute_module(

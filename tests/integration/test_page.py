@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ from glm_fleet.health import html
 from glm_fleet.health.tables import health_json
 from test_judge import FAULTS, fleet_records, judge
 
+from tests.browser import browse, too_wide
+
 TEMPLATE = Path(__file__).resolve().parents[2] / "roles/health/templates/fleet.html.j2"
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
 def kept_runs(count: int) -> list[dict[str, Any]]:
@@ -85,43 +84,10 @@ PAGES = {
 }
 
 
-def browse(folder: Path, text: str, *options: str) -> str:
-    """Open a page in Chromium and return the document as it stands then."""
-    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    assert browser, "no Chromium: run ./bootstrap test"
-    path = folder / "page.html"
-    path.write_text(text)
-    done = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--virtual-time-budget=1000",
-            f"--user-data-dir={folder / 'profile'}",
-            *options,
-            path.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return done.stdout
-
-
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [400, 1280])
 def test_the_page_fits_the_window(name: str, width: int, tmp_path: Path) -> None:
-    # The page has no script; this one measures it and leaves the figure in the title.
-    script = (
-        "<script>onload = () => { document.title = 'wide by ' + "
-        "(document.documentElement.scrollWidth - innerWidth) }</script></body>"
-    )
-    text = PAGES[name].replace("</body>", script)
-    document = browse(tmp_path, text, f"--window-size={width},900", "--dump-dom")
-    assert "<title>wide by 0</title>" in document
+    assert not too_wide(tmp_path, PAGES[name], width)
 
 
 def test_the_pages_say_what_there_is_to_say(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ from glm_fleet.artifact.merkle import hash_file
 from glm_fleet.artifact.retention import protected_by
 from glm_fleet.artifact.store import Store
 from glm_fleet.bench import quality, tuned
+from glm_fleet.bench.page import is_before
+from glm_fleet.bench.page import render_page as render_benchmark_page
+from glm_fleet.bench.report import read_report
+from glm_fleet.bench.roofline import read_shape
 from glm_fleet.core.decode import decode, parse, read
 from glm_fleet.core.errors import FleetError
 from glm_fleet.core.http import Http
@@ -360,6 +364,28 @@ POLICY = json.dumps(
      "answers": {"tolerance": 0.5, "drift": 0.15, "needles": True}}
 )  # fmt: skip
 QUESTIONS = json.dumps({"question": "What is 3 and 4?", "answer": "#### 7"})
+_SPREAD = {"median": 10.0, "p95": 20.0, "p99": 30.0}
+BENCHMARK = {
+    "schema": "glm-fleet/benchmark/1",
+    "time": "2026-01-01T00:00:00+00:00",
+    "settings": {"prompt_tokens": 512, "output_tokens": 256},
+    "targets": [
+        {
+            "name": "gpu01", "path": "node", "release": "r", "error": "", "warnings": [],
+            "levels": [
+                {"streams": 1, "decode_per_stream": 5.0, "decode_together": 5.0, "ratio": None,
+                 "output_rate": 4.0, "reference": 5.0, "ttft_ms": _SPREAD, "itl_ms": _SPREAD,
+                 "limit": 9.0},
+            ],
+            "prompts": [{"prompt_tokens": 9, "cold": _SPREAD, "warm": _SPREAD}],
+        }
+    ],
+}  # fmt: skip
+BENCHMARK_PAGE = Path(__file__).resolve().parents[2] / "roles/benchmark/templates/benchmark.html.j2"
+SHAPED = {
+    "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 8, "kv_lora_rank": 4,
+    "index_topk": 2, "index_head_dim": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
 TUNE = """{"schema": "glm-fleet/tune/1", "node": "gpu01", "state": "running", "before": "a",
 "running": "b", "began": "2026-01-01T00:00:00+00:00", "load": {"streams": [1]}, "left_out": {},
 "settings": {"serving_max_num_seqs": [32, null]}, "ended": "", "tries": [{"settings": {"--x": true},
@@ -818,6 +844,13 @@ def asked(text: str, _: Path) -> object:
     return helper.answer(text.encode(errors="surrogateescape"), "glm-watch")
 
 
+def benchmark_before(path: Path) -> object:
+    """Read a report that was written before, and draw it behind another one."""
+    before = read_report(path)
+    is_before(before, BENCHMARK)
+    return render_benchmark_page(BENCHMARK, before, BENCHMARK_PAGE)
+
+
 READERS = (
     Reader("torrent", TORRENT, torn),
     Reader(
@@ -826,6 +859,10 @@ READERS = (
         lambda text, _: parse_lock(text),
     ),
     Reader("question to root", '{"do": "signal", "signal": "SIGTERM", "invocation": "i1"}', asked),
+    Reader("benchmark before", json.dumps(BENCHMARK), in_file(benchmark_before)),
+    Reader(
+        "shape", json.dumps(SHAPED), in_file(lambda path: read_shape(path.parent), "config.json")
+    ),
     Reader("trials of a GPU", TRIALS, trials),
     Reader("acceptance", ACCEPTED, in_file(accepted)),
     Reader("dcgmi", json.dumps(DCGM), diagnosed),

@@ -202,6 +202,30 @@ def measure(server: Server, load: Load, streams: int, *, salt: str) -> dict[str,
     return summarize(waves)
 
 
+def measure_prompt(server: Server, load: Load, tokens: int, *, salt: str) -> dict[str, Any]:
+    """Measure one stream with prompts of ``tokens``, which no cache has, and then has.
+
+    Returns {prompt_tokens, cold: {median, p95, p99}, warm: {...}}, the times to the first token in
+    milliseconds. Each of ``load.rounds`` prompts is asked twice; the second time the prefix cache
+    may have it.
+    """
+    asked = replace(load, prompt_tokens=tokens)
+    streams: list[Stream] = []
+    for number in range(load.rounds):
+        body = request_body(
+            server.model, asked, number, tokens=load.warmup_tokens, salt=f"{salt}-p{tokens}"
+        )
+        for _ in range(2):
+            streams += send_wave(server, [body], load.silence_s)
+    _require_answers(server, streams, f"answers to prompts of {tokens} tokens")
+    first = [stream.arrivals[0] - stream.begun for stream in streams]
+    return {
+        "prompt_tokens": tokens,
+        "cold": spread_ms(first[::2]),
+        "warm": spread_ms(first[1::2]),
+    }
+
+
 @dataclass(frozen=True)
 class Counters:
     """What servers have counted by now: requests running, tokens generated in all."""

@@ -8,7 +8,6 @@ escapes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from ..core.chart import HEIGHT, WIDTH, figure, round_up
 from ..core.format import human_bytes
 from ..node.answer import Facts
 from ..serving.rehearsals import for_a_report
@@ -26,7 +26,8 @@ from .tables import engine_words, load_words
 from .verdict import HEALTHY, VERDICTS
 
 RUNS_DRAWN = 96
-_WIDTH, _HEIGHT = 320.0, 96.0
+# What both pages look like, beside the roles of their templates.
+_SHARED = "common/templates"
 _GIB = 1024
 
 
@@ -35,7 +36,7 @@ def render_page(
 ) -> str:
     """Return the page of ``report``, with the ``kept`` reports before it drawn over time."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+        loader=jinja2.FileSystemLoader([template.parent, template.parents[2] / _SHARED]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -244,14 +245,14 @@ def _chart(
 ) -> dict[str, Any]:
     """Draw the median of each run, and the range of its nodes; a run without values is a gap."""
     highest = max((max(each) for each in values if each), default=0.0)
-    top = _round_up(highest)
+    top = round_up(highest)
     first, last = times[0], times[-1]
 
     def x(at: float) -> float:
-        return round((at - first) / (last - first) * _WIDTH, 1) if last > first else _WIDTH / 2
+        return round((at - first) / (last - first) * WIDTH, 1) if last > first else WIDTH / 2
 
     def y(value: float) -> float:
-        return round(_HEIGHT - value / top * _HEIGHT, 1) if top else _HEIGHT
+        return round(HEIGHT - value / top * HEIGHT, 1) if top else HEIGHT
 
     line = ""
     ranges: list[str] = []
@@ -270,12 +271,12 @@ def _chart(
             ranges.append(f"{upper} {lower}")
         begun = []
     shown = [each for each in values if each]
-    now = f"{_figure(median(shown[-1]))} {unit}" if shown else "no figures yet"
+    now = f"{figure(median(shown[-1]))} {unit}" if shown else "no figures yet"
     return {
         "title": title,
         "now": now,
-        "top": _figure(top),
-        "half": _figure(top / 2),
+        "top": figure(top),
+        "half": figure(top / 2),
         "line": line,
         "ranges": ranges,
         "dots": dots,
@@ -283,20 +284,6 @@ def _chart(
         "begin": datetime.fromtimestamp(first, timezone.utc).strftime("%d %b %H:%M"),
         "end": datetime.fromtimestamp(last, timezone.utc).strftime("%d %b %H:%M"),
     }
-
-
-def _round_up(value: float) -> float:
-    """Return the next round number from 1 to 10 times a power of ten: the top of an axis."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    # Rounding may leave the largest step a hair below the value.
-    steps = (step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10))
-    return next((step for step in steps if step >= value), value)
-
-
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
 
 
 def _scaled(values: Sequence[Sequence[float]], factor: float) -> list[list[float]]:

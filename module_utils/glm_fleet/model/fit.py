@@ -84,6 +84,7 @@ class Config(_Required, total=False):
     index_skip_topk_offset: Count | None
     index_topk_pattern: Annotated[str, Size(1000)] | None
     n_routed_experts: Count | None
+    num_experts_per_tok: Count | None
     max_position_embeddings: Annotated[int, Range(1, 2**32)]
     quantization_config: _Quantisation | None
 
