@@ -79,6 +79,10 @@ options:
   reason:
     description: Why O(refuse) does not run.
     type: str
+  again:
+    description: For V(info) and V(active), start the service anew though it runs what it should.
+    type: bool
+    default: false
   disproved:
     description: For V(active), id of a deployment that was attested and turned out not to be right.
     type: str
@@ -194,7 +198,12 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if params["state"] == "options":
         return {"changed": False, "options": host.options()}
     if params["state"] == "info":
-        return host.find(target=params["target"], rungs=params["rungs"], retry=params["retry"])
+        return host.find(
+            target=params["target"],
+            rungs=params["rungs"],
+            retry=params["retry"],
+            again=params["again"],
+        )
     if params["state"] == "policy":
         result, mended = host.renew(params["id"])
         for words in mended:
@@ -207,6 +216,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         refuse=params["refuse"] or "",
         reason=params["reason"] or "",
         disproved=params["disproved"],
+        again=params["again"],
     )
 
 
@@ -231,6 +241,7 @@ def main() -> None:
             "retry": {"type": "bool", "default": False},
             "refuse": {"type": "str"},
             "reason": {"type": "str"},
+            "again": {"type": "bool", "default": False},
             "disproved": {"type": "str", "default": ""},
             "release_root": {"type": "path", "default": "/opt/glm-fleet"},
             "model_link": {"type": "path", "default": "/srv/glm-fleet/model"},

@@ -32,6 +32,7 @@ from glm_fleet.fleet.turn import (
     read_answer,
     record,
 )
+from glm_fleet.node.deploying import AGAIN
 from glm_fleet.serving.answers import Answers
 from glm_fleet.serving.kept_answers import COMPARED
 from glm_terminal import plain
@@ -224,6 +225,8 @@ def _call(
         "rungs": [*turn.order.ladder, *([turn.order.back] if turn.order.back else [])],
         **plain(settings["places"]),
     }
+    if step.action == "switch" and AGAIN in (plain(settings["wanted"]).get("differences") or []):
+        arguments["again"] = True
     if step.action == "switch" and made:
         arguments.update(refuse=made[-1].deployment, reason=made[-1].last.diagnosis)
     if step.action == "go back" and turn.answers("score"):

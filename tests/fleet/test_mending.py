@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from .conftest import ROOT, Fleet
+from .conftest import ROOT, Fleet, lab
 from .load import under_load
-from .test_upgrade import assert_no_request_was_lost, ready
+from .test_upgrade import assert_no_request_was_lost, ready, row
 
 pytestmark = [pytest.mark.fleet, pytest.mark.long]
 
@@ -52,6 +52,36 @@ def test_damage_of_every_kind_is_found_and_mended_by_one_run(fleet: Fleet) -> No
     assert ready(fleet) == fleet.nodes
     again = fleet.playbook("site.yml")
     assert (again.rc, again.changed) == (0, {}), again.output[-3000:]
+
+
+def test_one_node_is_repaired_while_another_is_down(fleet: Fleet) -> None:
+    broken, dead, healthy = fleet.nodes[1], fleet.nodes[2], fleet.nodes[0]
+    invocation = "systemctl show -P InvocationID glm-serving"
+    before = {node: fleet.shell(node, invocation).output for node in (broken, healthy)}
+    fleet.shell(
+        broken,
+        "file=$(ls /srv/glm-fleet/model/*.safetensors | head -1); size=$(stat -c %s $file); "
+        "chattr -i $file 2>/dev/null; head -c 64 /dev/zero | "
+        "dd of=$file bs=1 seek=$((size - 64)) conv=notrunc 2>/dev/null; "
+        f"echo '# edited' >> {SITE}/vllm/envs.py",
+    )
+    lab("power", dead, "cut")
+    try:
+        run = fleet.playbook(
+            "site.yml", "-e", f"repair={broken}", "-e", "ansible_ssh_timeout=5",
+            "-e", "serve_min_ready=1", "-e", "health_fail_on=never",
+        )  # fmt: skip
+        row(run, broken, "serves")
+        assert "its environment is damaged" in run.output
+        assert fleet.shell(broken, invocation).output != before[broken]
+        assert fleet.shell(healthy, invocation).output == before[healthy]
+        assert broken in ready(fleet)
+    finally:
+        lab("power", dead, "join")
+    deep = fleet.playbook("playbooks/health.yml", "-e", "health_deep=true", "--limit", broken)
+    assert deep.rc == 0, deep.output[-3000:]
+    assert fleet.playbook("site.yml").rc == 0
+    assert ready(fleet) == fleet.nodes
 
 
 def test_weight_0_is_found_and_mended(fleet: Fleet) -> None:

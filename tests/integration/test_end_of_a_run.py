@@ -69,7 +69,7 @@ def show(folder: Path, *arguments: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert "[WARNING]: Callback" not in done.stdout + done.stderr
     return done.stdout.splitlines()

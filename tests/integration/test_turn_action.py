@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from glm_fleet.node.deploying import AGAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 Values = dict[str, Any]
@@ -51,7 +52,7 @@ PLAY = """
         wanted:
           ladder: [new]
           back: old
-          differences: [release]
+          differences: "{{ differences | default(['release']) }}"
           running: {active: true, record: {release: r0, model: m}}
         rehearse: "{{ rehearse | default(false) }}"
         rehearsal: {layers: 6}
@@ -125,6 +126,7 @@ TRIED: dict[str, tuple[Values, Values]] = {
         },
         {},
     ),
+    "repaired": ({"purpose": "switch", "differences": [AGAIN]}, {}),
 }
 
 
@@ -198,7 +200,7 @@ def take(folder: Path, given: Mapping[str, tuple[Values, Values]]) -> Mapping[st
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return {node: Taken(folder, node, done.stdout) for node in given}
@@ -247,6 +249,15 @@ def test_what_is_new_is_rehearsed_while_the_node_is_drained(turns: Mapping[str, 
     assert {key: taken.options[2][key] for key in options} == options
     assert taken.said[1].startswith("rehearses deployment new")
     assert taken.outcome["why"] == "rehearsed in 9 s"
+
+
+def test_a_repair_starts_anew_what_runs(tried: Mapping[str, Taken]) -> None:
+    given = {
+        node: tried[node].options[tried[node].asked.index(f"{node} active")]
+        for node in ("repaired", "accepted")
+    }
+    assert given["repaired"]["again"] is True
+    assert "again" not in given["accepted"]
 
 
 def test_what_cannot_be_rehearsed_is_never_switched_to(turns: Mapping[str, Taken]) -> None:

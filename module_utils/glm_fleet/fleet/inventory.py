@@ -247,9 +247,10 @@ def _rolling(inventory: Inventory) -> Iterator[str]:
     for host in nodes:
         # What is a template is judged when it is used.
         given = inventory.literals.get(host, {})
-        canary = str(given.get("serve_canary") or "")
-        if canary and canary not in nodes:
-            said.add(f"serve_canary is {canary}, which is no host of {NODES}")
+        for name in ("serve_canary", "repair"):
+            node = str(given.get(name) or "")
+            if node and node not in nodes:
+                said.add(f"{name} is {node}, which is no host of {NODES}")
         try:
             batch_size(given.get("serve_batch", 1), len(nodes))
         except FleetError as error:

@@ -27,6 +27,9 @@ from ..serving.record import read_running
 from ..serving.startup import unproven
 from . import readiness
 
+# Why a node is restarted that runs what it should.
+AGAIN = "its repair was asked for"
+
 
 @dataclass(frozen=True)
 class Deploying:
@@ -60,12 +63,18 @@ class Deploying:
         }
 
     def find(
-        self, *, target: str = "", rungs: Sequence[str] = (), retry: bool = False
+        self,
+        *,
+        target: str = "",
+        rungs: Sequence[str] = (),
+        retry: bool = False,
+        again: bool = False,
     ) -> dict[str, Any]:
         """Say what runs, what is wanted and what a restart would change.
 
         ``target`` names what to go back to; without it ``rungs`` are the ids to try, of which
-        those that are known to fail here are skipped unless ``retry``.
+        those that are known to fail here are skipped unless ``retry``. ``again`` asks for a new
+        start of a node that runs what it should.
         """
         running = read_running(self.run, UNIT)
         deployments = self.deployments
@@ -88,7 +97,11 @@ class Deploying:
                 {"cuda_graphs": each.cuda_graphs, "reason": deployments.refused(each.id)}
                 for each in skipped
             ],
-            "differences": self._differences(running, wanted, current) if wanted else [],
+            "differences": (
+                self._differences(running, wanted, current) or ([AGAIN] if again else [])
+                if wanted
+                else []
+            ),
             "back": deployments.before(wanted.id) if wanted else "",
             "starts": deployments.starts(),
         }
@@ -106,18 +119,20 @@ class Deploying:
         refuse: str = "",
         reason: str = "",
         disproved: str = "",
+        again: bool = False,
     ) -> dict[str, Any]:
         """Switch to a deployment where that changes anything.
 
         ``releases`` has the artifacts from which a damaged environment is built again. ``refuse``
         is remembered as one that fails here, for ``reason``; ``rungs`` are kept. ``disproved``
-        was attested, and turned out not to be right.
+        was attested, and turned out not to be right. ``again`` starts it anew where it runs.
         """
         deployments = self.deployments
         wanted = deployments.read(identifier)
         with contextlib.nullcontext() if self.check_mode else deployments.switching():
             current = deployments.find(deployments.current())
             words = self._differences(read_running(self.run, UNIT), wanted, current)
+            words = words or ([AGAIN] if again else [])
             result: dict[str, Any] = {
                 "id": identifier,
                 "deployment": wanted.summary(),

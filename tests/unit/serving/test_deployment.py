@@ -535,6 +535,24 @@ def test_a_damaged_environment_is_a_difference_and_is_built_again_in_the_turn(
     assert not switched(node, one().id)["changed"]
 
 
+def test_a_node_that_runs_what_it_should_is_started_anew_when_its_repair_is_asked_for(
+    node: Deployments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served(node, one())
+    activate(Systemd(*SWITCH), node, one().id)
+    record = {**one().digests, "invocation": "i"}
+    running = {"active": True, "invocation": "i", "record": record, "unit": {}}
+    monkeypatch.setattr(deploying, "read_running", lambda *_: running)
+    monkeypatch.setattr(deploying, "unproven", lambda *_: False)
+    started: list[str] = []
+    monkeypatch.setattr(deploying, "activate", lambda *given, **__: started.append(given[2]) or {})
+    assert found(node, rungs=[one().id])["differences"] == []
+    assert found(node, rungs=[one().id], again=True)["differences"] == [deploying.AGAIN]
+    assert not switched(node, one().id)["changed"]
+    assert switched(node, one().id, again=True)["changed"]
+    assert started == [one().id]
+
+
 def test_the_last_starts_are_remembered(node: Deployments) -> None:
     node.stage(one())
     assert found(node, rungs=[one().id])["starts"] == []
