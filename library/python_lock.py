@@ -57,6 +57,16 @@ options:
     type: list
     elements: str
     default: []
+  pinned:
+    description:
+      - A lock with one hash each that the result has to be, but for the package O(apart). Empty for
+        none.
+    type: str
+    default: ""
+  apart:
+    description: Package that is made here and not compared with O(pinned).
+    type: str
+    default: vllm
   expected:
     description: Versions that the lock must have, by name. An empty one is only reported.
     type: dict
@@ -108,6 +118,8 @@ from ansible.module_utils.glm_fleet.release.wheel_lock import (
     WheelTarget,
     check_pins,
     final_lock,
+    parse_lock,
+    pin,
 )
 
 
@@ -126,6 +138,8 @@ def run(params: dict[str, Any]) -> dict[str, Any]:
     )
     locked = packages.compile(params["requirements"])
     pins = check_pins(locked, {name: str(each or "") for name, each in params["expected"].items()})
+    if params["pinned"]:
+        locked = pin(locked, parse_lock(params["pinned"]), apart=params["apart"])
     wheels = packages.download(locked)
     tools: list[Path] = []
     if params["tools"]:
@@ -154,6 +168,8 @@ def main() -> None:
             "index_url": {"type": "str", "default": "", "no_log": True},
             "index_urls": {"type": "list", "elements": "str", "default": []},
             "find_links": {"type": "list", "elements": "str", "default": []},
+            "pinned": {"type": "str", "default": ""},
+            "apart": {"type": "str", "default": "vllm"},
             "expected": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

@@ -60,6 +60,10 @@ options:
     type: list
     elements: str
     default: []
+  pinned:
+    description: A lock with the SHA-256 that the base wheel has to have. Empty for none.
+    type: str
+    default: ""
   git_dir_cache:
     description: Folder of the bare clones of M(vllm_source).
     type: path
@@ -145,7 +149,12 @@ from ansible.module_utils.glm_fleet.release.git import Repository
 from ansible.module_utils.glm_fleet.release.installer import run_installer
 from ansible.module_utils.glm_fleet.release.repack import overlay
 from ansible.module_utils.glm_fleet.release.wheel import WheelFile, check_against_tree, read_wheel
-from ansible.module_utils.glm_fleet.release.wheel_lock import Packages, WheelTarget
+from ansible.module_utils.glm_fleet.release.wheel_lock import (
+    Packages,
+    WheelTarget,
+    parse_lock,
+    require_pinned,
+)
 
 
 def _remember(record: Path, wheel: WheelFile) -> None:
@@ -258,6 +267,7 @@ def main() -> None:
             "index_url": {"type": "str", "default": "", "no_log": True},
             "index_urls": {"type": "list", "elements": "str", "default": []},
             "find_links": {"type": "list", "elements": "str", "default": []},
+            "pinned": {"type": "str", "default": ""},
             "git_dir_cache": {"type": "path"},
             "repository": {"type": "str"},
             "commit": {"type": "str"},
@@ -278,6 +288,9 @@ def main() -> None:
         if module.params["state"] == "overlaid":
             module.exit_json(**_overlay(module))
         changed, wheel = _fetch(module)
+        if wheel and module.params["pinned"]:
+            pinned = parse_lock(module.params["pinned"])
+            require_pinned(wheel.name, wheel.version, wheel.sha256, pinned)
         described = {**wheel.as_dict(), "path": str(wheel.path)} if wheel else {}
         module.exit_json(changed=changed, wheel=described)
     except FleetError as error:

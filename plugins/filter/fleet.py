@@ -26,6 +26,7 @@ FILTERS = (
     "drivers",
     "cuda_variant",
     "correction_texts",
+    "pinned_lock",
     "serve_command",
     "environment_file",
     "library_digest",

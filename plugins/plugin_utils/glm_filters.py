@@ -6,6 +6,7 @@ plugins/filter/fleet.py registers them.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,6 +163,32 @@ def correction_texts(patches: Sequence[Mapping[str, str]], folder: str) -> list[
         ]
     except (OSError, UnicodeDecodeError) as error:
         raise AnsibleFilterError(f"A file of release_patches cannot be read: {error}") from error
+
+
+def pinned_lock(locks: Sequence[Mapping[str, Any]], folder: str, inputs: Mapping[str, Any]) -> str:
+    """Give the lock of release_pinned_locks that is for these inputs, '' if none is.
+
+    ``folder`` has the shipped files. A file with another SHA-256 than its entry names is refused.
+    """
+    for each in locks:
+        wanted = {name: value for name, value in each.items() if name not in ("file", "sha256")}
+        if wanted != {name: inputs.get(name) for name in wanted}:
+            continue
+        try:
+            text = Path(folder, each["file"]).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AnsibleFilterError(
+                f"A file of release_pinned_locks cannot be read: {error}"
+            ) from error
+        found = hashlib.sha256(text.encode()).hexdigest()
+        if found != each["sha256"]:
+            raise AnsibleFilterError(
+                f"The lock {each['file']} is another text than the one that was pinned. Expected: "
+                f"SHA-256 {each['sha256']}. Found: SHA-256 {found}. What to do: review the file; "
+                "to accept it, name its SHA-256 in release_pinned_locks."
+            )
+        return text
+    return ""
 
 
 def serve_command(settings: Mapping[str, Any]) -> str:

@@ -259,6 +259,49 @@ def final_lock(locked: Sequence[Locked], wheels: Mapping[str, Path]) -> str:
     )
 
 
+def pin(locked: Sequence[Locked], pinned: Sequence[Locked], *, apart: str) -> list[Locked]:
+    """Return the lock with the one file of each package that was reviewed.
+
+    ``pinned`` is the lock of the recipe, with one hash each; the package ``apart`` is made here,
+    and compared by nobody. Raises `FleetError` where the index gives anything else today.
+    """
+    found = {each.name: each for each in locked if each.name != apart}
+    wanted = {each.name: each for each in pinned if each.name != apart}
+    other = []
+    for name in sorted({*found, *wanted}):
+        if name not in found:
+            other.append(f"{name} is not asked for")
+        elif name not in wanted:
+            other.append(f"{name} {found[name].version} is new")
+        elif found[name].version != wanted[name].version:
+            other.append(f"{name} {found[name].version} instead of {wanted[name].version}")
+        elif not {*wanted[name].hashes} <= {*found[name].hashes}:
+            other.append(f"{name} {found[name].version} has other files")
+    if other:
+        raise FleetError(
+            f"The index gives {len(other)} other package(s) than the recipe was reviewed with",
+            expected=f"the {len(wanted)} files of the pinned lock",
+            found="; ".join(other[:20]),
+            remedy="find out what changed on the index; to take what it gives now, take the lock "
+            "out of release_pinned_locks",
+        )
+    return [wanted.get(each.name, each) for each in locked]
+
+
+def require_pinned(name: str, version: str, sha256: str, pinned: Sequence[Locked]) -> None:
+    """Refuse a wheel that is another file than the one in the lock of the recipe."""
+    hashes = {hash_ for each in pinned if (each.name, each.version) == (canonical(name), version)
+              for hash_ in each.hashes}  # fmt: skip
+    if hashes and sha256 not in hashes:
+        raise FleetError(
+            f"The wheel {name} {version} is another file than the recipe was reviewed with",
+            expected=f"SHA-256 {', '.join(sorted(hashes))}",
+            found=f"SHA-256 {sha256}",
+            remedy="find out what changed on the index; to take what it gives now, take the lock "
+            "out of release_pinned_locks",
+        )
+
+
 def check_pins(locked: Sequence[Locked], expected: Mapping[str, str]) -> dict[str, str]:
     """Compare versions with what is expected (empty: not checked); return those found.
 

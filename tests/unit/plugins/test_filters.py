@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from ansible.errors import AnsibleFilterError
 from glm_fleet.artifact.manifest import FileEntry, Manifest, artifact_id
 
 PLUGINS = Path(__file__).resolve().parents[3] / "plugins"
@@ -157,3 +160,30 @@ def test_what_is_read_beside_the_weights() -> None:
     entries = tuple(FileEntry(name, size, "0" * 64) for name, size in sizes.items())
     manifest = Manifest("model", artifact_id("m", entries), entries, {})
     assert filters.small_files(manifest.as_dict()) == ["config.json", "tokenizer.json"]
+
+
+LOCKED = "a==1 \\\n    --hash=sha256:11\n"
+
+
+def test_a_lock_is_pinned_for_its_own_inputs_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(LOCKED)
+    inputs = {"base_wheel": "vllm==1", "constraints": ["b>=2"], "python_version": "3.12"}
+    entry = {"file": "a.txt", "sha256": hashlib.sha256(LOCKED.encode()).hexdigest(), **inputs}
+    assert filters.pinned_lock([entry], str(tmp_path), inputs) == LOCKED
+    assert filters.pinned_lock([], str(tmp_path), inputs) == ""
+    for name in inputs:
+        other = {**inputs, name: "other"}
+        assert filters.pinned_lock([entry], str(tmp_path), other) == ""
+    with pytest.raises(AnsibleFilterError, match="another text than the one that was pinned"):
+        filters.pinned_lock([{**entry, "sha256": "0" * 64}], str(tmp_path), inputs)
+    with pytest.raises(AnsibleFilterError, match="cannot be read"):
+        filters.pinned_lock([{**entry, "file": "none.txt"}], str(tmp_path), inputs)
+
+
+def test_speculation_with_a_release_that_is_wrong_then_is_refused() -> None:
+    head = "3740c02bb1223d37823593664ae3eafa397b9937"
+    source = {"pull_requests": [{"number": 38476, "head": head}]}
+    release = {"manifest": {"provenance": {"inputs": {"source": source}}}}
+    assert filters.speculative_config({}, release) == ""
+    with pytest.raises(AnsibleFilterError, match="Speculation is wrong with this release"):
+        filters.speculative_config({"method": "mtp", "num_speculative_tokens": 1}, release)

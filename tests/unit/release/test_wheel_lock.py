@@ -24,7 +24,11 @@ from glm_fleet.release.wheel_lock import (
     check_pins,
     final_lock,
     parse_lock,
+    pin,
+    require_pinned,
 )
+
+from tests.defaults import ROLES, defaults
 
 
 def sha(text: str) -> str:
@@ -96,6 +100,63 @@ def test_pins() -> None:
         check_pins(locked, {"triton": "3.5.0"})
     with pytest.raises(FleetError, match="absent"):
         check_pins([], {"torch": "2.11.0"})
+
+
+PINNED = [Locked("a", "1", ("11",)), Locked("b", "2", ("22",)), Locked("vllm", "0.24.0", ("99",))]
+FOUND = [
+    Locked("a", "1", ("10", "11")),
+    Locked("b", "2", ("22",)),
+    Locked("vllm", "0.24.0+pr1.g2", ("77",)),
+]
+
+
+def test_the_file_that_was_reviewed_is_taken() -> None:
+    assert pin(FOUND, PINNED, apart="vllm") == [PINNED[0], PINNED[1], FOUND[2]]
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        ([FOUND[0], Locked("b", "2.1", ("22",)), FOUND[2]], "b 2.1 instead of 2"),
+        ([Locked("a", "1", ("10",)), *FOUND[1:]], "a 1 has other files"),
+        ([*FOUND, Locked("c", "3", ("33",))], "c 3 is new"),
+        (FOUND[1:], "a is not asked for"),
+    ],
+)
+def test_anything_else_than_was_reviewed_is_refused(found: list[Locked], problem: str) -> None:
+    with pytest.raises(FleetError, match="than the recipe was reviewed with") as caught:
+        pin(found, PINNED, apart="vllm")
+    assert caught.value.found == problem
+    assert "release_pinned_locks" in caught.value.remedy
+
+
+def test_the_base_wheel_is_the_one_that_was_reviewed() -> None:
+    require_pinned("vllm", "0.24.0", "99", PINNED)
+    require_pinned("vllm", "0.23.0", "1", PINNED)
+    with pytest.raises(FleetError, match=r"vllm 0\.24\.0 is another file"):
+        require_pinned("vllm", "0.24.0", "98", PINNED)
+
+
+def test_the_shipped_locks_are_the_pinned_ones_and_are_for_the_default_recipe() -> None:
+    given = defaults("release")
+    folder = ROLES / "release/files/locks"
+    entries = given["release_pinned_locks"]
+    assert {each["file"] for each in entries} == {path.name for path in folder.iterdir()}
+    for entry in entries:
+        text = (folder / entry["file"]).read_text()
+        assert hashlib.sha256(text.encode()).hexdigest() == entry["sha256"]
+        locked = parse_lock(text)
+        assert all(len(each.hashes) == 1 and len(each.hashes[0]) == 64 for each in locked)
+        name, _, version = entry["base_wheel"].partition("==")
+        assert (name, version) in {(each.name, each.version) for each in locked}
+        check_pins(locked, {
+            "torch": given["release_expected_torch"], "triton": given["release_expected_triton"]
+        })  # fmt: skip
+    newest = given["release_cuda_variants"][0]
+    assert entries[0]["base_wheel"] == newest["base_wheel"]
+    assert entries[0]["constraints"] == given["release_constraints"] + newest["constraints"]
+    for name in ("python_version", "platform", "exclude_newer"):
+        assert entries[0][name] == given[f"release_{name}"]
 
 
 def test_no_solution_is_told_in_full(tmp_path: Path) -> None:
