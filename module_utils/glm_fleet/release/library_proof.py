@@ -29,7 +29,7 @@ OTHER_GPUS = {
     "_vllm_fa3_C": "FlashAttention 3 is for capability 9.0; older GPUs take FlashAttention 2",
     "deep_gemm": "DeepGEMM is for capability 9.0 and above; the Triton fallback does its work",
     "_flashkda_C": "FlashKDA is for capability 9.0 and above, and for models with delta attention",
-    "_deepselect_C": "DeepSelect is for capability 10.0; the release selects by other kernels below",
+    "_deepselect_C": "DeepSelect is for capability 10.0; other GPUs take other kernels of top-k",
     "_qutlass_C": "the NVFP4 kernels are for capability 10.0 and above",
 }
 _Bytes = Union[bytes, mmap.mmap]
