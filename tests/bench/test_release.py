@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from glm_fleet.core.files import sha256_file
 from glm_fleet.core.runner import RunResult, run_program
 from glm_fleet.release import environment
+from glm_fleet.release.proof import environment as proof
 from glm_fleet.release.repack import overlay
 from glm_fleet.release.wheel import read_wheel
 from glm_fleet.release.wheel_lock import Packages, WheelTarget, final_lock, gather
 
+from lab import standin as lab_standin
 from lab.settings import CACHE
 from tests.release import standin
 from tests.release.conftest import ensure, make_upstream
@@ -35,10 +38,39 @@ _PEAK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from glm_fleet.wheel import overlay, read_wheel
+from glm_fleet.release.repack import overlay
+from glm_fleet.release.wheel import read_wheel
 base, patch, dest = (Path(each) for each in sys.argv[2:5])
 overlay(read_wheel(base), patch, sys.argv[6:], dest, name="vllm", version=sys.argv[5])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+# Runs one proof in a process of its own: seconds, and MiB of the largest process.
+_PROVE = """
+import json, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from glm_fleet.core.runner import run_program
+from glm_fleet.release.conformance import prove_conformance
+from glm_fleet.release.kernel_proof import prove_kernels
+from glm_fleet.release.library_proof import prove_libraries
+from glm_fleet.release.proof.environment import ProofEnvironment
+kind, folder, tree, wheel = sys.argv[2], *(Path(each) for each in sys.argv[3:6])
+made = ProofEnvironment(str(folder / "venv/bin/python"), folder, run_program)
+backend = "TRITON_MLA_SPARSE"
+begin = time.perf_counter()
+if kind == "libraries":
+    prove_libraries(wheel, ["8.0"])
+elif kind == "kernels":
+    prove_kernels(
+        made, tree, backend=backend, version="0.23.0", capabilities=["8.0"], shapes={}
+    )
+else:
+    prove_conformance(made, tree, backend=backend, capability="8.0")
+took = time.perf_counter() - begin
+peak = max(resource.getrusage(who).ru_maxrss
+           for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(json.dumps([took, peak / 1024]))
 """
 
 
@@ -99,6 +131,63 @@ def test_a_run_that_builds_nothing(tmp_path: Path, record: Record) -> None:
     took = statistics.median(seconds(builder.good) for _ in range(3))
     context = "playbooks/release.yml as a whole, median of 3"
     record("release_cached", took, goal=5, unit="s", context=context)
+
+
+@pytest.fixture(scope="module")
+def proving(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An environment with torch and Triton, and the source of 0.23.0 with the lab's kernels."""
+    root = tmp_path_factory.mktemp("proof")
+    torch = sorted((CACHE / "wheels").glob("torch-*.whl"))
+    if not torch:
+        pytest.skip("the lab has not fetched torch yet: python -m lab up")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    uv = str(Path(sys.executable).with_name("uv"))
+    packages = Packages(
+        runner=run_program,
+        uv=uv,
+        python=sys.executable,
+        target=WheelTarget(python, "x86_64-manylinux_2_36"),
+        store=CACHE / "bench",
+        find_links=(str(torch[0].parent),),
+    )
+    locked = packages.compile([f"torch=={torch[0].name.split('-')[1]}", "numpy"])
+    triton = packages.compile(["triton==3.6.0"], with_dependencies=False)
+    wheels = [*packages.download(locked).values(), *packages.download(triton).values()]
+    made = proof.ensure(
+        root / "environment", wheels=wheels, python_version=python, uv=uv, runner=run_program
+    )
+    tree = proof.unpack_source(ensure(BASE_WHEEL, CACHE / "bench"), root / "tree")
+    for path, name in lab_standin.NEW_FILES.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text((lab_standin.FILES / name).read_text())
+    faulty = tree / lab_standin.FAULTY
+    wrong, right = lab_standin.WRONG, lab_standin.RIGHT
+    faulty.write_text(lab_standin.replace_once(faulty.read_text(), wrong, right))
+    return made.folder, tree
+
+
+def test_the_proofs(proving: tuple[Path, Path], record: Record) -> None:
+    """Seconds and memory of each proof; compiled kernels stay, so the next proof is quick."""
+    folder, tree = proving
+    wheel = ensure(BASE_WHEEL, CACHE / "bench")
+
+    def prove(kind: str) -> tuple[float, float]:
+        words = [str(ROOT / "module_utils"), kind, str(folder), str(tree), str(wheel)]
+        took, peak = json.loads(run_program([sys.executable, "-c", _PROVE, *words]).stdout)
+        return took, peak
+
+    rows = (
+        ("libraries", "libraries", 10),
+        ("kernels", "kernels_cold", 60),
+        ("kernels", "kernels_again", 5),
+        ("conformance", "conformance", 60),
+    )
+    context = "0.23.0 with the lab's kernels"
+    for kind, name, goal in rows:
+        took, peak = prove(kind)
+        record(f"release_proof_{name}", took, goal=goal, unit="s", context=context)
+        memory = f"{context}, the largest process"
+        record(f"release_proof_{name}_memory", peak, goal=1500, unit="MiB", context=memory)
 
 
 def make_artifact(folder: Path) -> Path:
