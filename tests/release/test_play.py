@@ -226,7 +226,7 @@ PULL = {"number": 38476, "drop": ["csrc"]}
         ({"release_repository": "file:///nowhere/vllm.git"}, "cannot be read"),
         ({"release_base_wheel": "/nowhere/vllm-0.23.0-py3-none-any.whl"}, "cannot be read"),
         ({"release_base_wheel": "", "release_driver": "535.1"}, "too old for every CUDA build"),
-        ({"release_ref": "v0.28.0"}, "2 files conflict"),
+        ({"release_ref": "v0.33.0"}, "2 files conflict"),
         ({"release_resolutions": ["/nowhere/x.patch"]}, "is not a recorded resolution"),
         ({"release_constraints": ["no-such-package-of-anybody==1"]}, "cannot be resolved"),
         ({"release_expected_torch": "2.11.0"}, "other versions than the release expects"),
