@@ -205,9 +205,15 @@ def test_the_head_without_its_correction_is_refused() -> None:
     assert refuse([], "v0.24.0", "8.0", *names) == names
 
 
+@pytest.mark.parametrize("ref", ["v0.25.1", "v0.26.0", "v0.27.1", "v0.28.0", "v0.29.0"])
+def test_a_release_with_a_kernel_of_float8_is_refused_before_it_is_built(ref: str) -> None:
+    with pytest.raises(FleetError, match="float8-kernel-of-the-indexer") as caught:
+        refuse(shipped(), ref)
+    assert "does not compile for these GPUs" in caught.value.found
+    assert "Name v0.23.0 or v0.24.0 as release_ref" in caught.value.remedy
+
+
 def test_a_fault_of_some_releases_and_gpus() -> None:
-    with pytest.raises(FleetError, match="float8-kernel-of-the-indexer"):
-        refuse(shipped(), "v0.26.0")
     assert refuse(shipped(), "v0.26.0", "9.0") == []
     assert refuse(shipped(), "v0.26.0", "8.0", "float8-kernel-of-the-indexer")
 

@@ -58,6 +58,7 @@ def test_a_kernel_above_the_shared_memory_is_refused() -> None:
     with pytest.raises(FleetError, match="do not run") as caught:
         kernel_proof.judge([{**ROW, "shared": 166_913}], Path("/b"))
     assert "needs 166913 bytes of shared memory, a block has 166912" in caught.value.found
+    assert "name another ref with its wheel" in caught.value.remedy
     kernel_proof.judge([{**ROW, "shared": 166_912}], Path("/b"))
 
 
@@ -66,6 +67,7 @@ def test_an_entry_that_is_gone_is_refused() -> None:
     with pytest.raises(FleetError, match="do not run") as caught:
         kernel_proof.judge([gone], Path("/b"))
     assert "the entry 'old way in' for capability 8.0: ModuleNotFoundError" in caught.value.found
+    assert "name another ref with its wheel" in caught.value.remedy
 
 
 def test_the_manifest_tells_the_worst_of_all_configurations() -> None:
