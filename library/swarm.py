@@ -152,8 +152,8 @@ from ansible.module_utils.glm_fleet.transfer.control import (
     UNIT,
     ask,
     failure_of,
-    published_beside,
     unit_command,
+    untouchable,
 )
 from ansible.module_utils.glm_fleet.transfer.session import Job
 
@@ -237,7 +237,7 @@ def launch(job: Job, path: str) -> None:
     job.root.mkdir(parents=True, exist_ok=True)
     job_file = RUN_FOLDER / "job.json"
     write_atomically(job_file, json.dumps(job.as_dict()), mode=0o600)
-    fixed = published_beside(job.root, job.manifest)
+    fixed = untouchable(Store(job.root), job.manifest)
     run_program(unit_command(job_file, job.root, sys.executable, path, fixed))
 
 

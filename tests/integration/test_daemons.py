@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from glm_fleet.artifact.manifest import FileEntry, Manifest
-from glm_fleet.transfer.control import published_beside, unit_command
+from glm_fleet.artifact.store import Store
+from glm_fleet.transfer.control import unit_command, untouchable
 
 from tests.container import Machine, booted, missing
 from tests.rendering import render
@@ -161,29 +161,40 @@ def test_a_hung_engine_is_taken_out_told_of_and_ended(node: Machine) -> None:
     assert json.loads(told) == {"127.0.0.1": "down"}
 
 
-def test_the_swarm_changes_nothing_that_was_published_beside(node: Machine) -> None:
-    folder = node.root / "srv/a"
-    for name in ("model/m-1", "model/m-2", "release/r-1", ".staging/model/m-3"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "a").write_text("right")
-    manifest = Manifest("model", "m-2", (FileEntry("a", 5, "0" * 64),), {})
-    fixed = [Path("/") / each.relative_to(node.root) for each in published_beside(folder, manifest)]
-    assert fixed == [Path("/srv/a/release/r-1"), Path("/srv/a/model/m-1")]
+def test_the_swarm_changes_nothing_that_is_published(node: Machine) -> None:
+    store = Store(node.root / "srv/a")
+    made = []
+    for kind, text in (("release", "a"), ("model", "b"), ("model", "c")):
+        folder = node.root / f"srv/made-{text}"
+        folder.mkdir()
+        (folder / "a").write_text(text)
+        made.append(store.adopt(folder, kind=kind, slug=text, provenance={}))
+    places = {each.id: store.published_path(each.kind, each.id) for each in made}
+    other, release, own = (places[made[number].id] for number in (1, 0, 2))
+    # What is right is read alone; what is not known to be right can be moved back.
+    assert untouchable(store, made[2]) == [release, other, own]
+    (own / "a").write_text("x")
+    assert untouchable(store, made[2]) == [release, other]
+    staging = node.root / "srv/a/.staging/model/m-3"
+    staging.mkdir(parents=True)
+    (staging / "a").write_text("new")
+    fixed = [Path("/") / each.relative_to(node.root) for each in (release, other)]
     job = Path("/run/glm-fleet/swarm/job.json")
     command = unit_command(job, Path("/srv/a"), "/usr/bin/python3", "/lib", fixed)
-    probe = """cd /srv/a; for each in release/r-1 model/m-1 model/m-2 .staging/model/m-3; do
-        echo other > $each/a && echo $each; done
-        rm -r model/m-1 release/r-1; mv model/m-1 release/r-1 .staging/
-        mv .staging/model/m-3 model/ && echo published"""
     del command[command.index("/usr/bin/python3") :]
+    fixed_words = " ".join(map(str, fixed))
+    probe = f"""cd /srv/a; for each in {fixed_words} model/{own.name} .staging/model/m-3; do
+        echo other > $each/a && echo $each; done
+        rm -r {fixed_words}; mv {fixed_words} .staging/
+        mv .staging/model/m-3 model/ && echo published"""
     node.shell("mkdir -p /run/glm-fleet/swarm; touch /run/glm-fleet/swarm/job.json")
     words = [*command, "--wait", "--pipe", "/bin/sh", "-c", probe]
     words = [each for each in words if "StandardInput" not in each and each != "--collect"]
     said = node.shell(shlex.join(words), check=False)
-    for each in ("release/r-1", "model/m-1"):
-        assert (folder / each / "a").read_text() == "right", said
+    assert (release / "a").read_text() == "a", said
+    assert (other / "a").read_text() == "b", said
     printed = [line for line in said.splitlines() if ":" not in line]
-    assert printed == ["model/m-2", ".staging/model/m-3", "published"], said
+    assert printed == [f"model/{own.name}", ".staging/model/m-3", "published"], said
 
 
 def test_how_exposed_they_are_as_they_run(node: Machine) -> None:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from glm_fleet.artifact.manifest import FileEntry, Manifest
 from glm_fleet.artifact.merkle import hash_file
 from glm_fleet.artifact.store import Store
 from glm_fleet.transfer.agent import Agent
+from glm_fleet.transfer.control import untouchable
 from glm_fleet.transfer.session import Job, session_settings
 from glm_fleet.transfer.torrent import Bundle, bundles, make_torrent
 
@@ -207,3 +209,40 @@ def test_a_hostile_torrent_does_not_follow_from_a_manifest_of_today(
 
 def test_entries_may_say_nothing_of_their_torrent() -> None:
     assert FileEntry("a", 1, "0" * 64) == FileEntry("a", 1, "0" * 64, "1" * 64)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount that is read-only needs root")
+def test_an_agent_that_only_reads_says_what_is_damaged(
+    published: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its unit has it: what was right when it began cannot be changed, nor removed."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "module_utils"))
+    store, manifest = published
+    folder = store.published_path("model", manifest.id)
+    assert untouchable(store, manifest) == [folder]
+    stamp = (folder / "big.bin").stat()
+    with (folder / "big.bin").open("r+b") as stream:
+        stream.write(b"wrong")
+    os.utime(folder / "big.bin", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        job = Job(store.root, manifest, VICTIM, PORT, {"victim": VICTIM}, 0, 60.0)
+        (store.root / "run").mkdir()
+        agent = Agent(job, store.root / "run", engine=libtorrent)
+        try:
+            end = time.monotonic() + 60
+            while agent.answer({"run": "test"})["standing"] != "failed":
+                assert time.monotonic() < end
+                agent.tick()
+                time.sleep(0.05)
+            said = json.dumps(agent.answer({"run": "test"})["failure"])
+        finally:
+            agent.close()
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert "big.bin was damaged on this node" in said
+    assert "run again" in said
+    assert (folder / "big.bin").is_file()
+    # The next agent may write there, and heals it.
+    assert untouchable(store, manifest) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -223,6 +224,24 @@ def test_what_is_there_already_is_not_fetched(
     # One of its pieces was wrong.
     assert fleet.manifest.bytes - 40 * MIB < fleet.states["node1"]["received"]
     assert fleet.states["node1"]["received"] < fleet.manifest.bytes - 37 * MIB
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount that is read-only needs root")
+def test_a_node_gives_what_it_can_only_read(tmp_path: Path, fleet: Fleet) -> None:
+    """As the agent's unit has it where the artifact is published and known to be right."""
+    fleet.drop("node0")
+    folder = Store(tmp_path / "node0").published_path("model", fleet.manifest.id)
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        fleet.torrents.clear()
+        fleet.states.clear()
+        fleet.add("node0")
+        fleet.until(["node0", "node1", "node2"])
+        assert [note for state in fleet.states.values() for note in state["notes"]] == []
+        fleet.drop("node0")
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_damaged_source_says_so_and_takes_the_file_from_another(

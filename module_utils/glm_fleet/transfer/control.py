@@ -88,14 +88,21 @@ _FENCES = (
 )
 
 
-def published_beside(root: Path, manifest: Manifest) -> list[Path]:
-    """Return the folders of everything that is published on this host but this artifact.
+def untouchable(store: Store, manifest: Manifest) -> list[Path]:
+    """Return the published folders of this host that an agent for this artifact only reads.
 
-    Its own folder is not among them: what is damaged there is moved back and fetched again.
+    These are all of them, but the artifact's own while a file of it is not known to be right: what
+    is damaged there is moved back and fetched again.
     """
-    own = root / manifest.kind / manifest.id
-    found = (path for kind in KINDS for path in sorted((root / kind).glob("*")))
-    return [path for path in found if path != own and path.is_dir() and not path.is_symlink()]
+    own = store.published_path(manifest.kind, manifest.id)
+    proven = store.proven(manifest.kind, manifest.id)
+    sound = store.is_published(manifest) and all(
+        proven.known(own, entry.path) == entry.sha256 for entry in manifest.files
+    )
+    found = (path for kind in KINDS for path in sorted((store.root / kind).glob("*")))
+    return [
+        path for path in found if path.is_dir() and not path.is_symlink() and (sound or path != own)
+    ]
 
 
 def unit_command(

@@ -183,7 +183,19 @@ class Holding:
         with self.store.lock(self.manifest.kind):
             for path in damaged:
                 self.proven.forget(path)
-                (self.home / path).unlink(missing_ok=True)
+            try:
+                for path in damaged:
+                    (self.home / path).unlink(missing_ok=True)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+                # It was known to be right when the agent began, which therefore only reads it.
+                raise FleetError(
+                    f"{', '.join(damaged[:3])} was damaged on this node",
+                    expected="the SHA-256 of the manifest",
+                    found="another one, in a file that was right when it was published",
+                    remedy="look at the disk, then run again: it is fetched from others",
+                ) from error
             if self.published:
                 staging = self.store.stage(self.manifest)
                 self.point_view(staging)
