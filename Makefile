@@ -2,6 +2,7 @@
 # What there is to do: `make help`.
 
 NODES ?= 3
+GATEWAYS ?= 1
 UNIT ?= tests/unit
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -73,9 +74,9 @@ fleet-test: ## The real playbooks against the lab fleet, as root, but for what t
 fleet-test-all: ## The same with everything that can break in an upgrade: two hours on 2 cores
 	@python -m pytest tests/fleet --verbose --capture=no --exitfirst
 
-lab-up: ## Start the lab fleet: make lab-up NODES=3
+lab-up: ## Start the lab fleet: make lab-up NODES=3 GATEWAYS=1
 	@./bootstrap lab
-	@python -m lab up --nodes $(NODES)
+	@python -m lab up --nodes $(NODES) --gateways $(GATEWAYS)
 
 lab-down: ## Take the lab fleet down, with everything it made but its cache
 	@python -m lab down

@@ -19,7 +19,10 @@ from .settings import (
     ALL_HOSTS,
     CACHE,
     INVENTORY,
+    MAX_GATEWAYS,
     MAX_NODES,
+    OWNER,
+    REPOSITORY,
     SSH,
     STATE,
     Host,
@@ -46,8 +49,25 @@ CACHE_BYTES = 3 * 10**9
 NODE_BYTES = 4 * 10**9
 
 
-def check_system(nodes: int) -> None:
-    """Raise LabError, with nothing changed, unless `nodes` GPU nodes can run here."""
+def check_owner(anyway: bool = False) -> None:
+    """Raise LabError, with nothing changed, when another checkout brought the lab up.
+
+    That one has the inventory, and may be at work on the hosts.
+    """
+    owner = OWNER.read_text(encoding="utf-8").strip() if OWNER.is_file() else ""
+    foreign = owner and owner != str(REPOSITORY) and Path(owner).is_dir()
+    if foreign and existing_hosts() and not anyway:
+        raise LabError(
+            f"the lab was brought up by the checkout {owner}; run this there, or add --anyway "
+            "when you know that nobody works with it",
+            changed=False,
+        )
+
+
+def check_system(nodes: int, gateways: int = 1) -> None:
+    """Raise LabError, with nothing changed, unless these hosts can run here."""
+    if not 1 <= gateways <= MAX_GATEWAYS:
+        raise LabError(f"GATEWAYS must be 1 to {MAX_GATEWAYS}, not {gateways}", changed=False)
     if not 1 <= nodes <= MAX_NODES:
         raise LabError(f"NODES must be 1 to {MAX_NODES}, not {nodes}", changed=False)
     check_root()
@@ -65,6 +85,13 @@ def check_system(nodes: int) -> None:
             changed=False,
         )
     running = [host for host in existing_hosts() if host.role == "gpu"]
+    front = [host for host in existing_hosts() if host.role == "gateway"]
+    if len(front) > gateways:
+        raise LabError(
+            f"the lab has {len(front)} gateways and {gateways} were asked for; "
+            "take it down first (make lab-down)",
+            changed=False,
+        )
     if len(running) > nodes:
         raise LabError(
             f"the lab has {len(running)} GPU nodes and {nodes} were asked for; "
@@ -94,10 +121,13 @@ def check_root() -> None:
 
 def up(arguments: argparse.Namespace) -> None:
     """Bring the fleet up, or complete it."""
-    check_system(arguments.nodes)
+    check_owner(arguments.anyway)
+    check_system(arguments.nodes, arguments.gateways)
     with exclusive():
-        check_system(arguments.nodes)
-        wanted = fleet(arguments.nodes)
+        check_owner(arguments.anyway)
+        check_system(arguments.nodes, arguments.gateways)
+        write_atomic(OWNER, f"{REPOSITORY}\n")
+        wanted = fleet(arguments.nodes, arguments.gateways)
         with building(), ThreadPoolExecutor(max_workers=2) as pool:
             # Downloads and the root file system wait on different things.
             sources = pool.submit(source.build)
@@ -116,7 +146,9 @@ def up(arguments: argparse.Namespace) -> None:
 def down(arguments: argparse.Namespace) -> None:
     """Take everything down and prove that nothing is left."""
     check_root()
+    check_owner(arguments.anyway)
     with exclusive():
+        check_owner(arguments.anyway)
         removed = [f"process {name}" for name in stop("host:", grace_seconds=4)]
         hosts.kill_containers()
         removed += [f"process {name}" for name in stop("", grace_seconds=2)]
@@ -307,7 +339,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("up", up)
     sub.add_argument("--nodes", type=int, default=3, help=f"GPU nodes, 1 to {MAX_NODES} (3)")
+    sub.add_argument("--gateways", type=int, default=1, help=f"1 to {MAX_GATEWAYS} (1)")
+    anyway = "also a lab that another checkout brought up"
+    sub.add_argument("--anyway", action="store_true", help=anyway)
     sub = command("down", down)
+    sub.add_argument("--anyway", action="store_true", help=anyway)
     sub.add_argument("--purge", action="store_true", help=f"remove the cache {CACHE} too")
     command("status", status)
     sub = command("shell", shell)

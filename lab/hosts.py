@@ -15,17 +15,16 @@ from pathlib import Path
 
 from . import gpu, network
 from .settings import (
+    ALL_HOSTS,
     BRIDGE_ADDRESS,
     CGROUP,
     GPU_STATE,
     HOSTS,
-    MAX_NODES,
     SSH,
     SUFFIX,
     USER,
     Host,
     LabError,
-    fleet,
 )
 from .system import mounts_below, processes, run, say, seconds_since_start, start, write_atomic
 
@@ -57,7 +56,7 @@ def create(host: Host) -> None:
     for folder in (upper, new / "work", new / "root"):
         folder.mkdir(parents=True)
         folder.chmod(0o755)
-    names = [f"{other.address}\t{other.name}" for other in fleet(MAX_NODES)]
+    names = [f"{other.address}\t{other.name}" for other in ALL_HOSTS.values()]
     files = {
         "etc/machine-id": uuid.uuid4().hex + "\n",
         "etc/hostname": host.name + "\n",

@@ -21,6 +21,8 @@ HOSTS = STATE / "hosts"
 UPSTREAMS = STATE / "upstreams"
 SSH = STATE / "ssh"
 CLIENT_KEY = STATE / "client.key"
+# Which checkout brought the lab up.
+OWNER = STATE / "checkout"
 LOCK = Path(f"/run/lock/glm-fleet-lab{SUFFIX}.lock")
 CACHE_LOCK = Path("/run/lock/glm-fleet-lab-cache.lock")
 INVENTORY = REPOSITORY / "inventory" / "lab" / "hosts.yml"
@@ -37,6 +39,7 @@ HUB_PORT = 8500
 FILES_PORT = 8501
 
 MAX_NODES = 64
+MAX_GATEWAYS = 2
 USER = "ops"
 GPU_STATE = "var/lib/glm-lab/gpu.json"
 
@@ -86,15 +89,20 @@ def gpu_host(number: int) -> Host:
     return Host(f"gpu{number:02d}", "gpu", str(NETWORK[10 + number]))
 
 
-GATEWAY = Host("gw01", "gateway", str(NETWORK[101]))
+def gateway_host(number: int) -> Host:
+    return Host(f"gw{number:02d}", "gateway", str(NETWORK[100 + number]))
 
 
-def fleet(nodes: int) -> list[Host]:
-    """The gateway and the first `nodes` GPU nodes."""
-    return [gpu_host(number) for number in range(1, nodes + 1)] + [GATEWAY]
+GATEWAY = gateway_host(1)
 
 
-ALL_HOSTS = {host.name: host for host in fleet(MAX_NODES)}
+def fleet(nodes: int, gateways: int = 1) -> list[Host]:
+    """The first `nodes` GPU nodes, and behind them the gateways."""
+    gpus = [gpu_host(number) for number in range(1, nodes + 1)]
+    return gpus + [gateway_host(number) for number in range(1, gateways + 1)]
+
+
+ALL_HOSTS = {host.name: host for host in fleet(MAX_NODES, MAX_GATEWAYS)}
 
 
 def existing_hosts() -> list[Host]:

@@ -15,7 +15,7 @@ from ..core.format import duration
 from ..core.table import Line, wrap
 
 # A task that takes longer is named while it runs.
-LONG_S = 3.0
+LONG_S = 10.0
 _MOST_NAMES = 6
 # What is longer, or has lines of its own, is told where it happens: the end has no room for it.
 _LONGEST = 400

@@ -42,6 +42,38 @@ def test_node_count_out_of_range_is_refused(nodes: int) -> None:
     assert not caught.value.changed
 
 
+def test_a_second_gateway_is_a_host_as_the_first() -> None:
+    *_, first, second = fleet(1, 2)
+    assert (first.name, second.name) == ("gw01", "gw02")
+    assert second.address == f"10.77.{NUMBER}.102"
+    group = inventory.build(fleet(1, 2), {})["all"]["children"]["gateways"]["hosts"]
+    assert list(group) == ["gw01", "gw02"]
+    with pytest.raises(LabError, match="GATEWAYS must be 1 to 2"):
+        command.check_system(1, 3)
+
+
+def test_a_lab_of_another_checkout_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, other = tmp_path / "checkout", tmp_path / "other"
+    monkeypatch.setattr(command, "OWNER", owner)
+    monkeypatch.setattr(command, "existing_hosts", lambda: fleet(1))
+    # One that an earlier version brought up says nothing of its checkout.
+    command.check_owner()
+    owner.write_text(f"{command.REPOSITORY}\n")
+    command.check_owner()
+    # A checkout that is gone works with nothing.
+    owner.write_text(f"{other}\n")
+    command.check_owner()
+    other.mkdir()
+    with pytest.raises(LabError, match=f"by the checkout {other}; .*--anyway") as caught:
+        command.check_owner()
+    assert not caught.value.changed
+    command.check_owner(anyway=True)
+    monkeypatch.setattr(command, "existing_hosts", list)
+    command.check_owner()
+
+
 def test_other_user_of_the_network_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     address = {"family": "inet", "local": "10.77.0.9", "prefixlen": 16}
     monkeypatch.setattr(network, "links", lambda: {"eth7": {"addr_info": [address]}})
