@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import ssl
 import sys
 import time
 import urllib.error
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .settings import CLIENT_KEY, GATEWAY, REPOSITORY, gpu_host
+from .settings import AUTHORITY, CLIENT_KEY, GATEWAY, REPOSITORY, gpu_host
 
 PORT = 8080
+CA = AUTHORITY / "ca.crt"
 TIMEOUT_S = 120
 
 
@@ -59,9 +61,18 @@ def with_key(url: str, body: Any = None) -> urllib.request.Request:
     return urllib.request.Request(url, data=data, headers=headers)
 
 
+def trust() -> ssl.SSLContext:
+    """Return how the lab's client speaks TLS: it trusts the fleet's authority, and nobody else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if CA.is_file():
+        context.load_verify_locations(CA)
+    return context
+
+
 def model_name(url: str) -> str:
     """Return the first model that the fleet serves."""
-    with urllib.request.urlopen(with_key(f"{url}/v1/models"), timeout=TIMEOUT_S) as response:
+    request = with_key(f"{url}/v1/models")
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=trust()) as response:
         return str(json.load(response)["data"][0]["id"])
 
 
@@ -79,7 +90,7 @@ def ask(url: str, question: str, max_tokens: int) -> Answer:
     begin = time.monotonic()
     first = 0.0
     tokens = 0
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=trust()) as response:
         node = response.headers.get("X-Glm-Fleet-Node", "unknown")
         for event in events(response):
             for choice in event.get("choices", ()):
@@ -112,7 +123,7 @@ def fleet_table(report: Path) -> str:
 def main() -> int:
     """Ask, print the times, and say how to go on."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__)
-    parser.add_argument("--url", default=f"http://{GATEWAY.address}:{PORT}")
+    parser.add_argument("--url", default=f"https://{GATEWAY.address}:{PORT}")
     parser.add_argument("--question", default="What does a gateway do?")
     parser.add_argument("--max-tokens", type=int, default=48)
     arguments = parser.parse_args()
@@ -133,6 +144,7 @@ def main() -> int:
         "mean nothing.\n\n"
         f"{fleet_table(REPOSITORY / 'reports/fleet.json')}\n"
         f"The API:         {arguments.url}/v1, with the key in {CLIENT_KEY}\n"
+        f"Trust for it:    {CA}\n"
         f"Into a node:     .venv/bin/python -m lab shell {gpu_host(1).name}\n"
         "The fleet:       .venv/bin/ansible-playbook -i inventory/lab playbooks/health.yml\n"
         "Take it down:    make lab-down"

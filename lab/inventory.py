@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from .hosts import KEY, KNOWN_HOSTS
-from .settings import CLIENT_KEY, INVENTORY, SSH, STATE, USER, Host
+from .settings import AUTHORITY, CLIENT_KEY, INVENTORY, SSH, STATE, USER, Host
 from .system import write_atomic
 
 HEADER = "# Written by `make lab-up`; `make lab-down` removes it.\n---\n"
@@ -58,6 +58,7 @@ def write(hosts: list[Host], upstream_vars: dict[str, Any]) -> None:
         **upstream_vars,
         "gateway_clients": [{"name": "demo", "keys": [client_key()]}],
         "gateway_clients_backup": str(STATE / "clients.json"),
+        "gateway_authority": str(AUTHORITY),
     }
     text = yaml.safe_dump(build(hosts, lab_vars), sort_keys=False, width=200)
     write_atomic(INVENTORY, HEADER + text)

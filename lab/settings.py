@@ -23,6 +23,7 @@ SSH = STATE / "ssh"
 CLIENT_KEY = STATE / "client.key"
 # Which checkout brought the lab up.
 OWNER = STATE / "checkout"
+AUTHORITY = STATE / "authority"
 LOCK = Path(f"/run/lock/glm-fleet-lab{SUFFIX}.lock")
 CACHE_LOCK = Path("/run/lock/glm-fleet-lab-cache.lock")
 INVENTORY = REPOSITORY / "inventory" / "lab" / "hosts.yml"

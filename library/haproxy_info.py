@@ -54,6 +54,9 @@ gateway:
     revision:
       description: Fingerprint of the configuration that runs; empty if it is not ours.
       type: str
+    tls:
+      description: Whether it serves clients with TLS.
+      type: bool
     uptime_s:
       description: Seconds since the last start or reload.
       type: int

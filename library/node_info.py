@@ -91,9 +91,9 @@ options:
         Damage is noted there, so that the next run fetches the files again.
     type: bool
     default: false
-  gateway_url:
-    description: On a gateway, its own front door, such as V(http://127.0.0.1:8080).
-      Empty where there is no gateway.
+  front_door:
+    description: On a gateway, where it lets clients in, such as V(127.0.0.1:8080). Empty where
+      there is no gateway.
     type: str
     default: ""
   certificate:
@@ -255,7 +255,7 @@ node:
         configuration, or empty), client (status, seconds, node, error of one request) and held
         (by, at and reason of the nodes that are held out of service, by name).
       type: dict
-      returned: with O(gateway_url)
+      returned: with O(front_door)
     errors:
       description: One sentence for each fact that could not be read.
       type: list

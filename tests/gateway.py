@@ -198,6 +198,7 @@ class Gateway:
             "__gateway_keys": self.folder / "maps/keys.map",
             "__gateway_ways": self.folder / "maps/ways.map",
             "__gateway_credential": self.folder / "maps/nodes.map",
+            "__gateway_front_door": {"file": ""},
             "gateway_bind_address": "127.0.0.1",
             "gateway_port": self.port,
             "gateway_metrics_bind": f"127.0.0.1:{free_port()}",

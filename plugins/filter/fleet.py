@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FILTERS = (
+    "doors_of",
     "lacking",
     "offers",
     "hub_share",

@@ -37,6 +37,11 @@ from glm_terminal import plain, width
 HostVars = Mapping[str, Mapping[str, Any]]
 
 
+def doors_of(hostvars: HostVars, gateways: Sequence[str]) -> dict[str, Any]:
+    """Give what certificate_file found at each gateway, for front_door."""
+    return {name: hostvars[name]["__gateway_found"]["door"] for name in gateways}
+
+
 def lacking(
     hostvars: HostVars, hosts: Sequence[str], offers: Sequence[Mapping[str, Any]]
 ) -> list[str]:

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -151,8 +153,29 @@ class Fleet:
         self.gateway = next(iter(hosts["gateways"]["hosts"]))
         clients = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["vars"]
         self.key: str = clients["gateway_clients"][0]["keys"][0]
+        self.authority = Path(clients["gateway_authority"]) / "ca.crt"
         self.bearer = {"Authorization": f"Bearer {self.key}"}
-        self.url = f"http://{self.addresses[self.gateway]}:8080"
+
+    @property
+    def url(self) -> str:
+        """Where clients ask. A fleet that the version before set up goes on in clear text."""
+        address, scheme = self.addresses[self.gateway], "https"
+        with contextlib.suppress(OSError), socket.create_connection((address, 8080), 5) as link:
+            anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+            try:
+                anybody.wrap_socket(link).close()
+            except ssl.SSLError:
+                scheme = "http"
+        return f"{scheme}://{address}:8080"
+
+    @property
+    def trust(self) -> ssl.SSLContext:
+        """How a client speaks TLS: it trusts the fleet's authority, and nobody else."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.authority.is_file():
+            context.load_verify_locations(self.authority)
+        return context
 
     def start_playbook(self, playbook: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a playbook against the lab and return at once."""
@@ -265,7 +288,7 @@ class Fleet:
         )
         arrivals: list[float] = []
         lines: list[str] = []
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with urllib.request.urlopen(request, timeout=timeout, context=self.trust) as answer:
             for line in answer:
                 if line.strip():
                     arrivals.append(time.monotonic())

@@ -142,7 +142,11 @@ async def _clients(fleet: Fleet, load: Load, stop: threading.Event) -> None:
     async def one(kind: str) -> None:
         # No retries: what fails here is what a client would have seen.
         async with openai.AsyncOpenAI(
-            base_url=f"{fleet.url}/v1", api_key=fleet.key, max_retries=0, timeout=120
+            base_url=f"{fleet.url}/v1",
+            api_key=fleet.key,
+            max_retries=0,
+            timeout=120,
+            http_client=openai.DefaultAsyncHttpxClient(verify=fleet.trust),
         ) as client:
             while not stop.is_set() and len(load.requests) < _MOST_REQUESTS:
                 load.requests.append(await _ask(client, kind))

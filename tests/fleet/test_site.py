@@ -176,8 +176,9 @@ def test_the_gateway_streams_tokens_from_each_node(fleet: Fleet) -> None:
 def test_curl_gets_events_as_anybody_would(fleet: Fleet) -> None:
     body = '{"model":"glm-5.2","prompt":"Hello","max_tokens":4,"stream":true}'
     done = subprocess.run(
-        ["curl", "-sN", f"{fleet.url}/v1/completions", "-H", "Content-Type: application/json",
-         "-H", f"Authorization: Bearer {fleet.key}", "-d", body],
+        ["curl", "-sN", "--cacert", fleet.authority, f"{fleet.url}/v1/completions",
+         "-H", "Content-Type: application/json", "-H", f"Authorization: Bearer {fleet.key}",
+         "-d", body],
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert done.stdout.count("data: ") >= 4

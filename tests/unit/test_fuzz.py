@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -37,8 +38,11 @@ from glm_fleet.core.http import Http
 from glm_fleet.core.progress import Meter, Progress, bar, from_json
 from glm_fleet.core.runner import Runner, RunResult
 from glm_fleet.core.systemd import unit_state
+from glm_fleet.fleet import authority
 from glm_fleet.fleet.fingerprints import read_fingerprints
+from glm_fleet.fleet.front_door import Wanted, decide
 from glm_fleet.fleet.lock import FleetLock
+from glm_fleet.gateway.answer import FrontDoor
 from glm_fleet.gateway.clients import Clients, converge
 from glm_fleet.gateway.clients import parse as parse_clients
 from glm_fleet.gateway.haproxy import Haproxy, describe
@@ -508,6 +512,27 @@ LISTED = converge(
     [{"name": "alice", "sha256": ["ab" * 32], "priority": 5, "paths": ["GET /v1/models"]}],
     "2026-11-27T10:00:00+00:00",
 ).text()
+ISSUED_AT = datetime(2026, 11, 27, tzinfo=timezone.utc)
+with tempfile.TemporaryDirectory() as _folder:
+    AUTHORITY = authority.ensure(Path(_folder), ISSUED_AT)
+    ISSUED = authority.issue(AUTHORITY, ["gw01", "192.0.2.11"], ISSUED_AT)
+DOORS = json.dumps(
+    {
+        "gw01": {
+            "certificate": {"path": "/x.pem", "error": "", "expires_s": 7.5, "chain": ISSUED},
+            "serves": "tls",
+        }
+    }
+)
+
+
+def decided(text: str) -> object:
+    """Decide what a gateway that told this needs, as the gateway gw01."""
+    doors = parse(dict[str, FrontDoor], text, what="it")
+    wanted = Wanted("auto", "", "/x.pem", ["gw01"], ["192.0.2.11"])
+    return decide(wanted, "gw01", doors, AUTHORITY, ISSUED_AT) if "gw01" in doors else None
+
+
 CLIENTS = """\
 # table: glm_clients, type: string, size:100000, used:1
 0x5: key=a exp=0 gpc0=7 conn_cur=1 http_req_cnt=9 http_fail_cnt=0 bytes_in_cnt=5 bytes_out_cnt=6
@@ -898,6 +923,16 @@ READERS = (
     ),
     Reader("list of clients", LISTED, lambda text, _: parse_clients(text).text()),
     Reader("clients", CLIENTS, lambda text, _: describe(haproxy_of(glm_clients=text))),
+    Reader("front doors", DOORS, lambda text, _: decided(text)),
+    Reader(
+        "chain of certificates",
+        ISSUED,
+        lambda text, _: (
+            authority.why_new(text, ["gw01"], ISSUED_AT),
+            authority.is_of(AUTHORITY, text),
+            authority.is_of_a_fleet(text),
+        ),
+    ),
     Reader(
         "certificate",
         CERTIFICATE,

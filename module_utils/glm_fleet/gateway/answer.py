@@ -66,12 +66,38 @@ class CertificateFacts(TypedDict):
     expires_s: Amount
 
 
+class _CertificateOptional(TypedDict, total=False):
+    chain: str
+
+
+class CertificateOnDisk(_CertificateOptional):
+    """The PEM file of a gateway; ``error`` is '' when HAProxy can use it, times since 1970.
+
+    ``chain`` are its certificates in PEM, without the key.
+    """
+
+    path: Words
+    error: Words
+    expires_s: Annotated[float, Range(-1e12, 1e12)]
+
+
+class FrontDoor(TypedDict):
+    """A certificate on a gateway's disk, and how its configuration serves clients.
+
+    ``serves`` is "tls" or "clear", and "" where there is no configuration of ours.
+    """
+
+    certificate: CertificateOnDisk
+    serves: Literal["tls", "clear", ""]
+
+
 class GatewayAnswer(TypedDict, total=False):
     """A gateway; ``valid`` says whether HAProxy answered every question."""
 
     valid: bool
     version: Words
     revision: Words
+    tls: bool
     uptime_s: Count
     servers: Annotated[Sequence[Server], Size(10_000)]
     errors: Annotated[Sequence[Words], Size(1000)]

@@ -125,6 +125,17 @@ def is_edited(configuration: str) -> bool:
     return not hashlib.sha256(written.encode()).hexdigest().startswith(found[1])
 
 
+def serves(configuration: str) -> str:
+    """Tell how a configuration of ours serves clients: "tls" or "clear"; "" if it is none."""
+    if not re.search(rf"^\s*description {_DESCRIPTION}", configuration, re.M):
+        return ""
+    front = re.search(r"^frontend glm$(.*?)(?=^\S|\Z)", configuration, re.M | re.DOTALL)
+    bind = re.search(r"^\s+bind .*$", front[1], re.M) if front else None
+    if not bind:
+        return ""
+    return "tls" if " ssl " in bind[0] else "clear"
+
+
 class Haproxy:
     """A running HAProxy: the present worker and, over the master, the workers before it.
 
@@ -196,13 +207,15 @@ class Haproxy:
             total += server.sessions_current if server else 0
         return total
 
+    def certificate_files(self) -> list[str]:
+        """Return the files of certificates that HAProxy serves with; none in clear text."""
+        lines = [line.strip() for line in self._ask("show ssl cert").splitlines()]
+        return [line for line in lines if line and not line.startswith(("#", "*", "Unknown", "'"))]
+
     def certificates(self) -> list[Certificate]:
         """Return the certificates that HAProxy serves with, and when each expires."""
         found = []
-        for line in self._ask("show ssl cert").splitlines():
-            path = line.strip()
-            if not path or path.startswith(("#", "*", "Unknown", "'")):
-                continue
+        for path in self.certificate_files():
             text = self._ask(f"show ssl cert {path}")
             until = re.search(r"^\s*Not After:\s*(.+)$", text, re.MULTILINE | re.IGNORECASE)
             until = until or re.search(r"^\s*notAfter:\s*(.+)$", text, re.MULTILINE)
@@ -263,6 +276,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
         "version": "",
         "revision": "",
         "uptime_s": 0,
+        "tls": False,
         "servers": [],
         "clients": [],
         "errors": [],
@@ -274,6 +288,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
         report.update(
             version=info.get("Version", ""),
             revision=haproxy.revision(),
+            tls=bool(haproxy.certificate_files()),
             uptime_s=parse_count(info.get("Uptime_sec", "")) or 0,
             servers=[
                 {

@@ -53,6 +53,15 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[_Metric]:
         "Servers that take requests, as the gateway sees them.",
         [({"host": each["name"]}, float(each["up"])) for each in report["gateways"]],
     )
+    yield (
+        "glm_fleet_certificate_end_time_seconds",
+        "When a certificate of the front door ends.",
+        [
+            ({"host": each["name"], "path": certificate["path"]}, float(certificate["expires_s"]))
+            for each in report["gateways"]
+            for certificate in each.get("certificates") or ()
+        ],
+    )
     yield from _clients(report["gateways"])
 
 

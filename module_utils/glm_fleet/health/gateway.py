@@ -16,7 +16,10 @@ _EXPIRES_SOON_S = 21 * 86400.0
 def _certificate_findings(gateway: GatewayAnswer, now: float) -> Iterator[Finding]:
     for each in gateway.get("certificates", ()):
         left = each["expires_s"] - now
-        step = f"put a new one at {each['path']} and run playbooks/gateway.yml"
+        step = (
+            "run playbooks/gateway.yml: it renews one of the fleet's authority; put one of yours "
+            "there before"
+        )
         if left <= 0:
             cause = f"the certificate {each['path']} has expired: clients refuse it"
             yield Finding("certificate", BROKEN, cause, step)
@@ -101,6 +104,7 @@ def judge_gateway(
         gateway.get("client") or {},
         {"sent": {server["name"]: server.get("sessions_total", 0) for server in servers}},
         list(gateway.get("clients", ())),
+        list(gateway.get("certificates", ())),
     )
 
 

@@ -81,6 +81,7 @@ class Expectations:
     nvlink: bool = False
     xid_ignore: Sequence[int] = ()
     artifact_keep: int = 0
+    certificate_names: Sequence[str] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Expectations:

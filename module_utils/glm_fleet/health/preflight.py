@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
+from datetime import datetime, timezone
 from typing import Any
 
 from ..artifact.retention import retirable
 from ..core.causes import why_no_answer
 from ..core.errors import split_remedy
 from ..core.format import human_bytes, parse_version
+from ..fleet.authority import wrong_with
 from ..fleet.inventory import GATEWAYS, NODES
 from ..node.answer import Facts
 from .hardware import ERROR, WARNING, DiskNeed, Expectations, Problem, hardware_problems
@@ -65,11 +67,12 @@ def expectations(settings: Mapping[str, Any], groups: Collection[str]) -> list[d
     """
     found = []
     if NODES in groups:
-        names = [each.name for each in fields(Expectations) if each.name != "disk"]
+        elsewhere = ("disk", "certificate_names")
+        names = [each.name for each in fields(Expectations) if each.name not in elsewhere]
         expect = {name: settings[name] for name in names}
         found.append({"gpu_node": True, "expect": {**expect, "disk": _node_disk(settings)}})
     if GATEWAYS in groups:
-        names = ["architectures", "python_min", "systemd_min", "clock_skew_s"]
+        names = ["architectures", "python_min", "systemd_min", "clock_skew_s", "certificate_names"]
         expect = {name: settings[name] for name in names}
         expect |= {"port": settings["gateway_port"], "unit": settings["gateway_unit"]}
         disk = {"path": settings["gateway_disk_path"], "bytes": settings["gateway_disk_bytes"]}
@@ -78,24 +81,28 @@ def expectations(settings: Mapping[str, Any], groups: Collection[str]) -> list[d
     return found
 
 
-def _certificate(host: str, facts: Facts) -> Iterable[Problem]:
+def _certificate(host: str, facts: Facts, names: Collection[str]) -> Iterable[Problem]:
     found = facts.get("certificate")
     if not found:
         return
     wrong, severity = found["error"], ERROR
-    left = found["expires_s"] - float((facts.get("clock") or {}).get("epoch_s") or 0.0)
-    if not wrong and found["expires_s"]:
-        if left <= 0:
-            wrong = f"it expired {-left / 86400:.0f} days ago"
-        elif left < _EXPIRES_SOON_S:
-            wrong, severity = f"it expires in {left / 86400:.0f} days", WARNING
+    now = float((facts.get("clock") or {}).get("epoch_s") or 0.0)
+    left = found["expires_s"] - now
+    known = not wrong and found["expires_s"] > 0
+    if known and left <= 0:
+        wrong = f"it expired {-left / 86400:.0f} days ago"
+    elif known and now and found.get("chain"):
+        wrong = wrong_with(found["chain"], names, datetime.fromtimestamp(now, timezone.utc))
+    if known and not wrong and left < _EXPIRES_SOON_S:
+        wrong, severity = f"it expires in {left / 86400:.0f} days", WARNING
     if wrong:
         yield Problem(
             host,
             "certificate",
-            "certificate, chain and key in one PEM file, good for three weeks or more",
+            "certificate, chain and key in one PEM file, in this order, good for three weeks"
+            + (f", for {', '.join(names)}" if names else ""),
             f"{found['path']}: {wrong}",
-            "put the right file there, or correct gateway_tls_certificate",
+            "put the right file there, or correct gateway_tls_certificate or gateway_tls_names",
             severity,
         )
 
@@ -165,7 +172,7 @@ def evaluate(host: str, facts: Facts, expect: Expectations, *, gpu_node: bool) -
     problems = [*_system(host, facts, expect), *_disk(host, facts, expect)]
     problems += _port(host, facts, expect)
     if not gpu_node:
-        problems += _certificate(host, facts)
+        problems += _certificate(host, facts, expect.certificate_names)
     if gpu_node:
         problems += _user(host, facts, expect)
         problems += hardware_problems(host, facts, expect)

@@ -119,7 +119,8 @@ class GatewayHealth(Judged):
     """One gateway; ``up`` counts the servers that take requests.
 
     Each of ``servers`` has ``sent``: the requests it got since the last check. ``clients`` is
-    what each client did: see `gateway.statistics.ClientUsage`.
+    what each client did: see `gateway.statistics.ClientUsage`. ``certificates`` are those that it
+    serves with, as {path, expires_s}.
     """
 
     name: str
@@ -130,6 +131,7 @@ class GatewayHealth(Judged):
     client: Mapping[str, Any] = field(default_factory=dict)
     baseline: Mapping[str, Any] = field(default_factory=dict)
     clients: Sequence[Mapping[str, Any]] = ()
+    certificates: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from ..core.decode import Amount, Count, Range, Size, Words, decode
 from ..core.systemd import UnitState
-from ..gateway.answer import GatewayAnswer
+from ..gateway.answer import CertificateOnDisk, GatewayAnswer
 from ..serving.probe import Probe
 from ..serving.rehearsals import Rehearsed
 from .acceptance.record import FaultEntry
@@ -200,14 +200,6 @@ class VerifiedArtifact(TypedDict):
     kind: Words
     id: Words
     damage: Sequence[FileDamage]
-
-
-class CertificateOnDisk(TypedDict):
-    """The PEM file of a gateway; ``error`` is '' when HAProxy can use it, times since 1970."""
-
-    path: Words
-    error: Words
-    expires_s: Seconds
 
 
 class EnvironmentFacts(TypedDict, total=False):

@@ -14,17 +14,19 @@ _BLOCK = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", 
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """Return {path, error, expires_s} of a PEM file with certificate, chain and key.
+    """Return {path, error, expires_s, chain} of a PEM file with certificate, chain and key.
 
     ``error`` is '' when HAProxy can use it; ``expires_s`` is in seconds since 1970, 0 if unknown.
+    ``chain`` are its certificates in PEM, without the key.
     """
-    found: dict[str, Any] = {"path": str(path), "error": "", "expires_s": 0.0}
+    found: dict[str, Any] = {"path": str(path), "error": "", "expires_s": 0.0, "chain": ""}
     try:
         text = path.read_text()
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
-        block = _BLOCK.search(text)
-        if block:
-            found["expires_s"] = not_after(ssl.PEM_cert_to_DER_cert(block.group()))
+        blocks = _BLOCK.findall(text)
+        if blocks:
+            found["expires_s"] = not_after(ssl.PEM_cert_to_DER_cert(blocks[0]))
+            found["chain"] = "\n".join((*blocks, ""))
     except FileNotFoundError:
         found["error"] = "there is no such file"
     except ssl.SSLError as error:

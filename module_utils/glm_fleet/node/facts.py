@@ -92,7 +92,7 @@ def read_node(query: NodeQuery, host: Host) -> dict[str, Any]:
             facts["attestation"], facts["attestation_error"] = read_attestation(query, facts, host)
         if query.certificate:
             facts["certificate"] = read_certificate(Path(query.certificate))
-        if query.gateway_url:
+        if query.front_door:
             facts["gateway"] = attempt("gateway", {}, read_gateway, query, host.run)
         facts.update({name: each.result() for name, each in slow.items()})
     if query.gpus and query.environment_root:

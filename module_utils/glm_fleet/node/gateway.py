@@ -24,7 +24,9 @@ def read_gateway(query: NodeQuery, run: Runner) -> dict[str, Any]:
     found["certificates"] = read_certificates(haproxy) if found["version"] else []
     found["config_edited"] = was_edited(Path(query.gateway_config))
     found["config_error"] = check_config(query.gateway_config, run)
-    found["client"] = ask_as_client(query.gateway_url, ClientStore().own_key)
+    # As it runs, which can be another way than the inventory says.
+    scheme = "https" if found["tls"] else "http"
+    found["client"] = ask_as_client(f"{scheme}://{query.front_door}", ClientStore().own_key)
     try:
         found["held"] = FleetLock().held()
     except FleetError as error:

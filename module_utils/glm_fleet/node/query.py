@@ -29,7 +29,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "xid_window_s": {"type": "int", "default": 86400},
     "attest": {"type": "bool", "default": False},
     "canary_timeout_s": {"type": "float", "default": 20.0},
-    "gateway_url": {"type": "str", "default": ""},
+    "front_door": {"type": "str", "default": ""},
     "certificate": {"type": "str", "default": ""},
     "gateway_config": {"type": "path", "default": "/etc/haproxy/haproxy.cfg"},
 }
@@ -45,7 +45,7 @@ class NodeQuery:
     {name: path} of symbolic links to what is active, ``previous`` the file that names what was
     before; ``provenance_keys`` are copied out of each manifest.
     ``attest`` looks at the service too, wanting the release and model that the links
-    ``current`` and ``model`` name; ``gateway_url`` asks HAProxy, and itself as a client does;
+    ``current`` and ``model`` name; ``front_door`` asks HAProxy, and itself as a client does;
     ``certificate`` is the PEM file that HAProxy is to serve with.
     """
 
@@ -64,7 +64,7 @@ class NodeQuery:
     gpus: bool = True
     attest: bool = False
     canary_timeout_s: float = 20.0
-    gateway_url: str = ""
+    front_door: str = ""
     certificate: str = ""
     gateway_config: str = "/etc/haproxy/haproxy.cfg"
 

@@ -103,7 +103,7 @@ def test_no_answer_is_none(package: Path) -> None:
 
 
 def test_the_facts_of_a_node_are_complete_in_a_program() -> None:
-    asked = {"gpus": True, "paths": ["/"], "gateway_url": "http://127.0.0.1:1", "users": ["root"]}
+    asked = {"gpus": True, "paths": ["/"], "front_door": "127.0.0.1:1", "users": ["root"]}
     node = answer_in(run(program("node.facts", "read", asked, PACKAGE)).stdout)
     assert node["users"]["root"]["exists"]
     assert node["disks"][0]["mount"] == "/"
