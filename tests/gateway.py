@@ -63,6 +63,8 @@ class Node:
         if agent_port:
             self.start_agent(agent_port)
         self.release = threading.Event()
+        # JSON that it answers with, in place of a stream.
+        self.answer = b""
         self.seen: list[Request] = []
         node = self
 
@@ -76,6 +78,13 @@ class Node:
                     self.end_headers()
                     return
                 self.note()
+                if node.answer:
+                    self.send_response(200)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(node.answer)))
+                    self.end_headers()
+                    self.wfile.write(node.answer)
+                    return
                 self.send_response(500 if self.headers.get("X-Fail") else 200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Transfer-Encoding", "chunked")

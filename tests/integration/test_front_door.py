@@ -437,6 +437,32 @@ def test_what_each_client_did_is_counted(gateway: Gateway) -> None:
     assert [each["name"] for each in describe(gateway.haproxy)["clients"]] == ["limited", "tests"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 30}}, (7, 30)),
+        ({"usage": {"input_tokens": 7, "output_tokens": 30}}, (7, 30)),
+        ({"usage": {"prompt_tokens": 7, "total_tokens": 7}}, (7, 0)),
+        ({"usage": None}, (0, 0)),
+        ({"usage": {"prompt_tokens": "many"}}, (0, 0)),
+        ({"data": "x" * 3_000_000, "usage": {"prompt_tokens": 7}}, (0, 0)),
+    ],
+)
+def test_tokens_are_counted_where_the_answer_tells_them(
+    gateway: Gateway, nodes: dict[str, Node], answer: dict[str, Any], tokens: tuple[int, int]
+) -> None:
+    nodes["gpu01"].answer = json.dumps(answer).encode()
+    for _ in range(2):
+        status, _, text = gateway.ask_door("POST", "/v1/completions", BEARER, b"{}")
+        assert (status, text) == (200, nodes["gpu01"].answer.decode())
+    (tests,) = gateway.haproxy.clients()
+    assert (tests.tokens_in, tests.tokens_out) == (2 * tokens[0], 2 * tokens[1])
+    eventually(lambda: gateway.log.read_text().count('"tokens_in"') >= 2)
+    line = next(x for x in gateway.log.read_text().splitlines() if x.startswith("{"))
+    said = json.loads(line)
+    assert said["tokens_in"] in ((str(tokens[0]),) if tokens[0] else ("-", "0"))
+
+
 def test_no_node_ready_is_said_as_the_api_does(gateway: Gateway) -> None:
     gateway.set("gpu01", "drain")
     status, answer, text = gateway.ask_door("GET", "/v1/models", BEARER)
@@ -459,7 +485,7 @@ def test_the_log_names_client_model_and_path_and_no_secret(gateway: Gateway) -> 
     assert (first["status"], first["method"], first["key"]) == (200, "POST", "1")
     text = gateway.log.read_text()
     assert "the secret prompt" not in text
-    assert "token" not in text
+    assert "token=" not in text
     assert KEY not in text
 
 

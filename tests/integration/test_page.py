@@ -76,6 +76,8 @@ def broken_report(before: dict[str, Any]) -> dict[str, Any]:
     return health_json(*judge(records, before), "2026-11-22T12:00:00+00:00", before)
 
 
+USED = {"name": "batch", "requests": 70, "refused": 3, "failed": 1, "at_once": 2,
+        "bytes_in": 5000, "bytes_out": 70_000, "tokens_in": 40, "tokens_out": 9}  # fmt: skip
 RUNS = kept_runs(20)
 PAGES = {
     "healthy": html.render_page(RUNS[-1], RUNS[:-1], TEMPLATE),
@@ -135,12 +137,26 @@ def test_what_hosts_say_is_text_and_never_markup() -> None:
     facts["errors"].append(evil)
     records["gw01"]["node"]["gateway"]["servers"][0].update(status=evil, check=evil)
     records["gw01"]["node"]["gateway"]["version"] = evil
+    records["gw01"]["node"]["gateway"]["clients"] = [{**USED, "name": evil}]
     nodes, gateways = judge(records)
     report = health_json(nodes, gateways, "2026-11-22T12:00:00+00:00")
     text = html.render_page(report, [], TEMPLATE)
     assert "<img" not in text
     assert text.count("&lt;img src=x") >= 5
     assert evil.partition(">")[2] not in text
+
+
+def test_the_page_says_what_each_client_did() -> None:
+    records = fleet_records(1)
+    # A gateway from before it counted tokens has none.
+    early = {key: value for key, value in USED.items() if not key.startswith("tokens")}
+    records["gw01"]["node"]["gateway"]["clients"] = [USED, {**early, "name": "night"}]
+    report = health_json(*judge(records), "2026-11-22T12:00:00+00:00")
+    text = html.render_page(report, [], TEMPLATE)
+    for cells in (("batch", "70", "3"), ("night", "70", "3")):
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert ">40 + 9</td>" in text
+    assert ">0 + 0</td>" in text
 
 
 def test_a_gap_in_the_runs_is_a_gap_in_the_line() -> None:

@@ -39,7 +39,12 @@ class ClientAnswer(TypedDict, total=False):
     error: Words
 
 
-class Usage(TypedDict):
+class _UsageOptional(TypedDict, total=False):
+    tokens_in: Count
+    tokens_out: Count
+
+
+class Usage(_UsageOptional):
     """What a client did since HAProxy was started or reloaded: see `statistics.ClientUsage`."""
 
     name: Words

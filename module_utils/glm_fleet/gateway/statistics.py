@@ -107,7 +107,8 @@ class ClientUsage:
     """What a client did at one gateway since HAProxy was started or reloaded.
 
     ``requests`` are those that were let through, ``refused`` those above a limit, ``failed`` those
-    that a node answered with 5xx or did not answer; bytes are of bodies and headers.
+    that a node answered with 5xx or did not answer; bytes are of bodies and headers, tokens of
+    prompts and answers where the answer tells: one that is no stream.
     """
 
     name: str
@@ -117,6 +118,8 @@ class ClientUsage:
     at_once: int
     bytes_in: int
     bytes_out: int
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 def parse_clients(text: str) -> list[ClientUsage]:
@@ -137,6 +140,8 @@ def parse_clients(text: str) -> list[ClientUsage]:
                     at_once=_count(row["conn_cur"]),
                     bytes_in=_count(row["bytes_in_cnt"]),
                     bytes_out=_count(row["bytes_out_cnt"]),
+                    tokens_in=_count(row.get("gpt0", "")),
+                    tokens_out=_count(row.get("gpt1", "")),
                 )
             )
         except (KeyError, ValueError) as error:

@@ -72,12 +72,14 @@ def _clients(gateways: Sequence[Mapping[str, Any]]) -> Iterator[_Metric]:
         ("failed", "Requests of a client that a node failed since the last reload."),
         ("bytes_in", "Bytes from a client since the last reload."),
         ("bytes_out", "Bytes to a client since the last reload."),
+        ("tokens_in", "Tokens of prompts, where answers told them, since the last reload."),
+        ("tokens_out", "Tokens of answers that told them, since the last reload."),
     ):
         yield (
             f"glm_fleet_client_{key}",
             text,
             [
-                ({"host": gateway["name"], "client": each["name"]}, float(each[key]))
+                ({"host": gateway["name"], "client": each["name"]}, float(each.get(key, 0)))
                 for gateway in gateways
                 for each in gateway.get("clients") or ()
             ],

@@ -212,6 +212,16 @@ def _gateway(gateway: Mapping[str, Any]) -> dict[str, Any]:
             }
             for each in gateway["servers"]
         ],
+        "clients": [
+            {
+                **each,
+                "received": human_bytes(each["bytes_in"]),
+                "answered": human_bytes(each["bytes_out"]),
+                "tokens_in": each.get("tokens_in", 0),
+                "tokens_out": each.get("tokens_out", 0),
+            }
+            for each in gateway.get("clients") or ()
+        ],
     }
 
 

@@ -129,6 +129,8 @@ def render_health(
 
 def _usage_words(client: Mapping[str, Any]) -> str:
     more = [f"{client[key]} {key}" for key in ("refused", "failed") if client[key]]
+    if client.get("tokens_out"):
+        more.append(f"{client['tokens_out']} tokens told")
     return f"{client['name']} {client['requests']}" + (f" ({', '.join(more)})" if more else "")
 
 

@@ -206,12 +206,13 @@ def test_what_clients_did_is_read_and_told() -> None:
     table = (
         "# table: glm_clients, type: string, size:102400, used:2\n"
         "0x55: key=zoe use=1 exp=2591999 gpc0=7 gpc0_rate(60000)=3 conn_cur=2 http_req_cnt=9 "
-        "http_fail_cnt=1 bytes_in_cnt=100 bytes_out_cnt=5000\n"
+        "http_fail_cnt=1 bytes_in_cnt=100 bytes_out_cnt=5000 gpt0=40 gpt1=9\n"
         "0x56: key=amy use=0 exp=1 gpc0=0 gpc0_rate(60000)=0 conn_cur=0 http_req_cnt=0 "
         "http_fail_cnt=0 bytes_in_cnt=0 bytes_out_cnt=0\n\n"
     )
     amy, zoe = parse_clients(table)
-    assert zoe == ClientUsage("zoe", 7, 2, 1, 2, 100, 5000)
+    assert zoe == ClientUsage("zoe", 7, 2, 1, 2, 100, 5000, 40, 9)
+    assert (amy.tokens_in, amy.tokens_out) == (0, 0), "a gateway from before it counted them"
     # A gateway without keys, and one from before it counted.
     assert parse_clients("No such table\n") == []
     assert parse_clients("0x1: key=x use=0 exp=1 gpc0_rate(60000)=0 conn_cur=0\n") == []
@@ -219,7 +220,7 @@ def test_what_clients_did_is_read_and_told() -> None:
         parse_clients("0x1: key=x gpc0=many\n")
     judged = judge_gateway("gw01", gateway={"valid": True, "clients": [asdict(amy), asdict(zoe)]})
     text = "\n".join(line.text for line in render_health([], [judged], 120))
-    assert "clients since its last reload: amy 0, zoe 7 (2 refused, 1 failed)" in text
+    assert "clients since its last reload: amy 0, zoe 7 (2 refused, 1 failed, 9 tokens told)" in text
 
 
 # -- on a gateway ----------------------------------------------------------------------
