@@ -97,6 +97,17 @@ def test_the_guard_replaces_the_check_of_every_deployment(rendered: Path) -> Non
     assert prestart["PartOf"] == ["glm-serving.service"]
 
 
+def test_the_engine_opens_no_port_of_its_own_to_others(rendered: Path) -> None:
+    unit = settings(
+        (rendered / "glm-serving.service").read_text(),
+        (rendered / "glm-serving.conf").read_text(),
+    )
+    words = " ".join(unit["Environment"]).split()
+    assert {"VLLM_HOST_IP=127.0.0.1", "NCCL_SOCKET_IFNAME=lo", "GLOO_SOCKET_IFNAME=lo"} <= {*words}
+    # What an operator sets is in the file, which systemd reads after it.
+    assert unit["EnvironmentFile"] == ["/etc/glm-fleet/serving.env"]
+
+
 def test_the_check_takes_nothing_of_the_service(rendered: Path, planted: Path) -> None:
     unit = settings((rendered / "glm-prestart@.service").read_text())
     (command,) = unit["ExecStart"]
