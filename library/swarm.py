@@ -155,7 +155,7 @@ from ansible.module_utils.glm_fleet.transfer.control import (
     unit_command,
     untouchable,
 )
-from ansible.module_utils.glm_fleet.transfer.session import Job
+from ansible.module_utils.glm_fleet.transfer.session import Job, resolve
 
 _START_S = 60.0
 
@@ -238,7 +238,8 @@ def launch(job: Job, path: str) -> None:
     job_file = RUN_FOLDER / "job.json"
     write_atomically(job_file, json.dumps(job.as_dict()), mode=0o600)
     fixed = untouchable(Store(job.root), job.manifest)
-    run_program(unit_command(job_file, job.root, sys.executable, path, fixed))
+    nodes = [resolve(address) for address in (job.address, *job.peers.values())]
+    run_program(unit_command(job_file, job.root, sys.executable, path, nodes, fixed))
 
 
 def greet(run: str) -> None:

@@ -180,7 +180,7 @@ def test_the_swarm_changes_nothing_that_is_published(node: Machine) -> None:
     (staging / "a").write_text("new")
     fixed = [Path("/") / each.relative_to(node.root) for each in (release, other)]
     job = Path("/run/glm-fleet/swarm/job.json")
-    command = unit_command(job, Path("/srv/a"), "/usr/bin/python3", "/lib", fixed)
+    command = unit_command(job, Path("/srv/a"), "/usr/bin/python3", "/lib", ["::1"], fixed)
     del command[command.index("/usr/bin/python3") :]
     fixed_words = " ".join(map(str, fixed))
     probe = f"""cd /srv/a; for each in {fixed_words} model/{own.name} .staging/model/m-3; do

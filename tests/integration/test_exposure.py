@@ -36,7 +36,9 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     render(folder, "health", watched, roles=["common", "artifact", "serving"], variables=user)
     found = {path.name: path.read_text() for path in folder.glob("*.service")}
     found["glm-serving.service"] += (folder / "glm-serving.conf").read_text()
-    words = unit_command(Path("/run/x/job.json"), Path("/srv/a"), "/usr/bin/python3", "/lib")
+    words = unit_command(
+        Path("/run/x/job.json"), Path("/srv/a"), "/usr/bin/python3", "/lib", ["::1"]
+    )
     settings = [word.partition("=")[2] for word in words if word.startswith("--property=")]
     settings.remove("Description=glm-fleet: take and give an artifact while it is distributed")
     found["glm-swarm.service"] = "\n".join(["[Service]", "ExecStart=/bin/true", *settings, ""])

@@ -426,7 +426,15 @@ def test_the_session_finds_nobody_by_itself() -> None:
 
 
 def test_the_unit_is_fenced_in_and_holds_no_secret() -> None:
-    command = unit_command(Path("/run/x/job.json"), Path("/srv/a"), "/usr/bin/python3", "/lib:/e")
+    command = unit_command(
+        Path("/run/x/job.json"),
+        Path("/srv/a"),
+        "/usr/bin/python3",
+        "/lib:/e",
+        ["192.0.2.12", "192.0.2.11", "192.0.2.11"],
+    )
+    assert "--property=IPAddressDeny=any" in command
+    assert "--property=IPAddressAllow=192.0.2.11 192.0.2.12" in command
     assert "--property=ProtectSystem=strict" in command
     assert "--property=ReadWritePaths=/srv/a /run/x" in command
     assert command[-6:] == ["/usr/bin/python3", "-B", "-m", "glm_fleet.swarm", "agent", "/run/x"]

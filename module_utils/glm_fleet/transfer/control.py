@@ -14,7 +14,7 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -106,11 +106,17 @@ def untouchable(store: Store, manifest: Manifest) -> list[Path]:
 
 
 def unit_command(
-    job_file: Path, root: Path, python: str, path: str, fixed: Sequence[Path] = ()
+    job_file: Path,
+    root: Path,
+    python: str,
+    path: str,
+    addresses: Iterable[str],
+    fixed: Sequence[Path] = (),
 ) -> list[str]:
     """Return the command that starts the agent as a unit of its own, fenced in.
 
-    ``fixed`` are folders below ``root`` that it can read alone.
+    ``addresses`` are those of the nodes; the kernel lets it talk with nobody else. ``fixed`` are
+    folders below ``root`` that it can read alone.
     """
     properties = {
         "Description": "glm-fleet: take and give an artifact while it is distributed",
@@ -123,6 +129,8 @@ def unit_command(
         "ReadWritePaths": f"{root} {job_file.parent}",
         "CapabilityBoundingSet": "CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER",
         "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+        "IPAddressDeny": "any",
+        "IPAddressAllow": " ".join(sorted(set(addresses))),
         "ProtectProc": "invisible",
         "ProcSubset": "pid",
         "SystemCallArchitectures": "native",

@@ -220,7 +220,9 @@ def test_what_clients_did_is_read_and_told() -> None:
         parse_clients("0x1: key=x gpc0=many\n")
     judged = judge_gateway("gw01", gateway={"valid": True, "clients": [asdict(amy), asdict(zoe)]})
     text = "\n".join(line.text for line in render_health([], [judged], 120))
-    assert "clients since its last reload: amy 0, zoe 7 (2 refused, 1 failed, 9 tokens told)" in text
+    assert (
+        "clients since its last reload: amy 0, zoe 7 (2 refused, 1 failed, 9 tokens told)" in text
+    )
 
 
 # -- on a gateway ----------------------------------------------------------------------
