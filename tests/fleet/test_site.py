@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import ssl
 import subprocess
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
 
 import pytest
+import yaml
 
 from .conftest import ROOT, Fleet, Run, assert_short, lab, say, wait_until
 
@@ -183,6 +189,46 @@ def test_curl_gets_events_as_anybody_would(fleet: Fleet) -> None:
     )  # fmt: skip
     assert done.stdout.count("data: ") >= 4
     assert done.stdout.rstrip().endswith("data: [DONE]")
+
+
+def status(fleet: Fleet, method: str, path: str, headers: Mapping[str, str]) -> int:
+    """Ask the gateway for a path as it is written, and return the status."""
+    host, _, port = fleet.url.removeprefix("https://").partition(":")
+    door = http.client.HTTPSConnection(host, int(port), timeout=60, context=fleet.trust)
+    try:
+        door.request(method, path, b"{}" if method != "GET" else None, dict(headers))
+        return door.getresponse().status
+    finally:
+        door.close()
+
+
+def test_clients_trust_the_authority_of_the_fleet_and_nobody_else(fleet: Fleet) -> None:
+    assert fleet.url.startswith("https://")
+    assert status(fleet, "GET", "/v1/models", fleet.bearer) == 200
+    stranger = ssl.create_default_context()
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        urllib.request.urlopen(f"{fleet.url}/v1/models", context=stranger, timeout=30)
+    held = fleet.shell(fleet.gateway, "stat -c '%a %U' /etc/haproxy/glm-fleet/front.pem").output
+    assert held.split() == ["600", "root"]
+    assert (fleet.authority.parent / "ca.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_of_all_that_the_engine_offers_only_listed_paths_answer(fleet: Fleet) -> None:
+    """Its own application says what there is: what it has not told is tried by other tests."""
+    offered = json.loads(
+        fleet.shell(fleet.nodes[0], "curl -s http://127.0.0.1:8000/openapi.json").output
+    )["paths"]
+    routes = {f"{method.upper()} {path}" for path in offered for method in offered[path]}
+    defaults = yaml.safe_load((ROOT / "roles/gateway/defaults/main.yml").read_text())
+    allowed = set(defaults["gateway_paths"])
+    assert {"POST /v1/chat/completions", "GET /v1/models"} <= routes & allowed
+    assert len(routes - allowed) > 10, "the engine offers more than clients may use"
+    for route in sorted(routes | {"GET /metrics", "GET /docs", "GET /openapi.json"}):
+        method, path = route.replace("{response_id}", "resp_1").split(" ")
+        without = status(fleet, method, path, {})
+        assert without == (401 if route in allowed else 404), route
+        if route not in allowed:
+            assert status(fleet, method, path, fleet.bearer) == 404, route
 
 
 def test_a_stopped_node_is_taken_out_and_requests_go_on(fleet: Fleet) -> None:
