@@ -156,3 +156,65 @@ def test_runs_become_root(host: Machine, sudoers: Path, inventory: Path, how: st
     assert (done.returncode == 0) == (how != "no password"), said
     if how == "no password":
         assert "sudo there asks the user for a password, and none is given" in said
+
+
+def test_enrolment_leads_through_two_jump_hosts_to_a_host_that_talks_and_asks(
+    host: Machine, sudoers: Path, inventory: Path, tmp_path: Path
+) -> None:
+    """Each hop is the container once more: nothing but its sshd tells them apart."""
+    sudoers.write_text("ops ALL=(root) ALL\n")
+    talk = host.root / "home/ops/.bashrc"
+    talk.write_text("echo Welcome to this host\necho Mind the step >&2\n")
+    host.shell("usermod --shell /bin/bash ops")
+    assert "Welcome" in host.shell("bash -c '. ~ops/.bashrc'")
+    way = f"nsenter --target={host.init} --net {sys.executable} {inventory}/relay.py"
+    (tmp_path / "config").write_text(
+        f"Host first\n ProxyCommand {way}\n HostKeyAlias container\n"
+        "Host second\n HostName 127.0.0.1\n HostKeyAlias container\n"
+        f"Host *\n User ops\n IdentityFile {inventory}/id\n IdentitiesOnly yes\n"
+        f" UserKnownHostsFile {tmp_path}/known\n"
+    )
+    known = tmp_path / "known"
+    known.write_text((inventory / "known").read_text())
+    shared = {
+        "ansible_user": "ops",
+        "ansible_become_password": PASSWORD,
+        "ansible_python_interpreter": "/usr/bin/python3",
+    }
+    jumps = {"gpu01": ("127.0.0.1", "first,second"), "gw01": ("127.0.0.2", "first")}
+    hosts = {
+        name: {
+            **shared,
+            "ansible_host": address,
+            "ansible_ssh_common_args": f"-F {tmp_path}/config -o ControlPath=none -J {jump}",
+        }
+        for name, (address, jump) in jumps.items()
+    }
+    groups = {"gpu_nodes": {"gpu01": hosts["gpu01"]}, "gateways": {"gw01": hosts["gw01"]}}
+    children = {name: {"hosts": members} for name, members in groups.items()}
+    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"children": children}}))
+    playbook = str(Path(sys.executable).with_name("ansible-playbook"))
+    command = [playbook, "-i", str(tmp_path / "hosts.yml"), "playbooks/enroll.yml",
+               "-e", "enrolment_accept_new=true", "-e", "enrolment_timeout=60"]  # fmt: skip
+
+    def enroll() -> str:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_NOCOLOR": "1", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert PASSWORD not in done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        assert re.search(r"^gpu01 +ops@127\.0\.0\.1 .*", enroll(), re.MULTILINE)
+        assert re.search(r"^127\.0\.0\.1 ssh-ed25519 ", known.read_text(), re.MULTILINE)
+        assert " changed=0 " in enroll()
+    finally:
+        talk.unlink()
