@@ -35,7 +35,7 @@ options:
     type: dict
     default: {}
   batch:
-    description: Nodes at once, as a count or a percentage.
+    description: Nodes at once, as a count or a percentage, or V(auto) for what the load spares.
     type: str
     default: "1"
   min_ready:
@@ -46,6 +46,14 @@ options:
     description: The node to begin with. The first one that takes no requests if empty.
     type: str
     default: ""
+  slots:
+    description: Requests that a node runs at once, for O(batch=auto). Unknown if empty.
+    type: str
+    default: ""
+  full:
+    description: For O(batch=auto), how full the nodes that stay may become, as a share.
+    type: float
+    default: 0.7
   remark:
     description: A sentence for below the table of V(planned), where there is one to say.
     type: str

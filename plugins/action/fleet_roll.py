@@ -11,6 +11,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "plugin_utils"))
 
 from glm_action import ControllerAction
+from glm_fleet.core.format import parse_count
 from glm_fleet.core.table import Line
 from glm_fleet.fleet.endpoints import REACHED_BY
 from glm_fleet.fleet.rollout import first_to_try
@@ -33,6 +34,8 @@ class ActionModule(ControllerAction):
                 "batch": {"type": "str", "default": "1"},
                 "min_ready": {"type": "str", "default": "1"},
                 "canary": {"type": "str", "default": ""},
+                "slots": {"type": "str", "default": ""},
+                "full": {"type": "float", "default": 0.7},
                 "remark": {"type": "str", "default": ""},
                 "rehearse": {"type": "bool", "default": False},
             }
@@ -64,6 +67,8 @@ def _plan(nodes: Sequence[NodeAnswers], arguments: Mapping[str, Any]) -> dict[st
         batch=arguments["batch"],
         min_ready=arguments["min_ready"],
         canary=arguments["canary"],
+        slots=parse_count(arguments["slots"]) or 0,
+        full=arguments["full"],
     )
     first = first_to_try(found.nodes, found.plan)
     lines = render_plan(found.nodes, found.plan, width(), arguments["remark"])

@@ -205,13 +205,7 @@ class Asking:
         self.threads[-1].start()
 
     def waiting(self) -> int:
-        info = self.gateway.ask("show stat").lstrip("# ").splitlines()
-        row = next(line for line in info if line.startswith(f"{BACKEND},BACKEND"))
-        return int(dict(zip(info[0].split(","), row.split(",")))["qcur"]) + sum(
-            int(dict(zip(info[0].split(","), line.split(",")))["qcur"] or 0)
-            for line in info
-            if line.startswith(f"{BACKEND},gpu")
-        )
+        return self.gateway.haproxy.waiting()
 
 
 def test_the_queue_ends_and_the_urgent_go_first(narrow: Gateway, nodes: dict[str, Node]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from ..core.errors import FleetError
 RESTART = "restart"
 JOIN = "join"
 ROLL_BACK = "rollback"
+# Batches as large as the load allows, and never more than this share of the nodes at once: what
+# is wrong with a release shows in the first batches.
+AUTO = "auto"
+_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,24 @@ class NodeState:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What the fleet has to do when the roll is planned.
+
+    ``requests`` run or wait at the gateways, a node runs ``slots`` at once (0: nobody knows), and
+    the nodes that stay may become ``full``, a share of their slots.
+    """
+
+    requests: int = 0
+    slots: int = 0
+    full: float = 0.7
+
+    @property
+    def needed(self) -> int:
+        """Return how many nodes it takes."""
+        return math.ceil(self.requests / (self.slots * self.full)) if self.slots else 0
+
+
+@dataclass(frozen=True)
 class Forecast:
     """How long a roll takes without its drains, in seconds; 0.0 where nobody recorded a start.
 
@@ -60,23 +83,46 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the roll; ``batches`` are sizes, as Ansible's ``serial`` takes them."""
+    """The order of the roll; ``batches`` are sizes, as Ansible's ``serial`` takes them.
+
+    ``pace`` says why batches are as large as they are, '' where an operator said so.
+    """
 
     turns: Sequence[Planned]
     batches: Sequence[int]
+    pace: str = ""
 
 
 def batch_size(text: Any, nodes: int) -> int:
-    """Return the nodes in a batch: a count, or a percentage of the fleet, at least 1."""
+    """Return the nodes in a batch: a count, or a percentage of the fleet, at least 1.
+
+    `AUTO` is the most that a batch may have then; see `paced`.
+    """
+    if str(text).strip() == AUTO:
+        return max(1, nodes // _MOST)
     found = re.fullmatch(r"(\d+)(%?)", str(text).strip())
     number = int(found.group(1)) if found else 0
     if found is None or number < 1 or (found.group(2) and number > 100):
         raise FleetError(
             "The size of a batch cannot be read",
-            expected="serve_batch to be a number of nodes from 1, or a percentage up to 100%",
+            expected="serve_batch to be a number of nodes from 1, a percentage up to 100%, or auto",
             found=repr(text),
         )
     return max(1, nodes * number // 100) if found.group(2) else number
+
+
+def paced(most: int, ready: int, load: Load) -> tuple[int, str]:
+    """Return how many of ``ready`` nodes the load spares at once, up to ``most``, and why."""
+    if not load.slots:
+        return 1, "one at a time: without serving_max_num_seqs nobody knows what a node can take"
+    told = (
+        f"{load.requests} requests run or wait, which takes {load.needed} of {ready} nodes at "
+        f"{load.full:.0%} of {load.slots} requests each"
+    )
+    spare = ready - load.needed
+    if spare < 1:
+        return 1, f"one at a time: {told}; better when less is asked"
+    return min(most, spare), f"batches of {min(most, spare)}: {told}"
 
 
 def min_ready_nodes(text: Any) -> int:
@@ -91,14 +137,21 @@ def min_ready_nodes(text: Any) -> int:
 
 
 def plan_roll(
-    nodes: Sequence[NodeState], *, batch: Any, min_ready: Any, canary: str = "", ready: int
+    nodes: Sequence[NodeState],
+    *,
+    batch: Any,
+    min_ready: Any,
+    canary: str = "",
+    ready: int,
+    load: Load = Load(),
 ) -> Plan:
     """Put the nodes in order: those that cost nothing first, one canary, then batch by batch.
 
     Nodes that are down and get what ran there before are mended together: one that cannot be mended
     keeps no other from it, and they try nothing new.
     A node that takes no requests anyway is the best canary, unless it is held: that one may be
-    broken, and comes last. ``ready`` counts the nodes of the whole fleet that take requests
+    broken, and comes last. With ``batch`` `AUTO` the ``load`` says how many are spared at once.
+    ``ready`` counts the nodes of the whole fleet that take requests
     now, also those outside this run. Raises `FleetError` when nodes that serve could only be
     taken out below ``min_ready``.
     """
@@ -119,15 +172,12 @@ def plan_roll(
     for group in (idle, serving):
         group.sort(key=lambda each: each.name != canary)
     later = ready + len(joining) + len(down)
-    room = later - least
-    if serving and room < 1:
-        raise FleetError(
-            "No node can be taken out of service",
-            expected=f"more than serve_min_ready={least} nodes that take requests",
-            found=f"{later}",
-            remedy="mend or add nodes, or allow an outage with a lower serve_min_ready",
-        )
-    size = max(1, min(size, room))
+    if serving:
+        _require_room(later, least)
+    pace = ""
+    if serving and str(batch).strip() == AUTO:
+        size, pace = paced(size, later, load)
+    size = max(1, min(size, later - least))
     groups = [joining, mending, idle[:1], idle[1:]]
     if serving and not idle:
         groups.append(serving[:1])
@@ -140,7 +190,17 @@ def plan_roll(
         for number, group in enumerate(groups, 1)
         for each in group
     ]
-    return Plan(turns, [len(group) for group in groups])
+    return Plan(turns, [len(group) for group in groups], pace)
+
+
+def _require_room(ready: int, least: int) -> None:
+    if ready <= least:
+        raise FleetError(
+            "No node can be taken out of service",
+            expected=f"more than serve_min_ready={least} nodes that take requests",
+            found=f"{ready}",
+            remedy="mend or add nodes, or allow an outage with a lower serve_min_ready",
+        )
 
 
 def first_to_try(nodes: Sequence[NodeState], plan: Plan) -> str:

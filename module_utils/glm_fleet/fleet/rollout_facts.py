@@ -10,7 +10,7 @@ from typing import Any
 from ..core.net import join_endpoint
 from .endpoints import reached_at
 from .outcome import UNTOUCHED
-from .rollout import NodeState, Plan, plan_roll
+from .rollout import Load, NodeState, Plan, plan_roll
 from .rollout_table import Ending
 
 
@@ -65,6 +65,11 @@ class _Gateways:
             for known in servers
         ]
 
+        every = [each for known in servers for each in known]
+        running = sum(int(each.get("sessions_current") or 0) for each in every)
+        waiting = sum(int(answer.get("waiting") or 0) for answer in answers)
+        self.requests = running + waiting
+
     def moved(self, node: NodeAnswers) -> str:
         """Say how the endpoint of a node changes; '' when it does not.
 
@@ -93,16 +98,26 @@ def plan_fleet(
     batch: Any,
     min_ready: Any,
     canary: str = "",
+    slots: int = 0,
+    full: float = 0.7,
 ) -> FleetPlan:
     """Plan a rollout of ``nodes`` from the answers of every gateway.
 
-    ``held`` is {node: {reason}}. Raises `FleetError` as `plan_roll` does.
+    ``held`` is {node: {reason}}; ``slots`` and ``full`` are those of `rollout.Load`.
+    Raises `FleetError` as `plan_roll` does.
     """
     at = _Gateways(gateways)
     states = [
         _state(each, at, str((held.get(each.name) or {}).get("reason", ""))) for each in nodes
     ]
-    plan = plan_roll(states, batch=batch, min_ready=min_ready, canary=canary, ready=len(at.serving))
+    plan = plan_roll(
+        states,
+        batch=batch,
+        min_ready=min_ready,
+        canary=canary,
+        ready=len(at.serving),
+        load=Load(at.requests, slots, full),
+    )
     known = [each for each in nodes if each.info.get("wanted")]
     return FleetPlan(
         states,

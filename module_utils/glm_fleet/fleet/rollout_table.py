@@ -54,6 +54,7 @@ def render_plan(nodes: Sequence[NodeState], plan: Plan, width: int, remark: str 
             f"Roll: {len(restarts)} of {len(nodes)} nodes are restarted, "
             f"{len(plan.turns) - len(restarts)} only joined."
         ),
+        *([Line(f"By the load, {plan.pace}.")] if plan.pace else []),
         *_forecast(nodes, plan),
         *_outage(nodes, plan),
         *render_table(("batch", "node", "what", "why"), rows, width, tones),

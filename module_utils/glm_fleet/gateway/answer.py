@@ -105,6 +105,8 @@ class GatewayAnswer(TypedDict, total=False):
     tls: bool
     uptime_s: Count
     servers: Annotated[Sequence[Server], Size(10_000)]
+    # Not there in what an earlier version said.
+    waiting: Count
     errors: Annotated[Sequence[Words], Size(1000)]
     config_error: Words
     config_edited: bool

@@ -27,6 +27,7 @@ from .statistics import (
     parse_old_workers,
     parse_servers_state,
     parse_statistics,
+    parse_waiting,
     row_of,
     unexpected_answer,
 )
@@ -185,6 +186,10 @@ class Haproxy:
         """Return the statistics of the present worker, by backend and server."""
         return parse_statistics(self._ask("show stat"))
 
+    def waiting(self) -> int:
+        """Return the requests that wait until a node takes them."""
+        return parse_waiting(self._ask("show stat"))
+
     def clients(self) -> list[ClientUsage]:
         """Return what each client did since the start or the last reload, by name."""
         return parse_clients(self._ask(f"show table {CLIENTS}"))
@@ -278,6 +283,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
         "uptime_s": 0,
         "tls": False,
         "servers": [],
+        "waiting": 0,
         "clients": [],
         "errors": [],
     }
@@ -302,6 +308,7 @@ def describe(haproxy: Haproxy) -> dict[str, Any]:
                 }
                 for server in servers
             ],
+            waiting=haproxy.waiting(),
             clients=[asdict(client) for client in haproxy.clients()],
         )
     except FleetError as error:

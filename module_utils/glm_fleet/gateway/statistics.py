@@ -102,6 +102,22 @@ def parse_statistics(text: str) -> dict[tuple[str, str], Statistics]:
     return found
 
 
+def parse_waiting(text: str) -> int:
+    """Return the requests that wait for a node (``show stat``): for any, or for a certain one."""
+    lines = text.splitlines()
+    columns = lines[0].removeprefix("# ").split(",") if lines else []
+    waiting = 0
+    for line in lines[1:]:
+        row = dict(zip(columns, line.split(",")))
+        if row.get("svname") == "FRONTEND" or not line.strip():
+            continue
+        try:
+            waiting += _count(row["qcur"])
+        except (KeyError, ValueError) as error:
+            raise unexpected_answer("show stat", "qcur of each server", line[:200]) from error
+    return waiting
+
+
 @dataclass(frozen=True)
 class ClientUsage:
     """What a client did at one gateway since HAProxy was started or reloaded.

@@ -129,7 +129,7 @@ def test_ports_and_addresses() -> None:
         ({"serving_max_model_len": -5}, "serving_max_model_len is -5: a context"),
         ({"serving_max_num_seqs": 0}, "serving_max_num_seqs is 0: a batch"),
         ({"serve_batch": 0}, "The size of a batch cannot be read"),
-        ({"serve_batch": "150%"}, "a percentage up to 100%, not '150%'"),
+        ({"serve_batch": "150%"}, "a percentage up to 100%, or auto, not '150%'"),
         ({"serve_min_ready": 2}, "serve_min_ready is 2 with 2 nodes: no node could ever be taken"),
         ({"serve_min_ready": -1}, "serve_min_ready is -1 with 2 nodes"),
         ({"serve_quality_gate": True}, "questions of benchmark_quality_set, which is empty"),

@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 from glm_fleet.core.errors import FleetError
 from glm_fleet.fleet import outcome, rollout, rollout_table
-from glm_fleet.fleet.rollout import JOIN, RESTART, NodeState, Plan, first_to_try, plan_roll
+from glm_fleet.fleet.rollout import (
+    JOIN,
+    RESTART,
+    Load,
+    NodeState,
+    Plan,
+    first_to_try,
+    plan_roll,
+)
 from glm_fleet.fleet.rollout_facts import NodeAnswers, endings, found_or_staged, plan_fleet
 from glm_fleet.fleet.rollout_table import Ending
 
@@ -438,3 +448,64 @@ def test_the_end_names_who_had_a_turn_and_who_had_none() -> None:
     assert rows[1].split()[:4] == ["gpu02", "untouched", "r1", "m"]
     assert "its turn did not come" in rows[1]
     assert "runs what it should" in rows[2]
+
+
+def test_a_batch_is_what_the_load_spares() -> None:
+    def sizes(requests: int, **given: Any) -> list[int]:
+        load = Load(requests, given.pop("slots", 32))
+        return list(plan(serving(40), batch="auto", load=load, **given).batches)
+
+    # 40 nodes at 70 percent of 32 requests: 448 take 20 of them. A quarter is the most.
+    assert sizes(448) == [1, 10, 10, 10, 9]
+    assert sizes(0) == [1, 10, 10, 10, 9]
+    assert sizes(784) == [1, *[5] * 7, 4]
+    assert sizes(448, min_ready=38) == [1, *[2] * 19, 1]
+    assert set(sizes(896)) == {1}
+    assert set(sizes(2000)) == {1}
+    assert set(sizes(0, slots=0)) == {1}
+
+
+def test_the_plan_says_why_batches_are_so_large() -> None:
+    nodes = serving(40)
+    found = plan(nodes, batch="auto", load=Load(448, 32))
+    text = " ".join(line.text for line in rollout_table.render_plan(nodes, found, 120))
+    assert "By the load, batches of 10: 448 requests run or wait, which takes 20 of 40" in text
+    assert plan(nodes, batch=2, load=Load(448, 32)).pace == ""
+
+
+def test_the_load_is_what_runs_and_waits_at_all_gateways() -> None:
+    def gateway(running: int, waiting: int) -> dict[str, Any]:
+        servers = [
+            {"name": f"gpu{number:02}", "status": "UP", "admin_state": "ready",
+             "sessions_current": running}
+            for number in range(1, 9)
+        ]  # fmt: skip
+        return {"servers": servers, "waiting": waiting}
+
+    answers = [NodeAnswers(f"gpu{number:02}") for number in range(1, 9)]
+    found = plan_fleet(
+        answers, [gateway(5, 3), gateway(2, 0)], held={}, batch="auto", min_ready=1, slots=32
+    )
+    assert "59 requests run or wait" in found.plan.pace
+
+
+def test_100_nodes_are_rolled_faster_and_no_request_waits_for_it() -> None:
+    shares = []
+    for seed in range(200):
+        drawn = random.Random(seed)  # noqa: S311 - a simulation
+        nodes = [
+            NodeState(
+                f"gpu{number:03}", ["release r1 -> r2"], True, NEW, OLD,
+                starts=(min(max(drawn.lognormvariate(6.8, 0.4), 420.0), 2700.0),),
+            )
+            for number in range(100)
+        ]  # fmt: skip
+        load = Load(int(drawn.uniform(0.1, 0.9) * 100 * 32), 32)
+        auto = plan_roll(nodes, batch="auto", min_ready=1, ready=100, load=load)
+        fewest = rollout.foresee(nodes, auto).fewest
+        assert fewest * 32 >= load.requests, "every request has a slot all the time"
+        assert 99 >= fewest >= 75
+        alone = plan_roll(nodes, batch=1, min_ready=1, ready=100)
+        shares.append(rollout.foresee(nodes, auto).seconds / rollout.foresee(nodes, alone).seconds)
+    assert statistics.median(shares) < 0.15
+    assert max(shares) <= 1.0
