@@ -91,7 +91,7 @@ def test_preflight_names_a_full_disk_a_foreign_port_and_a_dead_host(fleet: Fleet
         lab("power", "gpu01", "join")
     assert run.rc != 0
     assert run.changed == {}
-    for words in (("gpu03", "disk"), ("gpu02", "port"), ("gpu01", "reach")):
+    for words in (("gpu03", "disk"), ("gpu02", "port"), ("gpu01", "connection")):
         assert any(all(word in line for word in words) for line in run.output.splitlines()), (
             f"{words} is not in:\n{run.output[-5000:]}"
         )

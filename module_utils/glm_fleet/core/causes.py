@@ -131,10 +131,18 @@ _SUDO = (
     _Sentence(
         r"[Mm]issing (?:sudo|become|su|doas) password|a password is required"
         r"|no tty present and no askpass|terminal is required to read the password"
-        r"|password is required to run sudo|[Tt]imeout .*waiting for privilege escalation",
+        r"|password is required to run sudo",
         "sudo there asks {user} for a password, and none is given",
         f"set ansible_become_password from a vault, or allow it without one, by `{SUDOERS}` in "
         "/etc/sudoers.d",
+    ),
+    # Over a connection that was there already, a host whose network is gone looks like this too.
+    _Sentence(
+        r"[Tt]imeout .*waiting for privilege escalation",
+        "nothing came back after the login: the host or its network is gone, or sudo there asks "
+        "{user} for a password",
+        "check its power and network; if it answers to ssh, set ansible_become_password from a "
+        f"vault, or allow sudo without one, by `{SUDOERS}` in /etc/sudoers.d",
     ),
     _Sentence(
         r"is not in the sudoers file|is not allowed to (?:execute|run)|may not run sudo"

@@ -116,8 +116,8 @@ Host key verification failed."""
         ("/bin/sh: 1: sudo: not found", "there is no sudo there", "install sudo"),
         (
             "Timeout (12s) waiting for privilege escalation prompt: ",
-            "asks ops for a password",
-            "NOPASSWD",
+            "the host or its network is gone, or sudo there asks ops for a password",
+            "check its power and network",
         ),
         (
             "/bin/sh: 1: /usr/bin/python3: not found",
