@@ -63,6 +63,9 @@ def words_of(result: Any) -> str:
 
 def explained(words: str, host: str, *, unreachable: bool) -> str:
     """Return the words of ssh or sudo as a cause and a next step, and others as they are."""
+    if "What to do: " in words or "Expected: " in words:
+        # Errors of ours have their cause.
+        return words
     user = "the user"
     why = why_no_answer(words, host=host, user=user) if unreachable else None
     why = why or why_no_sudo(words, user=user)
