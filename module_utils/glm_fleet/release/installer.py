@@ -42,7 +42,9 @@ def installer_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if not _THEIRS.match(name) or name in _REACHING or _PASSWORD.fullmatch(name)
     }
-    return {**kept, "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"}
+    # What uv is told of the site's own certificates is meant for pip too, whose file is not read.
+    bundle = {"PIP_CERT": kept["SSL_CERT_FILE"]} if kept.get("SSL_CERT_FILE") else {}
+    return {**bundle, **kept, "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"}
 
 
 def run_installer(argv: Any, **options: Any) -> RunResult:

@@ -333,3 +333,5 @@ def test_how_a_server_is_reached_stays() -> None:
         "PIP_CONFIG_FILE": "/dev/null",
         "UV_NO_CONFIG": "1",
     }
+    # pip trusts what uv is told to trust, where nobody says otherwise.
+    assert installer_environment({"SSL_CERT_FILE": "/b.pem"})["PIP_CERT"] == "/b.pem"

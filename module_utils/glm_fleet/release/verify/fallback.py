@@ -81,6 +81,7 @@ def _without_arguments(node: ast.stmt) -> str:
 
 
 def is_logits_call(node: ast.AST) -> bool:
+    """Tell whether a node calls a kernel of the indexer's logits, the pull request's or another."""
     return isinstance(node, ast.Call) and ast.unparse(node.func).removesuffix("_triton").endswith(
         "mqa_logits"
     )
