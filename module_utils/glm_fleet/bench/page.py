@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark as one self-contained HTML page, for the controller: it needs Jinja2.
+"""The benchmark as one self-contained HTML page.
 
 Here a report becomes what the template draws: words, and paths of charts made of our own numbers.
 Its style is that of the health report.
@@ -14,12 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jinja2
-
 from ..core.chart import HEIGHT, WIDTH, figure, round_up
+from ..fleet.page import render
 from .report import NODE
 
-_SHARED = "common/templates"
 Points = Sequence[tuple[float, float]]
 
 
@@ -34,14 +32,7 @@ class Curve:
 
 def render_page(report: Mapping[str, Any], before: Mapping[str, Any], template: Path) -> str:
     """Return the page of a report; ``before`` is that of the release before, {} if none is kept."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, template.parents[2] / _SHARED]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template.name).render(view(report, before))
+    return render(template, view(report, before))
 
 
 def view(report: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The health report as one self-contained HTML page, for the controller: it needs Jinja2.
+"""The health report as one self-contained HTML page.
 
 Here the report becomes what the template draws: words, shares from 0 to 1, and paths of
 charts made of our own numbers. What hosts said reaches the page only as text that Jinja2
@@ -14,10 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jinja2
-
 from ..core.chart import HEIGHT, WIDTH, figure, round_up
 from ..core.format import human_bytes
+from ..fleet.page import render
 from ..node.answer import Facts
 from ..serving.rehearsals import for_a_report
 from .history import sentence
@@ -26,8 +25,6 @@ from .tables import engine_words, load_words
 from .verdict import HEALTHY, VERDICTS
 
 RUNS_DRAWN = 96
-# What both pages look like, beside the roles of their templates.
-_SHARED = "common/templates"
 _GIB = 1024
 
 
@@ -35,14 +32,7 @@ def render_page(
     report: Mapping[str, Any], kept: Sequence[Mapping[str, Any]], template: Path
 ) -> str:
     """Return the page of ``report``, with the ``kept`` reports before it drawn over time."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, template.parents[2] / _SHARED]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template.name).render(view(report, kept))
+    return render(template, view(report, kept))
 
 
 def view(report: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
